@@ -1,0 +1,115 @@
+//! The proof that a handshake was checked.
+//!
+//! This file stands alone so that privacy does the work: outside of it nobody can name the fields of [`VerifiedPeer`],
+//! and so nobody can make one without a finished handshake.
+//!
+//! What a finished connection does not show is which verifier judged it. That is why [`crate::tls`] is the only place
+//! that gives rustls a verifier; a configuration made elsewhere would make this proof worthless.
+
+use rustls::{CipherSuite, CommonState, NamedGroup, ProtocolVersion};
+use rustls_pki_types::UnixTime;
+
+use crate::certificate;
+use crate::refusal::Refusal;
+use crate::spiffe::SpiffeId;
+use crate::validity::Validity;
+use crate::verify::{self, VerifyError};
+
+/// The other side of a finished, mutually checked TLS 1.3 handshake.
+///
+/// It says who the peer is, never what it may: that is the next decision, made of this value.
+#[derive(Clone, Debug)]
+pub struct VerifiedPeer {
+    id: SpiffeId,
+    validity: Validity,
+    handshake: Handshake,
+}
+
+impl VerifiedPeer {
+    /// Takes the proof from a connection that [`crate::tls`] configured, once its handshake is over.
+    ///
+    /// `protocol` is the one that must have been negotiated inside TLS, [`crate::tls::JUSTMTLS_1`] or
+    /// [`crate::tls::H2`]. A peer that negotiated none at all is refused like one that negotiated another.
+    ///
+    /// # Errors
+    /// The named reason: unfinished, not TLS 1.3, another protocol, no certificate.
+    pub fn from_handshake(connection: &CommonState, protocol: &[u8]) -> Result<Self, Refusal> {
+        let handshake = Handshake::of(connection)?;
+        if handshake.version != ProtocolVersion::TLSv1_3 {
+            return Err(Refusal::TlsVersion);
+        }
+        if connection.alpn_protocol() != Some(protocol) {
+            return Err(Refusal::Alpn);
+        }
+        let Some(chain @ [leaf, ..]) = connection.peer_certificates() else {
+            return Err(Refusal::NoClientCertificate);
+        };
+        let facts = certificate::read(leaf).ok_or(VerifyError::BadEncoding)?;
+        let id = verify::identity_of(&facts)?;
+        let validity = certificate::validity_of(chain).ok_or(VerifyError::BadEncoding)?;
+        Ok(VerifiedPeer { id, validity, handshake })
+    }
+
+    /// Who the peer is.
+    pub fn id(&self) -> &SpiffeId {
+        &self.id
+    }
+
+    /// The first second in which all certificates that the peer showed are valid.
+    pub fn not_before(&self) -> UnixTime {
+        self.validity.not_before()
+    }
+
+    /// The last second in which all certificates that the peer showed are valid: what rides on this proof ends then.
+    pub fn not_after(&self) -> UnixTime {
+        self.validity.not_after()
+    }
+
+    /// What was negotiated, for people to see.
+    pub fn handshake(&self) -> Handshake {
+        self.handshake
+    }
+}
+
+/// What a handshake negotiated. It is shown, and decides nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Handshake {
+    version: ProtocolVersion,
+    group: NamedGroup,
+    cipher: CipherSuite,
+}
+
+impl Handshake {
+    /// Reads what a connection negotiated.
+    ///
+    /// # Errors
+    /// [`Refusal::Unfinished`] while the handshake goes on.
+    pub fn of(connection: &CommonState) -> Result<Self, Refusal> {
+        if connection.is_handshaking() {
+            return Err(Refusal::Unfinished);
+        }
+        let (Some(version), Some(group), Some(cipher)) = (
+            connection.protocol_version(),
+            connection.negotiated_key_exchange_group(),
+            connection.negotiated_cipher_suite(),
+        ) else {
+            return Err(Refusal::Unfinished);
+        };
+        Ok(Handshake { version, group: group.name(), cipher: cipher.suite() })
+    }
+
+    /// The TLS version, such as `TLSv1_3`.
+    pub fn version(&self) -> &'static str {
+        self.version.as_str().unwrap_or("unknown")
+    }
+
+    /// The key exchange, such as `X25519MLKEM768`.
+    pub fn group(&self) -> &'static str {
+        self.group.as_str().unwrap_or("unknown")
+    }
+
+    /// The cipher suite, such as `TLS13_AES_128_GCM_SHA256`.
+    pub fn cipher(&self) -> &'static str {
+        self.cipher.as_str().unwrap_or("unknown")
+    }
+}

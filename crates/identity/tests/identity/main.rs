@@ -1,0 +1,11 @@
+//! The crate from outside: a small trust domain, its handshakes in memory, and those who try to get in.
+
+mod authority;
+mod bundles;
+mod handshakes;
+mod issuing;
+mod mesh;
+mod requests;
+mod strangers;
+mod svids;
+mod wire;

@@ -1,0 +1,54 @@
+//! What to expect of an incoming connection before its first byte (T17).
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use crate::{AddressClass, Mode, PlaintextReason, Speaks, Uncaptured, View, Workload};
+
+/// How long a client that must or may speak TLS is waited for.
+const HELLO: Duration = Duration::from_secs(3);
+/// For an address in the cluster's ranges that nobody knows (yet).
+const UNKNOWN: Duration = Duration::from_millis(300);
+/// For a pod that is not known to be captured: its capture may be newer than our view, and then its hello is on
+/// its way already.
+const GRACE: Duration = Duration::from_millis(50);
+
+/// What an incoming connection is, as far as its source address tells. It decides how long to wait, and what to call
+/// the connection if it turns out to be plaintext; it never decides who the client is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Expectation {
+    /// How long to wait for the first byte before the connection counts as plaintext.
+    pub wait: Duration,
+    /// The name of this plaintext.
+    pub plaintext: PlaintextReason,
+    /// The mode of the port that was dialled.
+    pub mode: Mode,
+}
+
+/// What to expect of a connection from `source` to `port` of `destination`.
+pub fn expect(view: &View, destination: &Workload, port: u16, source: IpAddr) -> Expectation {
+    let mode = destination.modes.at(port);
+    let (wait, plaintext) = by_source(view, source);
+    // A strict port lets no plaintext through, so nobody is kept from speaking by waiting, and a client that our view
+    // does not know as captured yet may still send its hello.
+    let wait = if mode == Mode::Strict { HELLO } else { wait };
+    Expectation { wait, plaintext, mode }
+}
+
+fn by_source(view: &View, source: IpAddr) -> (Duration, PlaintextReason) {
+    if let Some(workload) = view.workload_at(source) {
+        return match (workload.speaks, workload.uncaptured) {
+            (Speaks::JustMtls, _) => (HELLO, PlaintextReason::Bypass),
+            (_, Some(Uncaptured::OptedOut)) => (GRACE, PlaintextReason::OptedOut),
+            (_, Some(Uncaptured::SystemNamespace)) => (GRACE, PlaintextReason::SystemNamespace),
+            (_, Some(Uncaptured::HostNetwork)) => (Duration::ZERO, PlaintextReason::HostNetwork),
+            (_, Some(Uncaptured::NotAPod)) => (Duration::ZERO, PlaintextReason::NotAPod),
+            (_, Some(Uncaptured::Pending) | None) => (UNKNOWN, PlaintextReason::CapturePending),
+        };
+    }
+    match view.settings().map(|settings| settings.classify(source)) {
+        Some(AddressClass::Node) => (Duration::ZERO, PlaintextReason::Node),
+        Some(AddressClass::Outside) => (Duration::ZERO, PlaintextReason::Outside),
+        Some(AddressClass::Inside | AddressClass::Mixed) | None => (UNKNOWN, PlaintextReason::UnknownSource),
+    }
+}

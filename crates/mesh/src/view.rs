@@ -1,0 +1,198 @@
+//! What one node knows of the mesh.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::{MeshSettings, PodUid, Policy, PolicyName, Scope, Service, ServiceName, Speaks, Workload, WorkloadUid};
+
+/// One thing that the control plane says.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Resource {
+    /// A workload, new or changed.
+    Workload(Box<Workload>),
+    /// A Service, new or changed.
+    Service(Service),
+    /// A policy, new or changed.
+    Policy(Policy),
+    /// The settings of the mesh.
+    Settings(MeshSettings),
+}
+
+/// The name of a thing that the control plane took back.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum ResourceKey {
+    /// A workload.
+    Workload(WorkloadUid),
+    /// A Service.
+    Service(ServiceName),
+    /// A policy.
+    Policy(PolicyName),
+}
+
+/// Workloads, Services, policies and settings, indexed for the decisions.
+///
+/// A change names whole things; there is no half-applied one. What was never said is unknown, and unknown is never
+/// taken for "outside".
+#[derive(Default, Debug)]
+pub struct View {
+    workloads: HashMap<WorkloadUid, Arc<Workload>>,
+    by_address: HashMap<IpAddr, WorkloadUid>,
+    by_pod: HashMap<PodUid, WorkloadUid>,
+    services: HashMap<ServiceName, Arc<Service>>,
+    service_by_address: HashMap<IpAddr, ServiceName>,
+    endpoints: HashMap<ServiceName, BTreeSet<WorkloadUid>>,
+    policies: HashMap<PolicyName, Arc<Policy>>,
+    settings: Option<MeshSettings>,
+    /// Pods whose capability was published: they never fall back to "speaks nothing" while they live (T47).
+    published: HashSet<PodUid>,
+}
+
+impl View {
+    /// Takes in a new or changed thing.
+    pub fn apply(&mut self, resource: Resource) {
+        match resource {
+            Resource::Workload(workload) => self.apply_workload(*workload),
+            Resource::Service(service) => self.apply_service(service),
+            Resource::Policy(policy) => {
+                self.policies.insert(policy.name.clone(), Arc::new(policy));
+            }
+            Resource::Settings(settings) => self.settings = Some(settings),
+        }
+    }
+
+    /// Forgets a thing that the control plane took back. What is not known is no error: deltas may repeat.
+    pub fn remove(&mut self, key: &ResourceKey) {
+        match key {
+            ResourceKey::Workload(uid) => {
+                if let Some(old) = self.take_workload(uid) {
+                    self.published.remove(&old.pod_uid);
+                }
+            }
+            ResourceKey::Service(name) => self.remove_service(name),
+            ResourceKey::Policy(name) => {
+                self.policies.remove(name);
+            }
+        }
+    }
+
+    fn apply_workload(&mut self, mut workload: Workload) {
+        let old = self.take_workload(&workload.uid);
+        if let Some(old) = old.filter(|old| old.pod_uid != workload.pod_uid) {
+            self.published.remove(&old.pod_uid);
+        }
+        if !workload.pod_uid.as_str().is_empty() {
+            if workload.speaks == Speaks::JustMtls {
+                self.published.insert(workload.pod_uid.clone());
+            } else if self.published.contains(&workload.pod_uid) {
+                workload.speaks = Speaks::JustMtls;
+                workload.uncaptured = None;
+            }
+            self.by_pod.insert(workload.pod_uid.clone(), workload.uid.clone());
+        }
+        for address in &workload.addresses {
+            self.by_address.insert(*address, workload.uid.clone());
+        }
+        for endpoint in &workload.endpoints {
+            self.endpoints.entry(endpoint.service.clone()).or_default().insert(workload.uid.clone());
+        }
+        self.workloads.insert(workload.uid.clone(), Arc::new(workload));
+    }
+
+    fn take_workload(&mut self, uid: &WorkloadUid) -> Option<Arc<Workload>> {
+        let old = self.workloads.remove(uid)?;
+        for address in &old.addresses {
+            // The address may be another workload's by now: deltas of two pods come in any order.
+            if self.by_address.get(address) == Some(uid) {
+                self.by_address.remove(address);
+            }
+        }
+        if self.by_pod.get(&old.pod_uid) == Some(uid) {
+            self.by_pod.remove(&old.pod_uid);
+        }
+        for endpoint in &old.endpoints {
+            if let Some(members) = self.endpoints.get_mut(&endpoint.service) {
+                members.remove(uid);
+                if members.is_empty() {
+                    self.endpoints.remove(&endpoint.service);
+                }
+            }
+        }
+        Some(old)
+    }
+
+    fn apply_service(&mut self, service: Service) {
+        self.remove_service(&service.name);
+        for address in &service.addresses {
+            self.service_by_address.insert(*address, service.name.clone());
+        }
+        self.services.insert(service.name.clone(), Arc::new(service));
+    }
+
+    fn remove_service(&mut self, name: &ServiceName) {
+        let Some(old) = self.services.remove(name) else { return };
+        for address in &old.addresses {
+            if self.service_by_address.get(address) == Some(name) {
+                self.service_by_address.remove(address);
+            }
+        }
+    }
+
+    /// The workload that owns an address.
+    pub fn workload_at(&self, address: IpAddr) -> Option<&Arc<Workload>> {
+        self.workloads.get(self.by_address.get(&address)?)
+    }
+
+    /// The workload of a pod.
+    pub fn workload_of(&self, pod: &PodUid) -> Option<&Arc<Workload>> {
+        self.workloads.get(self.by_pod.get(pod)?)
+    }
+
+    /// The Service that owns an address.
+    pub fn service_at(&self, address: IpAddr) -> Option<&Arc<Service>> {
+        self.services.get(self.service_by_address.get(&address)?)
+    }
+
+    /// The usable endpoints of a Service, in a stable order.
+    pub fn endpoints_of(&self, service: &ServiceName) -> impl Iterator<Item = &Arc<Workload>> {
+        self.endpoints.get(service).into_iter().flatten().filter_map(|uid| self.workloads.get(uid))
+    }
+
+    /// The policies that apply to a workload. One that it names and nobody has sent is `Err`: it cannot be judged
+    /// without it, so nothing may pass.
+    pub(crate) fn policies_for(&self, workload: &Workload) -> Result<Vec<&Arc<Policy>>, PolicyName> {
+        let mut applicable: Vec<_> = self
+            .policies
+            .values()
+            .filter(|policy| match policy.scope {
+                Scope::Mesh => true,
+                Scope::Namespace => policy.name.namespace == workload.namespace,
+                Scope::Selected => false,
+            })
+            .collect();
+        for name in &workload.policies {
+            applicable.push(self.policies.get(name).ok_or_else(|| name.clone())?);
+        }
+        Ok(applicable)
+    }
+
+    /// The settings, once the control plane has sent them.
+    pub fn settings(&self) -> Option<&MeshSettings> {
+        self.settings.as_ref()
+    }
+
+    /// All workloads, for dumps.
+    pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.values()
+    }
+
+    /// All Services, for dumps.
+    pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
+        self.services.values()
+    }
+
+    /// All policies, for dumps.
+    pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
+        self.policies.values()
+    }
+}

@@ -1,0 +1,69 @@
+//! THE REPOSITORY'S OWN HAND: `cargo xtask test | ci | tidy`.
+//!
+//! - `tidy`: the repository checks its own shape ([`tidy`]).
+//! - `test`: the tests in groups, the programs they need, one summary ([`test`]).
+//! - `ci`: everything that must hold before a change is taken, with the seconds of each stage ([`ci`]).
+//!
+//! Invariants, stated as absences: no other crate of the workspace is linked in, so that this builds in seconds and
+//! can judge a tree that does not compile; no shell; no network but `apt-get` and `cargo`.
+
+#![forbid(unsafe_code)]
+
+mod ci;
+mod process;
+mod programs;
+mod results;
+mod test;
+mod tidy;
+
+use anyhow::{Result, bail};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+usage: cargo xtask <command>
+
+  tidy                                   check the shape of the repository
+  test [GROUP…] [PATTERN…] [--repeat N] [--required]
+                                         run the tests; groups: unit, e2e (default: both);
+                                         a PATTERN selects tests by a part of their name;
+                                         --required makes a skipped test a failure
+  ci [STAGE…]                            all that must hold before a change is taken, or some stages of it:
+                                         format, tidy, clippy, docs, test, licences
+";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match dispatch(&arguments) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(arguments: &[String]) -> Result<ExitCode> {
+    let Some((command, rest)) = arguments.split_first() else {
+        eprint!("{USAGE}");
+        return Ok(ExitCode::from(2));
+    };
+    match command.as_str() {
+        "tidy" if rest.is_empty() => tidy::run(&root()),
+        "test" => test::run(&root(), &test::Request::parse(rest)?),
+        "ci" => ci::run(&root(), rest),
+        "help" | "--help" | "-h" => {
+            print!("{USAGE}");
+            Ok(ExitCode::SUCCESS)
+        }
+        "tidy" => bail!("`tidy` takes no arguments, got `{}`", rest.join(" ")),
+        other => bail!("there is no command `{other}`; `cargo xtask help` lists them"),
+    }
+}
+
+/// The folder of the workspace: cargo tells a program that it runs where its manifest is.
+fn root() -> PathBuf {
+    let manifest =
+        std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+    manifest.parent().map_or(manifest.clone(), PathBuf::from)
+}
