@@ -51,6 +51,7 @@ const RULES: &[Rule] = &[
     source::files_are_short,
     source::unsafe_stays_in_its_room,
     source::unsafe_gives_its_reason,
+    source::verifiers_stay_in_their_room,
     source::no_unfinished_work,
     source::no_sleeping_tests,
     source::no_machine_paths,

@@ -37,6 +37,30 @@ pub(crate) fn unsafe_stays_in_its_room(tree: &Tree) -> Vec<Violation> {
     violations
 }
 
+/// A finished handshake does not show who judged it: the proof that `identity` makes of one is worth something only
+/// while no other code can give rustls a verifier.
+pub(crate) fn verifiers_stay_in_their_room(tree: &Tree) -> Vec<Violation> {
+    const ROOM: &str = "crates/identity/";
+    let mut violations = Vec::new();
+    for (path, text) in tree.rust_files().filter(|(path, _)| path.starts_with("crates/") && !path.starts_with(ROOM)) {
+        let code = Views::of(text).code;
+        for name in
+            ["dangerous", "with_custom_certificate_verifier", "with_client_cert_verifier", "with_no_client_auth"]
+        {
+            for offset in word_offsets(&code, name) {
+                let what = format!("`{name}` outside {ROOM}");
+                violations.push(Violation::new(
+                    path,
+                    line_of(text, offset),
+                    what,
+                    "take the configuration from identity::tls",
+                ));
+            }
+        }
+    }
+    violations
+}
+
 pub(crate) fn unsafe_gives_its_reason(tree: &Tree) -> Vec<Violation> {
     let mut violations = Vec::new();
     for (path, text) in tree.rust_files() {
@@ -157,6 +181,13 @@ mod tests {
         let harmless = "#![forbid(unsafe_code)]\n// unsafe\nconst A: &str = \"unsafe\";";
         assert_eq!(unsafe_stays_in_its_room(&one("crates/mesh/src/lib.rs", harmless)), []);
         assert_eq!(unsafe_stays_in_its_room(&one("crates/linux/src/lib.rs", "unsafe fn a() {}")), []);
+    }
+
+    #[test]
+    fn only_identity_gives_rustls_a_verifier() {
+        let code = "fn a() { builder.dangerous().with_custom_certificate_verifier(b) }";
+        assert_eq!(verifiers_stay_in_their_room(&one("crates/proxy/src/tunnel.rs", code)).len(), 2);
+        assert_eq!(verifiers_stay_in_their_room(&one("crates/identity/src/tls.rs", code)), []);
     }
 
     #[test]
