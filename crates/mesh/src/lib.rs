@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod authorize;
+mod claims;
 mod expect;
 mod policy;
 mod reason;

@@ -132,10 +132,19 @@ fn endpoint_address(workload: &Workload, service: &ServiceName, dialled: SocketA
     Some(SocketAddr::new(*address, port.target_port))
 }
 
-/// FNV-1a: any well-mixed hash that is the same on every node and in every process will do.
+/// A hash that is the same on every node and in every process: FNV-1a, and the finalizer of MurmurHash3, without which
+/// neighbouring addresses weigh so alike that one endpoint wins most clients.
 fn weight(client: IpAddr, endpoint: SocketAddr) -> u64 {
-    let text = format!("{client} {endpoint}");
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+    let step = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    let address = |hash, address| match address {
+        IpAddr::V4(v4) => v4.octets().iter().fold(hash, step),
+        IpAddr::V6(v6) => v6.octets().iter().fold(hash, step),
+    };
+    let hash = address(address(0xcbf2_9ce4_8422_2325, client), endpoint.ip());
+    let hash = endpoint.port().to_be_bytes().iter().fold(hash, step);
+    let hash = (hash ^ (hash >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    let hash = (hash ^ (hash >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    hash ^ (hash >> 33)
 }
 
 fn to_workload(client: &Workload, workload: &Arc<Workload>, to: SocketAddr, service: Option<&ServiceName>) -> Route {

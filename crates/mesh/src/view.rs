@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use crate::claims::Claims;
 use crate::{MeshSettings, PodUid, Policy, PolicyName, Scope, Service, ServiceName, Speaks, Workload, WorkloadUid};
 
 /// One thing that the control plane says.
@@ -37,10 +38,10 @@ pub enum ResourceKey {
 #[derive(Default, Debug)]
 pub struct View {
     workloads: HashMap<WorkloadUid, Arc<Workload>>,
-    by_address: HashMap<IpAddr, WorkloadUid>,
-    by_pod: HashMap<PodUid, WorkloadUid>,
+    by_address: Claims<IpAddr, WorkloadUid>,
+    by_pod: Claims<PodUid, WorkloadUid>,
     services: HashMap<ServiceName, Arc<Service>>,
-    service_by_address: HashMap<IpAddr, ServiceName>,
+    service_by_address: Claims<IpAddr, ServiceName>,
     endpoints: HashMap<ServiceName, BTreeSet<WorkloadUid>>,
     policies: HashMap<PolicyName, Arc<Policy>>,
     settings: Option<MeshSettings>,
@@ -88,10 +89,10 @@ impl View {
                 workload.speaks = Speaks::JustMtls;
                 workload.uncaptured = None;
             }
-            self.by_pod.insert(workload.pod_uid.clone(), workload.uid.clone());
+            self.by_pod.claim(workload.pod_uid.clone(), workload.uid.clone());
         }
         for address in &workload.addresses {
-            self.by_address.insert(*address, workload.uid.clone());
+            self.by_address.claim(*address, workload.uid.clone());
         }
         for endpoint in &workload.endpoints {
             self.endpoints.entry(endpoint.service.clone()).or_default().insert(workload.uid.clone());
@@ -102,14 +103,9 @@ impl View {
     fn take_workload(&mut self, uid: &WorkloadUid) -> Option<Arc<Workload>> {
         let old = self.workloads.remove(uid)?;
         for address in &old.addresses {
-            // The address may be another workload's by now: deltas of two pods come in any order.
-            if self.by_address.get(address) == Some(uid) {
-                self.by_address.remove(address);
-            }
+            self.by_address.release(address, uid);
         }
-        if self.by_pod.get(&old.pod_uid) == Some(uid) {
-            self.by_pod.remove(&old.pod_uid);
-        }
+        self.by_pod.release(&old.pod_uid, uid);
         for endpoint in &old.endpoints {
             if let Some(members) = self.endpoints.get_mut(&endpoint.service) {
                 members.remove(uid);
@@ -124,7 +120,7 @@ impl View {
     fn apply_service(&mut self, service: Service) {
         self.remove_service(&service.name);
         for address in &service.addresses {
-            self.service_by_address.insert(*address, service.name.clone());
+            self.service_by_address.claim(*address, service.name.clone());
         }
         self.services.insert(service.name.clone(), Arc::new(service));
     }
@@ -132,25 +128,23 @@ impl View {
     fn remove_service(&mut self, name: &ServiceName) {
         let Some(old) = self.services.remove(name) else { return };
         for address in &old.addresses {
-            if self.service_by_address.get(address) == Some(name) {
-                self.service_by_address.remove(address);
-            }
+            self.service_by_address.release(address, name);
         }
     }
 
     /// The workload that owns an address.
     pub fn workload_at(&self, address: IpAddr) -> Option<&Arc<Workload>> {
-        self.workloads.get(self.by_address.get(&address)?)
+        self.workloads.get(self.by_address.holder(&address)?)
     }
 
     /// The workload of a pod.
     pub fn workload_of(&self, pod: &PodUid) -> Option<&Arc<Workload>> {
-        self.workloads.get(self.by_pod.get(pod)?)
+        self.workloads.get(self.by_pod.holder(pod)?)
     }
 
     /// The Service that owns an address.
     pub fn service_at(&self, address: IpAddr) -> Option<&Arc<Service>> {
-        self.services.get(self.service_by_address.get(&address)?)
+        self.services.get(self.service_by_address.holder(&address)?)
     }
 
     /// The usable endpoints of a Service, in a stable order.

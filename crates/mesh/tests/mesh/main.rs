@@ -1,0 +1,10 @@
+//! The decisions, as tables over a small world, and the view against a reference model.
+
+mod authorize;
+mod expect;
+mod model;
+mod peers;
+mod policy;
+mod route;
+mod view;
+mod world;

@@ -1,0 +1,224 @@
+//! The control plane: the stream that the view and the trust bundle come from, and who certifies keys.
+//!
+//! One connection for both, made again whenever it is lost. What is known stays meanwhile: a control plane that is gone
+//! changes nothing (P8). The first view of a process goes live only when it is whole: one that lacks a policy would let
+//! through what that policy refuses.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use identity::SpiffeId;
+use identity::chain::Chain;
+use identity::csr::CertificateRequest;
+use identity::lifecycle;
+use mesh::View;
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+use wire::client::{ClientError, Connected, Role};
+use wire::discovery::{Batch, Change, Kind, Known, Removed, Resource};
+
+use crate::certs::Authority;
+use crate::dice;
+use crate::node::Node;
+use crate::process::Args;
+
+/// What a proxy subscribes to.
+const KINDS: &[Kind] = &[Kind::Settings, Kind::Bundle, Kind::Policy, Kind::Address];
+
+/// The life to ask for. The authority may give less, never more than it allows.
+const LIFE: Duration = Duration::from_secs(24 * 3600);
+
+/// How long a certificate request waits for a connection, before it counts as failed and is tried anew.
+const WAIT_FOR_CONNECTION: Duration = Duration::from_secs(10);
+
+/// The longest pause between two attempts to connect.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// The control plane, as this node's proxy has it.
+#[derive(Debug)]
+pub(crate) struct ControlPlane {
+    place: wire::client::ControlPlane,
+    node: Arc<Node>,
+    connection: watch::Sender<Option<Connection>>,
+}
+
+/// The connection, without what would show in a dump.
+#[derive(Clone)]
+struct Connection(Connected);
+
+impl std::fmt::Debug for Connection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Connection")
+    }
+}
+
+impl ControlPlane {
+    /// Not connected yet.
+    pub(crate) fn new(args: &Args, node: Arc<Node>) -> Self {
+        let place = wire::client::ControlPlane {
+            address: args.control,
+            bundle_file: args.bundle.clone(),
+            token_file: args.token.clone(),
+            node: args.node.clone(),
+            role: Role::Proxy,
+            time: Arc::new(node.clock.clone()),
+        };
+        Self { place, node, connection: watch::Sender::new(None) }
+    }
+
+    /// Follows the control plane for ever.
+    pub(crate) async fn follow(self: Arc<Self>) {
+        let mut received = Received::default();
+        let mut failures = 0_u32;
+        loop {
+            let lost = match self.place.connect().await {
+                Ok(connected) => {
+                    tracing::info!(control = %self.place.address, "connected to the control plane");
+                    failures = 0;
+                    self.node.metrics.connected.set(1);
+                    self.connection.send_replace(Some(Connection(connected.clone())));
+                    let lost = self.discover(&connected, &mut received).await;
+                    self.connection.send_replace(None);
+                    self.node.metrics.connected.set(0);
+                    lost
+                }
+                Err(error) => error,
+            };
+            failures = failures.saturating_add(1);
+            tracing::warn!(reason = lost.as_str(), failures, "{lost}");
+            sleep(lifecycle::retry_after(failures, dice::fraction()).min(LONGEST_PAUSE)).await;
+        }
+    }
+
+    /// Takes in what comes, until the stream ends.
+    async fn discover(&self, connected: &Connected, received: &mut Received) -> ClientError {
+        let mut stream = match connected.discover(KINDS, received.known.clone()).await {
+            Ok(stream) => stream,
+            Err(error) => return error,
+        };
+        loop {
+            // Asking for the next batch accepts the last one, and only then is it known whether that made the view whole.
+            let ready = stream.next().now_or_never();
+            if stream.is_complete() {
+                received.go_live(&self.node);
+            }
+            let batch = match ready {
+                Some(batch) => batch,
+                None => stream.next().await,
+            };
+            match batch {
+                Ok(batch) => received.take_in(batch, &self.node),
+                Err(error) => {
+                    received.known = stream.known().clone();
+                    return error;
+                }
+            }
+        }
+    }
+}
+
+/// What has come so far, over all streams.
+#[derive(Default, Debug)]
+struct Received {
+    known: Known,
+    /// What came before the view was whole, in order.
+    staged: Vec<Change>,
+    live: bool,
+}
+
+impl Received {
+    fn take_in(&mut self, batch: Batch, node: &Node) {
+        for refused in &batch.refused {
+            tracing::error!("the control plane sent what is not understood: {refused}");
+        }
+        tracing::debug!(kind = %batch.kind, changes = batch.changes.len(), live = self.live, "news");
+        let (bundles, changes): (Vec<_>, Vec<_>) =
+            batch.changes.into_iter().partition(|change| matches!(change, Change::Set(Resource::Bundle(_))));
+        for change in bundles {
+            if let Change::Set(Resource::Bundle(bundle)) = change {
+                node.certificates.set_bundle(bundle);
+            }
+        }
+        if self.live {
+            node.view.change(|view| changes.into_iter().for_each(|change| apply(view, change)));
+        } else {
+            self.staged.extend(changes);
+        }
+    }
+
+    fn go_live(&mut self, node: &Node) {
+        if !self.live {
+            self.live = true;
+            let staged = std::mem::take(&mut self.staged);
+            tracing::info!(changes = staged.len(), "the view is whole");
+            node.view.change(|view| staged.into_iter().for_each(|change| apply(view, change)));
+        }
+    }
+}
+
+fn apply(view: &mut View, change: Change) {
+    match change {
+        Change::Set(Resource::Mesh(resource)) => view.apply(resource),
+        Change::Removed(Removed::Mesh(key)) => view.remove(&key),
+        // Bundles go to the certificates; pods of the node are not subscribed to.
+        Change::Set(Resource::Bundle(_) | Resource::NodePod(_)) | Change::Removed(Removed::NodePod(_)) => {}
+    }
+}
+
+impl Authority for ControlPlane {
+    async fn certify(&self, id: &SpiffeId, request: &CertificateRequest) -> Result<Chain, String> {
+        let mut connection = self.connection.subscribe();
+        let connected = match timeout(WAIT_FOR_CONNECTION, connection.wait_for(Option::is_some)).await {
+            Ok(Ok(connected)) => connected.clone(),
+            Ok(Err(_)) | Err(_) => None,
+        };
+        let Some(Connection(connected)) = connected else {
+            return Err("there is no connection to the control plane".into());
+        };
+        let texts = connected.certify(request.as_pem(), id, LIFE).await.map_err(|error| error.to_string())?;
+        Chain::from_pem(&texts.concat()).map_err(|error| error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh::{MeshSettings, Policy, PolicyName, Resource as Mesh};
+
+    use super::*;
+    use crate::clock::Clock;
+
+    fn batch(kind: Kind, resource: Mesh) -> Batch {
+        Batch { kind, changes: vec![Change::Set(Resource::Mesh(resource))], refused: Vec::new() }
+    }
+
+    fn policy() -> Mesh {
+        Mesh::Policy(Policy {
+            name: PolicyName { namespace: "a".into(), name: "deny".into() },
+            scope: mesh::Scope::Mesh,
+            action: mesh::Action::Deny,
+            rules: Vec::new(),
+        })
+    }
+
+    #[test]
+    fn a_view_with_holes_does_not_go_live_and_a_whole_one_does_in_one_step() {
+        let node = Node::new(Clock::default(), 1024);
+        let mut received = Received::default();
+        received.take_in(batch(Kind::Settings, Mesh::Settings(MeshSettings::default())), &node);
+        received.take_in(batch(Kind::Policy, policy()), &node);
+        assert!(node.view.read(|view| view.settings().is_none() && view.policies().count() == 0));
+        received.go_live(&node);
+        assert!(node.view.read(|view| view.settings().is_some() && view.policies().count() == 1));
+        assert_eq!(node.view.version(), 1);
+    }
+
+    #[test]
+    fn a_live_view_takes_in_each_batch_at_once() {
+        let node = Node::new(Clock::default(), 1024);
+        let mut received = Received::default();
+        received.go_live(&node);
+        received.take_in(batch(Kind::Policy, policy()), &node);
+        assert_eq!(node.view.read(|view| view.policies().count()), 1);
+    }
+}

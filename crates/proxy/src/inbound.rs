@@ -1,0 +1,214 @@
+//! The life of a connection that a captured pod is to accept. The mirror of `outbound`.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use identity::VerifiedPeer;
+use mesh::{Allowed, Denied, Expectation, Incoming, Mode, RefuseReason};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout_at};
+use wire::tunnel::{Control, FIRST_LEASE};
+
+use crate::connections::{Connection, Decision, Security};
+use crate::first_bytes::{First, FirstBytes, guarded_leg};
+use crate::node::Node;
+use crate::pod::Pod;
+use crate::reasons::{EndedEarly, Side};
+use crate::splice::{self, plain_leg};
+use crate::{legs, tunnel};
+
+/// How long a certificate that contradicts the view may wait for the view: pods come and go faster than news of them.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Serves one connection from the client's first packet to the last byte. Its error is why it ended early; the client
+/// then sees a reset, because that is what its socket does when it is dropped.
+pub(crate) async fn serve(
+    node: &Node,
+    pod: &Arc<Pod>,
+    connection: &Connection,
+    client: TcpStream,
+) -> Result<(), EndedEarly> {
+    let destination = connection.destination().ok_or(EndedEarly::System("getsockopt"))?;
+    let source = connection.source;
+    let expected = expect(node, pod, destination, source)?;
+    let half_read = node.budgets.half_read(source.ip())?;
+
+    let mut first = FirstBytes::new();
+    let seen = first.wait(&client, expected.wait).await?;
+    let (client, hello, half_read) = match seen {
+        First::Hello => (client, first, half_read),
+        First::Other | First::Silent => {
+            drop(half_read);
+            let allowed = allow_in_clear(node, connection, expected, seen)?;
+            let server = legs::to_application(pod, allowed, source).await?;
+            match in_clear(node, connection, client, server, first, seen).await? {
+                Clear::Served => return Ok(()),
+                Clear::HelloAfterAll(client, hello) => (client, hello, node.budgets.half_read(source.ip())?),
+            }
+        }
+    };
+
+    let config = node.certificates.server(&pod.identity).await?;
+    let place = node.budgets.accept(source.ip(), destination).await?;
+    let mut tunnel = tunnel::accept(client, hello.into_bytes(), config).await?;
+    drop((place, half_read));
+
+    let claim = tunnel.receive_open().await?;
+    let connecting = async {
+        // By address and port: an IPv6 socket address has more in it that only one of the two sides sees.
+        let claimed = (claim.source, claim.destination.ip(), claim.destination.port());
+        if claimed != (source.ip(), destination.ip(), destination.port()) {
+            return Err(EndedEarly::OpenMismatch);
+        }
+        let allowed = allow_peer(node, connection, destination, &tunnel.peer, claim.service.as_deref()).await?;
+        legs::to_application(pod, allowed, source).await
+    };
+    let server = match connecting.await {
+        Ok(server) => server,
+        Err(early) => {
+            tunnel.refuse(early.on_the_wire()).await;
+            return Err(early);
+        }
+    };
+    node.metrics.opened(connection);
+
+    tunnel.leg.sink.queue(&Control::Opened { lease: FIRST_LEASE });
+    let mut server = plain_leg(server, Side::Server);
+    let end = match tunnel.leg.sink.send_queued().await {
+        Ok(()) => splice::splice(&mut tunnel.leg, &mut server, &connection.bytes).await,
+        Err(early) => Err(early),
+    };
+    if end.is_ok() {
+        splice::orderly_close(&server.tcp);
+    }
+    // First the application: it is not to wait for what two proxies still have to say to each other.
+    drop(server);
+    match end {
+        Ok(()) => tunnel.finish().await,
+        Err(_) => tunnel.reset().await,
+    }
+    end
+}
+
+fn expect(node: &Node, pod: &Pod, destination: SocketAddr, source: SocketAddr) -> Result<Expectation, EndedEarly> {
+    node.view.read(|view| match view.workload_of(&pod.uid) {
+        Some(workload) => Ok(mesh::expect(view, workload, destination.port(), source.ip())),
+        None => Err(RefuseReason::NoSuchPod.into()),
+    })
+}
+
+/// Decides about a client that shows no certificate.
+fn allow_in_clear(
+    node: &Node,
+    connection: &Connection,
+    expected: Expectation,
+    seen: First,
+) -> Result<Allowed, EndedEarly> {
+    let because = expected.plaintext;
+    let destination = connection.destination().ok_or(EndedEarly::System("getsockopt"))?;
+    let allowed = allow(node, connection, destination, mesh::Security::Plaintext(because), || Decision {
+        to: destination,
+        security: Security::Plaintext(because),
+        other: None,
+        service: None,
+    });
+    allowed.map_err(|denied| match denied.because {
+        // It has not said that it speaks plaintext; all that is known is that no hello came.
+        RefuseReason::Strict | RefuseReason::StrictBypass if seen == First::Silent && expected.mode == Mode::Strict => {
+            RefuseReason::HelloTimeout.into()
+        }
+        because => because.into(),
+    })
+}
+
+/// Decides about a client that has proven who it is. Where the view says that its address is somebody else's, the view
+/// may be late: asks again for a while (T16).
+async fn allow_peer(
+    node: &Node,
+    connection: &Connection,
+    destination: SocketAddr,
+    peer: &VerifiedPeer,
+    service: Option<&str>,
+) -> Result<Allowed, EndedEarly> {
+    let mut changes = node.view.changes();
+    let deadline = Instant::now() + ASK_AGAIN;
+    loop {
+        changes.mark_unchanged();
+        let allowed = allow(node, connection, destination, mesh::Security::Mtls(peer), || Decision {
+            to: destination,
+            security: Security::Mtls(peer.clone()),
+            other: None,
+            service: service.map(Into::into),
+        });
+        match allowed {
+            Ok(allowed) => return Ok(allowed),
+            Err(denied) if denied.because == RefuseReason::IdentityAddressMismatch => {
+                match timeout_at(deadline, changes.changed()).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(_)) | Err(_) => return Err(denied.because.into()),
+                }
+            }
+            Err(denied) => return Err(denied.because.into()),
+        }
+    }
+}
+
+/// Asks for permission, and writes it down under the same look at the view: a change that comes later finds it (`judge`).
+fn allow(
+    node: &Node,
+    connection: &Connection,
+    destination: SocketAddr,
+    security: mesh::Security<'_>,
+    decision: impl FnOnce() -> Decision,
+) -> Result<Allowed, Denied> {
+    let source = connection.source.ip();
+    node.view.read(|view| {
+        let allowed = mesh::authorize(view, Incoming { pod: &connection.pod.uid, destination, source, security });
+        match &allowed {
+            Ok(_) => {
+                let other = view.workload_at(source).map(|it| format!("{}/{}", it.namespace, it.name).into());
+                connection.decide(Decision { other, ..decision() });
+            }
+            Err(denied) => tracing::debug!(pod = %connection.pod.name, %source, %denied, "denied"),
+        }
+        allowed
+    })
+}
+
+/// What became of a connection that was taken for plaintext.
+enum Clear {
+    /// It was, and is over.
+    Served,
+    /// Before the application had said a word, the client began a tunnel: its capture is newer than our view.
+    HelloAfterAll(TcpStream, FirstBytes),
+}
+
+/// The life of a connection in clear. A client that has been silent is not kept from a server that speaks first, and its
+/// first bytes are examined all the same when they come (T17).
+async fn in_clear(
+    node: &Node,
+    connection: &Connection,
+    client: TcpStream,
+    server: TcpStream,
+    mut first: FirstBytes,
+    mut seen: First,
+) -> Result<Clear, EndedEarly> {
+    if seen == First::Silent {
+        seen = tokio::select! {
+            biased;
+            first = first.decide(&client) => first?,
+            _ = server.readable() => First::Silent,
+        };
+    }
+    if seen == First::Hello {
+        return Ok(Clear::HelloAfterAll(client, first));
+    }
+    node.metrics.opened(connection);
+    let mut client = guarded_leg(client, first, seen);
+    let mut server = plain_leg(server, Side::Server);
+    splice::splice(&mut client, &mut server, &connection.bytes).await?;
+    splice::orderly_close(&client.tcp);
+    splice::orderly_close(&server.tcp);
+    Ok(Clear::Served)
+}

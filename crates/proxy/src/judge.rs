@@ -1,0 +1,60 @@
+//! Open connections, judged anew when the view changes: what would be refused now does not go on (DESIGN, section 6).
+
+use std::sync::Arc;
+
+use mesh::{Fallback, Incoming, Mode, Outgoing, RefuseReason, Route, View};
+
+use crate::connections::{Connection, Direction, Registry, Security};
+use crate::reasons::EndedEarly;
+use crate::view::LiveView;
+
+/// Cuts every open connection that the view no longer allows.
+pub(crate) fn judge(view: &LiveView, connections: &Registry) {
+    let all = connections.all();
+    let refused: Vec<(Arc<Connection>, RefuseReason)> =
+        view.read(|view| all.into_iter().filter_map(|open| refused_now(view, &open).map(|why| (open, why))).collect());
+    for (connection, because) in refused {
+        connection.cut(EndedEarly::Refused(because));
+    }
+}
+
+/// Why a connection would be refused if it came now. One that was not decided yet will be, by the new view.
+fn refused_now(view: &View, connection: &Connection) -> Option<RefuseReason> {
+    let decision = connection.decision()?;
+    let because = match connection.direction {
+        Direction::Inbound => {
+            let security = match &decision.security {
+                Security::Mtls(peer) => mesh::Security::Mtls(peer),
+                Security::Plaintext(because) => mesh::Security::Plaintext(*because),
+            };
+            let incoming = Incoming {
+                pod: &connection.pod.uid,
+                destination: decision.to,
+                source: connection.source.ip(),
+                security,
+            };
+            mesh::authorize(view, incoming).err()?.because
+        }
+        Direction::Outbound => match &decision.security {
+            // The other end decides about its own connections; ours is still to whom it was made to.
+            Security::Mtls(_) => return None,
+            Security::Plaintext(_) => in_clear_no_longer(view, connection, decision.to)?,
+        },
+    };
+    // A pod that leaves the view before it leaves the node ends when the agent says so, not in the middle of its farewell.
+    (because != RefuseReason::NoSuchPod && because != RefuseReason::NoView).then_some(because)
+}
+
+/// Why plaintext to this address would be refused now.
+fn in_clear_no_longer(view: &View, connection: &Connection, to: std::net::SocketAddr) -> Option<RefuseReason> {
+    let outgoing = Outgoing { pod: &connection.pod.uid, source: connection.source.ip(), destination: to, dice: 0 };
+    match mesh::route(view, outgoing) {
+        Route::Refuse { because } | Route::Ask(Fallback::Refuse { because }) => Some(because),
+        // It joined the mesh meanwhile. New connections are tunnels; this one may end in peace unless its port is strict.
+        Route::Tunnel(target) => {
+            let strict = target.workload.modes.at(to.port()) == Mode::Strict;
+            strict.then_some(RefuseReason::Strict)
+        }
+        Route::Plaintext { .. } | Route::Ask(Fallback::Plaintext { .. }) => None,
+    }
+}

@@ -1,0 +1,47 @@
+//! THE DATA PATH: every byte between a captured pod and the rest of the world.
+//!
+//! A connection's life is one function: [`outbound`]'s `serve` for what a pod makes, [`inbound`]'s for what it is to
+//! accept. Each reads from top to bottom: what the connection is, what may happen to it, the two legs, and the bytes.
+//!
+//! Invariants, stated as absences:
+//! - no privileged call: sockets of pods come from the agent, ready made;
+//! - no byte reaches a pod without an [`mesh::Allowed`], and none leaves it in clear without a named reason;
+//! - no task serves a connection on two cores, and nothing of it is locked while bytes are copied;
+//! - no connection ends early without a name ([`reasons`]), and none that died looks as if it had ended in order;
+//! - nothing that a stranger sends is queued without a bound;
+//! - no private key leaves this process, or is shown by it.
+
+#![forbid(unsafe_code)]
+
+mod admin;
+mod agent;
+mod budgets;
+mod certs;
+mod clock;
+mod connections;
+mod control_plane;
+mod cores;
+mod coverage;
+mod dice;
+mod first_bytes;
+mod inbound;
+mod judge;
+mod legs;
+mod metrics;
+mod node;
+mod outbound;
+mod pod;
+mod pods;
+mod process;
+mod reasons;
+mod redirect;
+mod splice;
+mod stash;
+mod tunnel;
+mod view;
+mod watched;
+
+#[cfg(test)]
+mod tests;
+
+pub use process::{Args, run};

@@ -1,0 +1,120 @@
+//! A pod of this node, as the data path has it: who it is, and sockets.
+
+use std::collections::HashSet;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use identity::SpiffeId;
+use mesh::PodUid;
+
+use crate::reasons::EndedEarly;
+use crate::stash::Stash;
+
+/// One captured pod.
+#[derive(Debug)]
+pub(crate) struct Pod {
+    /// Its UID.
+    pub(crate) uid: PodUid,
+    /// `namespace/name`, for people.
+    pub(crate) name: Arc<str>,
+    /// The identity that its service account gives it.
+    pub(crate) identity: SpiffeId,
+    /// Its addresses.
+    pub(crate) addresses: Vec<IpAddr>,
+    /// Sockets of its network namespace.
+    pub(crate) stash: Stash,
+    open: AtomicUsize,
+    own_legs: Mutex<HashSet<SocketAddr>>,
+}
+
+impl Pod {
+    /// A pod without connections.
+    pub(crate) fn new(uid: PodUid, name: Arc<str>, identity: SpiffeId, addresses: Vec<IpAddr>, stash: Stash) -> Self {
+        Self { uid, name, identity, addresses, stash, open: AtomicUsize::new(0), own_legs: Mutex::default() }
+    }
+
+    /// Counts a connection in, if the pod may have one more.
+    ///
+    /// # Errors
+    /// [`EndedEarly::OverBudget`] where it may not.
+    pub(crate) fn count_in(self: &Arc<Self>, most: usize) -> Result<Counted, EndedEarly> {
+        let counted = Counted(self.clone());
+        // `counted` counts out again when this refuses.
+        if self.open.fetch_add(1, Ordering::Relaxed) >= most { Err(EndedEarly::OverBudget) } else { Ok(counted) }
+    }
+
+    /// How many connections it has.
+    pub(crate) fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// Remembers the local address of a connection that the data path itself makes to the wire.
+    pub(crate) fn own_leg(self: &Arc<Self>, address: SocketAddr) -> OwnLeg {
+        self.own_legs.lock().unwrap_or_else(PoisonError::into_inner).insert(address);
+        OwnLeg { pod: self.clone(), address }
+    }
+
+    /// Whether a connection comes from the data path itself: capture that captures itself would never stop, and take
+    /// every descriptor on the way.
+    pub(crate) fn is_own_leg(&self, peer: SocketAddr) -> bool {
+        self.own_legs.lock().unwrap_or_else(PoisonError::into_inner).contains(&peer)
+    }
+}
+
+/// A connection that counts for its pod while this lives.
+#[derive(Debug)]
+pub(crate) struct Counted(Arc<Pod>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A connection of the data path's own while this lives.
+#[derive(Debug)]
+pub(crate) struct OwnLeg {
+    pod: Arc<Pod>,
+    address: SocketAddr,
+}
+
+impl Drop for OwnLeg {
+    fn drop(&mut self) {
+        self.pod.own_legs.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.address);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    fn pod() -> Arc<Pod> {
+        let uid = PodUid::from("uid");
+        let stash = Stash::new(uid.clone(), mpsc::unbounded_channel().0);
+        let identity = "spiffe://cluster.local/ns/a/sa/b".parse().unwrap();
+        Arc::new(Pod::new(uid, "a/b".into(), identity, Vec::new(), stash))
+    }
+
+    #[test]
+    fn a_pod_over_its_budget_is_refused_until_one_of_its_connections_ends() {
+        let pod = pod();
+        let first = pod.count_in(1).unwrap();
+        assert_eq!(pod.count_in(1).unwrap_err(), EndedEarly::OverBudget);
+        assert_eq!(pod.open(), 1);
+        drop(first);
+        assert!(pod.count_in(1).is_ok());
+    }
+
+    #[test]
+    fn an_own_leg_is_known_while_it_lives() {
+        let pod = pod();
+        let address = SocketAddr::from(([10, 0, 0, 1], 40_000));
+        let leg = pod.own_leg(address);
+        assert!(pod.is_own_leg(address));
+        drop(leg);
+        assert!(!pod.is_own_leg(address));
+    }
+}

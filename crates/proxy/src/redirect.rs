@@ -1,0 +1,157 @@
+//! From a pod's listeners to the life of each connection.
+//!
+//! There is one acceptor per listener, on the main thread, because a listener cannot be shared by the cores without
+//! letting others join (T24); it hands each connection to the least busy core. A core serves a connection to its end.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh::RefuseReason;
+use tokio::io::unix::AsyncFd;
+use wire::pods::Listener;
+
+use crate::connections::{Connection, Direction};
+use crate::cores::Cores;
+use crate::node::Node;
+use crate::pod::Pod;
+use crate::reasons::EndedEarly;
+use crate::watched::watched;
+use crate::{inbound, legs, outbound};
+
+/// How many connections an acceptor takes before the rest of the main thread has its turn.
+const TURN: usize = 64;
+
+/// How long an acceptor waits when the process has no room for another connection. They stay in the kernel's queue.
+const NO_ROOM: Duration = Duration::from_millis(50);
+
+/// A connection as it was captured.
+#[derive(Debug)]
+pub(crate) struct Captured {
+    /// The client's socket.
+    pub(crate) stream: TcpStream,
+    /// The client's address, from accept: a client that has reset meanwhile has none any more.
+    pub(crate) source: SocketAddr,
+    /// The pod whose listener it came to.
+    pub(crate) pod: Arc<Pod>,
+    /// Which way it goes.
+    pub(crate) direction: Direction,
+}
+
+/// Which way the connections of a listener go.
+pub(crate) fn direction(listener: Listener) -> Direction {
+    match listener {
+        Listener::OutboundV4 | Listener::OutboundV6 => Direction::Outbound,
+        Listener::InboundV4 | Listener::InboundV6 => Direction::Inbound,
+    }
+}
+
+/// Makes a listener ready to be accepted from.
+///
+/// # Errors
+/// The kernel does not let it be watched.
+pub(crate) fn watch(listener: TcpListener) -> io::Result<AsyncFd<TcpListener>> {
+    listener.set_nonblocking(true)?;
+    watched(listener)
+}
+
+/// Accepts for as long as it lives. Dropping it takes the listener out of the event queue, too: the agent holds a
+/// duplicate, and a closed descriptor alone would stay there.
+pub(crate) async fn accept(
+    node: Arc<Node>,
+    listener: AsyncFd<TcpListener>,
+    pod: Arc<Pod>,
+    direction: Direction,
+    cores: Arc<Cores>,
+) {
+    let mut turn = TURN;
+    loop {
+        let Ok(mut ready) = listener.readable().await else { return };
+        match ready.try_io(|listener| listener.get_ref().accept()) {
+            Ok(Ok((stream, source))) => {
+                cores.serve(Captured { stream, source, pod: pod.clone(), direction }).await;
+            }
+            Ok(Err(error)) if is_about_one_connection(&error) => {}
+            Ok(Err(error)) => {
+                node.metrics.accept_failures.inc();
+                tracing::warn!(pod = %pod.name, direction = direction.as_str(), %error, "cannot accept");
+                tokio::time::sleep(NO_ROOM).await;
+            }
+            Err(_would_block) => {}
+        }
+        turn -= 1;
+        if turn == 0 {
+            tokio::task::yield_now().await;
+            turn = TURN;
+        }
+    }
+}
+
+/// Whether accept failed for the client's reasons, as accept(2) tells them, and the next one may be fine at once.
+fn is_about_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind as K;
+    matches!(
+        error.kind(),
+        K::ConnectionAborted
+            | K::ConnectionReset
+            | K::ConnectionRefused
+            | K::Interrupted
+            | K::HostUnreachable
+            | K::NetworkUnreachable
+            | K::NetworkDown
+            | K::TimedOut
+    )
+}
+
+/// Serves one captured connection.
+pub(crate) async fn serve(node: &Node, captured: Captured) {
+    let Captured { stream, source, pod, direction } = captured;
+    let connection = node.connections.open(&node.clock, &pod, direction, source);
+    // How it ended is in the log by then.
+    let _ = to_its_end(node, &connection, life(node, stream, &connection)).await;
+}
+
+/// Lives a connection's life, unless somebody cuts it, and tells how it ended.
+pub(crate) async fn to_its_end(
+    node: &Node,
+    connection: &Connection,
+    life: impl Future<Output = Result<(), EndedEarly>>,
+) -> Result<(), EndedEarly> {
+    node.metrics.open.inc();
+    let end = tokio::select! {
+        biased;
+        why = connection.until_cut() => Err(why),
+        end = life => end,
+    };
+    node.closed(connection, end.as_ref().copied());
+    end
+}
+
+async fn life(node: &Node, stream: TcpStream, connection: &Connection) -> Result<(), EndedEarly> {
+    let pod = &connection.pod;
+    let client = legs::captured(stream)?;
+    let _counted = pod.count_in(node.budgets.connections_per_pod())?;
+    connection.set_destination(dialled(&client)?);
+    if pod.is_own_leg(connection.source) {
+        return Err(RefuseReason::Loop.into());
+    }
+    match connection.direction {
+        Direction::Outbound => outbound::serve(node, pod, connection, client).await,
+        Direction::Inbound => inbound::serve(node, pod, connection, client).await,
+    }
+}
+
+/// What the client dialled, before the rules sent it here. Who dialled our listener itself was not sent.
+fn dialled(client: &tokio::net::TcpStream) -> Result<SocketAddr, EndedEarly> {
+    let here = client.local_addr().map_err(|_| EndedEarly::System("getsockname"))?;
+    match linux::sockets::original_destination(client) {
+        Ok(dialled) if dialled.port() == here.port() && dialled.ip() == here.ip() => {
+            Err(RefuseReason::OwnListener.into())
+        }
+        Ok(dialled) => Ok(dialled),
+        // No rule has touched it.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(RefuseReason::OwnListener.into()),
+        Err(_) => Err(EndedEarly::System("getsockopt")),
+    }
+}

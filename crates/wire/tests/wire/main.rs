@@ -1,0 +1,8 @@
+//! The crate from outside: hellos and frames byte by byte, and a control plane with nodes over real TLS.
+
+mod calls;
+mod control;
+mod files;
+mod hello;
+mod pki;
+mod tunnel;
