@@ -1,0 +1,170 @@
+//! One node's discovery stream: what it asked for, at once and then as it changes.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use tokio::select;
+use tokio::sync::watch;
+use tracing::{debug, info, warn};
+use wire::discovery::{Asked, Kind};
+use wire::server::{DiscoveryStream, Refused};
+
+use crate::ca::token::{Caller, Role};
+use crate::nodes::{Nodes, Registered};
+use crate::publication::{News, Publication};
+
+/// The kinds that a process may have. An agent's are its own node's alone.
+fn allowed(role: Role) -> &'static [Kind] {
+    match role {
+        Role::Agent => &[Kind::Bundle, Kind::NodePod],
+        Role::Proxy => &[Kind::Address, Kind::Policy, Kind::Bundle, Kind::Settings],
+    }
+}
+
+/// Serves a stream until it ends.
+pub(crate) async fn serve(
+    publication: &Publication,
+    nodes: &Nodes,
+    caller: Caller,
+    stream: DiscoveryStream,
+) -> Result<(), Refused> {
+    let Some(registered) = nodes.register(&caller) else {
+        let message = format!("the {} of node {} has too many discovery streams", caller.role.as_str(), caller.node);
+        return Err(Refused::TooMany(message));
+    };
+    info!(node = caller.node, role = caller.role.as_str(), "discovery stream opened");
+    let changes = publication.subscribe();
+    let mut subscriber = Subscriber { publication, registered, stream, caller, seen: BTreeMap::new() };
+    let result = subscriber.run(changes).await;
+    let Caller { node, role } = subscriber.caller;
+    info!(
+        node,
+        role = role.as_str(),
+        refused = result.as_ref().err().map(tracing::field::display),
+        "discovery stream closed"
+    );
+    result
+}
+
+struct Subscriber<'a> {
+    publication: &'a Publication,
+    registered: Registered,
+    stream: DiscoveryStream,
+    caller: Caller,
+    /// By subscribed kind, up to which change the node has been told.
+    seen: BTreeMap<Kind, u64>,
+}
+
+impl Subscriber<'_> {
+    async fn run(&mut self, mut changes: watch::Receiver<u64>) -> Result<(), Refused> {
+        loop {
+            let asked = select! {
+                asked = self.stream.next() => asked?,
+                changed = changes.changed() => {
+                    if changed.is_err() {
+                        return Err(Refused::Unavailable("the control plane is ending".to_owned()));
+                    }
+                    self.tell_news().await;
+                    continue;
+                }
+            };
+            match asked {
+                None => return Ok(()),
+                Some(Asked::Subscribed(kind)) => self.subscribed(kind).await?,
+                Some(Asked::Accepted { kind, current }) => self.accepted(kind, current),
+                Some(Asked::Refused { kind, detail }) => self.refused(kind, detail),
+            }
+        }
+    }
+
+    async fn subscribed(&mut self, kind: Kind) -> Result<(), Refused> {
+        if !allowed(self.caller.role).contains(&kind) {
+            return Err(Refused::NotAllowed(format!("{kind} is not for the {} of a node", self.caller.role.as_str())));
+        }
+        self.reconcile(kind).await;
+        Ok(())
+    }
+
+    /// Tells everything of a kind that the node does not have.
+    async fn reconcile(&mut self, kind: Kind) {
+        // The number first: what is read after it is at least as new, and being told twice does no harm.
+        let number = self.publication.number();
+        let all = self.publication.all(&self.caller.node, kind);
+        let messages = self.stream.reconcile(kind, &all).await;
+        self.told(kind, number, messages);
+    }
+
+    /// Tells what changed since the node was last told.
+    async fn tell_news(&mut self) {
+        let Some(since) = self.seen.values().min().copied() else { return };
+        let (number, news) = self.publication.news(since, &self.caller.node);
+        let subscribed: Vec<Kind> = self.seen.keys().copied().collect();
+        let News::Of(news) = news else {
+            for kind in subscribed {
+                self.reconcile(kind).await;
+            }
+            return;
+        };
+        let changes = |kind| {
+            let names: &BTreeSet<String> = news.get(&kind)?;
+            let resources =
+                names.iter().map(|name| (name.as_str(), self.publication.get(&self.caller.node, kind, name)));
+            let (set, gone): (Vec<_>, Vec<_>) = resources.partition(|(_, resource)| resource.is_some());
+            let set: Vec<_> = set.into_iter().filter_map(|(_, resource)| resource).collect();
+            Some((set, gone.into_iter().map(|(name, _)| name).collect::<Vec<_>>()))
+        };
+        let all: BTreeMap<_, _> = subscribed.iter().filter_map(|kind| Some((*kind, changes(*kind)?))).collect();
+        let mut messages: BTreeMap<Kind, usize> = BTreeMap::new();
+        // A workload that names a policy comes after the policy, and goes before it: in between, the node would refuse
+        // every connection to it.
+        if let Some((set, _)) = all.get(&Kind::Policy) {
+            *messages.entry(Kind::Policy).or_default() += self.stream.update(Kind::Policy, set, []).await;
+        }
+        for (kind, (set, gone)) in all.iter().filter(|(kind, _)| **kind != Kind::Policy) {
+            *messages.entry(*kind).or_default() += self.stream.update(*kind, set, gone.iter().copied()).await;
+        }
+        if let Some((_, gone)) = all.get(&Kind::Policy) {
+            *messages.entry(Kind::Policy).or_default() +=
+                self.stream.update(Kind::Policy, [], gone.iter().copied()).await;
+        }
+        for kind in subscribed {
+            self.told(kind, number, messages.get(&kind).copied().unwrap_or_default());
+        }
+    }
+
+    /// Notes up to which change the node was told, in so many messages.
+    fn told(&mut self, kind: Kind, number: u64, messages: usize) {
+        self.seen.insert(kind, number);
+        debug!(node = self.caller.node, kind = kind.as_str(), number, messages, "told");
+        self.registered.note(kind, |progress| {
+            // Where there was nothing to say and nothing is unanswered, nothing has to be waited for.
+            if messages == 0 && progress.acknowledged == progress.sent {
+                progress.acknowledged = number;
+            }
+            progress.sent = number;
+        });
+    }
+
+    fn accepted(&mut self, kind: Kind, current: bool) {
+        self.registered.note(kind, |progress| {
+            progress.accepted += 1;
+            if current {
+                progress.acknowledged = progress.sent;
+                progress.refusal = None;
+            }
+        });
+    }
+
+    fn refused(&mut self, kind: Kind, detail: String) {
+        warn!(
+            node = self.caller.node,
+            role = self.caller.role.as_str(),
+            kind = kind.as_str(),
+            detail,
+            "a node refuses what it was told"
+        );
+        self.registered.note(kind, |progress| {
+            progress.refused += 1;
+            progress.refusal = Some(detail);
+        });
+    }
+}

@@ -1,0 +1,335 @@
+//! From Kubernetes objects to what nodes are told.
+//!
+//! [`Index::apply`] takes one change and says what is different now. It is synchronous and knows no client, no clock and
+//! no stream; the order in which objects come does not matter, but for what [`Index::captured`] once heard (T47) and for
+//! settings that could not be read.
+//!
+//! `facts` keep the fields of an object that count; `cluster` holds them and knows who depends on whom; `settings`, `modes`,
+//! `enrolment`, `endpoints` and `policy` are the rules, each a function of the cluster; here they are put together, and run
+//! again for what a change can have touched.
+
+mod cluster;
+mod dirty;
+mod endpoints;
+mod enrolment;
+mod facts;
+mod modes;
+mod policy;
+mod settings;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use identity::{SpiffeId, TrustDomain};
+use manifests::k8s_openapi::api::core::v1::ConfigMap;
+use manifests::{Change, Kind, Object, ObjectKey};
+use mesh::{MeshSettings, PodUid, Policy, PolicyName, Service, ServiceName, Workload, WorkloadUid};
+use wire::discovery::NodePod;
+
+use self::cluster::Cluster;
+use self::dirty::Dirty;
+use self::facts::{Name, Pod};
+use crate::problem::Problem;
+
+/// The domain of Services' DNS names.
+const CLUSTER_DOMAIN: &str = "cluster.local";
+
+/// The trust domain that a control plane starts with, from the settings' ConfigMap if there is one.
+pub(crate) fn trust_domain<'a>(objects: impl Iterator<Item = &'a Object>) -> Result<TrustDomain, Problem> {
+    let settings = objects.filter(|object| settings::is_settings(&object.key())).find_map(|object| match object {
+        Object::ConfigMap(settings) => Some(&**settings),
+        _ => None,
+    });
+    settings::trust_domain(settings)
+}
+
+/// The name of something that nodes are told.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub(crate) enum Told {
+    Settings,
+    Workload(WorkloadUid),
+    Service(ServiceName),
+    Policy(PolicyName),
+    /// For the agent of this node alone.
+    NodePod(String, PodUid),
+}
+
+/// What is new, different or gone.
+pub(crate) type Touched = BTreeSet<Told>;
+
+/// Everything that nodes are told.
+#[derive(Default, PartialEq, Debug)]
+pub(crate) struct Views {
+    pub(crate) settings: MeshSettings,
+    pub(crate) workloads: BTreeMap<WorkloadUid, Workload>,
+    pub(crate) services: BTreeMap<ServiceName, Service>,
+    pub(crate) policies: BTreeMap<PolicyName, Policy>,
+    pub(crate) node_pods: BTreeMap<String, BTreeMap<PodUid, NodePod>>,
+    /// Not told, but what workloads are made of.
+    endpoints: BTreeMap<Name, endpoints::Usable>,
+}
+
+impl Views {
+    /// The names of everything.
+    pub(crate) fn all(&self) -> Touched {
+        let mut all = Touched::from([Told::Settings]);
+        all.extend(self.workloads.keys().cloned().map(Told::Workload));
+        all.extend(self.services.keys().cloned().map(Told::Service));
+        all.extend(self.policies.keys().cloned().map(Told::Policy));
+        let pods =
+            self.node_pods.iter().flat_map(|(node, pods)| pods.keys().map(move |uid| (node.clone(), uid.clone())));
+        all.extend(pods.map(|(node, uid)| Told::NodePod(node, uid)));
+        all
+    }
+}
+
+/// Where a problem comes from: what computes it anew replaces it.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Origin {
+    Object(ObjectKey),
+    Settings,
+    PeerAuthentications(String),
+    Pod(Name),
+    Address(IpAddr),
+    Service(Name),
+}
+
+/// The objects, and what follows from them.
+#[derive(Debug)]
+pub(crate) struct Index {
+    cluster: Cluster,
+    views: Views,
+    problems: BTreeMap<Origin, Vec<Problem>>,
+}
+
+impl Index {
+    /// An empty cluster. Identities are of this trust domain as long as the index lives.
+    pub(crate) fn new(trust_domain: TrustDomain) -> Self {
+        Self { cluster: Cluster::new(trust_domain), views: Views::default(), problems: BTreeMap::new() }
+    }
+
+    /// What nodes are told.
+    pub(crate) fn views(&self) -> &Views {
+        &self.views
+    }
+
+    /// All that is wrong, in a stable order.
+    pub(crate) fn problems(&self) -> BTreeSet<&Problem> {
+        self.problems.values().flatten().collect()
+    }
+
+    /// Takes in one change.
+    pub(crate) fn apply(&mut self, change: Change) -> Touched {
+        let mut dirty = Dirty::default();
+        match change {
+            Change::Applied(object) => self.applied(&object, &mut dirty),
+            Change::Deleted(key) => self.deleted(&key, &mut dirty),
+        }
+        self.refresh(dirty)
+    }
+
+    /// Takes in what the agent of a node says to be captured now: the whole truth of that node.
+    ///
+    /// A node speaks for its own pods alone. A pod that is left out after it was captured keeps its capability while it
+    /// lives, so that peers fail instead of falling back to plaintext (T47).
+    pub(crate) fn captured(&mut self, node: &str, pods: BTreeSet<PodUid>) -> Touched {
+        let old = self.cluster.reported.insert(node.to_owned(), pods);
+        let new = &self.cluster.reported[node];
+        let changed: BTreeSet<_> = old.unwrap_or_default().symmetric_difference(new).cloned().collect();
+        let mut dirty = Dirty::default();
+        let pods = self.cluster.pods.values().filter(|pod| pod.node == node && changed.contains(&pod.uid));
+        dirty.pods.extend(pods.map(|pod| pod.name.clone()));
+        self.refresh(dirty)
+    }
+
+    /// Takes in which objects are there in a form that cannot be read, and were never there in another. A policy among
+    /// them refuses all that it may be about (D13).
+    pub(crate) fn unreadable(&mut self, keys: &BTreeSet<ObjectKey>) -> Touched {
+        let mut dirty = Dirty::default();
+        let names: BTreeSet<_> =
+            keys.iter().filter(|key| key.kind == Kind::AuthorizationPolicy).map(Name::of).collect();
+        let stand_ins = self.cluster.authorization_policies.iter().filter(|(_, policy)| policy.stands_in);
+        let settled: Vec<_> = stand_ins.map(|(name, _)| name).filter(|name| !names.contains(name)).cloned().collect();
+        for name in settled {
+            self.set_authorization_policy(&name, None, &mut dirty);
+            self.note(Origin::Object(name.key(Kind::AuthorizationPolicy)), Vec::new());
+        }
+        for name in names {
+            if self.cluster.authorization_policies.contains_key(&name) {
+                continue;
+            }
+            let mut problems = Vec::new();
+            let policy = policy::AuthorizationPolicy::unreadable(&name, &mut problems);
+            self.set_authorization_policy(&name, Some(policy), &mut dirty);
+            self.note(Origin::Object(name.key(Kind::AuthorizationPolicy)), problems);
+        }
+        self.refresh(dirty)
+    }
+
+    /// Whether a pod of this identity that may have a certificate runs on a node.
+    pub(crate) fn runs_on(&self, node: &str, identity: &SpiffeId) -> bool {
+        let pods = self.views.node_pods.get(node).into_iter().flat_map(BTreeMap::values);
+        pods.filter(|pod| pod.capture.is_ok()).any(|pod| pod.identity == *identity)
+    }
+
+    /// The nodes of the cluster.
+    pub(crate) fn nodes(&self) -> impl Iterator<Item = &str> {
+        self.cluster.nodes.keys().map(String::as_str)
+    }
+
+    fn applied(&mut self, object: &Object, dirty: &mut Dirty) {
+        let key = object.key();
+        let name = Name::of(&key);
+        let mut problems = Vec::new();
+        match object {
+            Object::Namespace(namespace) => {
+                let facts = facts::Namespace::read(namespace, &mut problems);
+                let old = self.cluster.namespaces.insert(key.name.clone(), facts.clone());
+                if old.unwrap_or_default() != facts {
+                    dirty.pods_of(&self.cluster, &key.name);
+                }
+            }
+            Object::Node(node) => {
+                let facts = facts::Node::read(node, &mut problems);
+                self.cluster.nodes.insert(key.name.clone(), facts);
+                dirty.settings = true;
+            }
+            Object::Pod(pod) => {
+                let facts = Pod::read(pod, self.cluster.trust_domain(), &mut problems);
+                self.set_pod(&name, facts, dirty);
+            }
+            Object::Service(service) => {
+                let facts = facts::Service::read(service, &mut problems);
+                self.set_service(&name, facts, dirty);
+            }
+            Object::EndpointSlice(slice) => {
+                let facts = facts::Slice::read(slice, &mut problems);
+                self.set_slice(&name, facts, dirty);
+            }
+            Object::ConfigMap(config) if settings::is_settings(&key) => {
+                self.set_settings(Some(config), &mut problems, dirty);
+            }
+            Object::PeerAuthentication(policy) => {
+                let facts = modes::PeerAuthentication::read(policy, &mut problems);
+                self.set_peer_authentication(&name, Some(facts), dirty);
+            }
+            Object::AuthorizationPolicy(policy) => {
+                let facts = policy::AuthorizationPolicy::read(policy, &mut problems);
+                self.set_authorization_policy(&name, Some(facts), dirty);
+            }
+            // A pod's identity is named by the pod, and controllers have made pods of the rest.
+            Object::ConfigMap(_) | Object::ServiceAccount(_) | Object::Deployment(_) => {}
+        }
+        self.note(Origin::Object(key), problems);
+    }
+
+    fn deleted(&mut self, key: &ObjectKey, dirty: &mut Dirty) {
+        let name = Name::of(key);
+        let mut problems = Vec::new();
+        match key.kind {
+            Kind::Namespace => {
+                if self.cluster.namespaces.remove(&key.name).is_some() {
+                    dirty.pods_of(&self.cluster, &key.name);
+                }
+            }
+            Kind::Node => {
+                self.cluster.nodes.remove(&key.name);
+                dirty.settings = true;
+            }
+            Kind::Pod => self.set_pod(&name, None, dirty),
+            Kind::Service => self.set_service(&name, None, dirty),
+            Kind::EndpointSlice => self.set_slice(&name, None, dirty),
+            Kind::ConfigMap if settings::is_settings(key) => self.set_settings(None, &mut problems, dirty),
+            Kind::PeerAuthentication => self.set_peer_authentication(&name, None, dirty),
+            Kind::AuthorizationPolicy => self.set_authorization_policy(&name, None, dirty),
+            Kind::ConfigMap | Kind::ServiceAccount | Kind::Deployment => {}
+        }
+        self.note(Origin::Object(key.clone()), problems);
+    }
+
+    fn set_pod(&mut self, name: &Name, pod: Option<Pod>, dirty: &mut Dirty) {
+        let old = self.cluster.set_pod(name, pod);
+        let new = self.cluster.pods.get(name);
+        if old.as_ref() == new {
+            return;
+        }
+        dirty.pods.insert(name.clone());
+        let place = |pod: &Pod| (pod.node.clone(), pod.uid.clone());
+        dirty.gone.extend(old.as_ref().map(place).filter(|old| new.map(place).as_ref() != Some(old)));
+        for uid in [old.as_ref(), new].into_iter().flatten().map(|pod| &pod.uid) {
+            dirty.pods.extend(self.cluster.pods_with(uid).cloned());
+        }
+        for address in [old.as_ref(), new].into_iter().flatten().flat_map(|pod| &pod.addresses) {
+            dirty.owners_of(&self.cluster, *address);
+            dirty.addresses.insert(*address);
+            dirty.services.extend(self.cluster.claimants_of(*address).cloned());
+        }
+    }
+
+    fn set_service(&mut self, name: &Name, service: Option<facts::Service>, dirty: &mut Dirty) {
+        let old = self.cluster.set_service(name, service);
+        let new = self.cluster.services.get(name);
+        if old.as_ref() == new {
+            return;
+        }
+        dirty.services.insert(name.clone());
+        dirty.endpoints.insert(name.clone());
+        for address in [old.as_ref(), new].into_iter().flatten().flat_map(facts::Service::claimed) {
+            dirty.services.extend(self.cluster.claimants_of(address).cloned());
+        }
+    }
+
+    fn set_slice(&mut self, name: &Name, slice: Option<facts::Slice>, dirty: &mut Dirty) {
+        let service = slice.as_ref().map(|slice| slice.service.clone());
+        let addresses = slice.as_ref().map(facts::Slice::addresses).unwrap_or_default();
+        let old = self.cluster.set_slice(name, slice);
+        dirty.endpoints.extend(service.into_iter().chain(old.as_ref().map(|old| old.service.clone())));
+        // Whether an address may stand for itself depends on all slices that name it.
+        dirty.addresses.extend(addresses.into_iter().chain(old.iter().flat_map(facts::Slice::addresses)));
+    }
+
+    fn set_settings(&mut self, config: Option<&ConfigMap>, problems: &mut Vec<Problem>, dirty: &mut Dirty) {
+        let settings = self.cluster.settings.read(config, self.cluster.trust_domain(), problems);
+        if settings.excluded_ports() != self.cluster.settings.excluded_ports() {
+            dirty.pods.extend(self.cluster.pods.keys().cloned());
+        }
+        self.cluster.settings = settings;
+        dirty.settings = true;
+    }
+
+    fn set_peer_authentication(&mut self, name: &Name, policy: Option<modes::PeerAuthentication>, dirty: &mut Dirty) {
+        if !self.cluster.peer_authentications.set(name, policy) {
+            return;
+        }
+        dirty.pods_in_scope(&self.cluster, &name.namespace);
+        let shadowed = self.cluster.peer_authentications.shadowed(&name.namespace);
+        self.note(Origin::PeerAuthentications(name.namespace.clone()), shadowed);
+    }
+
+    fn set_authorization_policy(
+        &mut self,
+        name: &Name,
+        policy: Option<policy::AuthorizationPolicy>,
+        dirty: &mut Dirty,
+    ) {
+        let old = match policy.clone() {
+            Some(policy) => self.cluster.authorization_policies.insert(name.clone(), policy),
+            None => self.cluster.authorization_policies.remove(name),
+        };
+        if old != policy {
+            dirty.policies.insert(name.clone());
+            dirty.pods_in_scope(&self.cluster, &name.namespace);
+        }
+    }
+
+    fn note(&mut self, origin: Origin, problems: Vec<Problem>) {
+        if problems.is_empty() {
+            self.problems.remove(&origin);
+        } else {
+            self.problems.insert(origin, problems);
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! Which pods are captured, and why the others are not (D14, T13).
+
+use manifests::Kind;
+use mesh::{Mode, Modes, Uncaptured};
+
+use super::facts::{ModeLabel, Namespace, Pod};
+use crate::ROOT_NAMESPACE;
+use crate::problem::Problem;
+
+/// Namespaces that are not captured unless somebody says so: what a cluster needs to start, and ourselves.
+const SYSTEM_NAMESPACES: [&str; 4] = ["kube-system", "kube-public", "kube-node-lease", ROOT_NAMESPACE];
+
+/// Why a pod is not to be captured; `None` where it is.
+///
+/// `captured` says that it is captured already. That is never taken back while the pod lives: peers would go on
+/// tunnelling to it, and what its programs sent meanwhile would be in clear (T4, T47).
+pub(crate) fn exemption(
+    pod: &Pod,
+    namespace: &Namespace,
+    modes: &Modes,
+    captured: bool,
+    problems: &mut Vec<Problem>,
+) -> Option<Uncaptured> {
+    if pod.host_network {
+        return Some(Uncaptured::HostNetwork);
+    }
+    let object = || pod.name.as_kind(Kind::Pod);
+    let wanted = wanted_exemption(pod, namespace, problems)?;
+    if captured {
+        let message = "is captured and stays so while it lives, although it is exempt by its labels now; restart it";
+        problems.push(Problem::warning(object(), message));
+        return None;
+    }
+    let is_strict = modes.default == Mode::Strict || modes.ports.values().any(|mode| *mode == Mode::Strict);
+    match wanted {
+        Uncaptured::OptedOut if is_strict => {
+            let message = "opts out by justmtls.dev/mode: off, and a STRICT PeerAuthentication selects it: strict \
+                           wins and it is captured; make its ports PERMISSIVE, or remove the label";
+            problems.push(Problem::warning(object(), message));
+            None
+        }
+        Uncaptured::SystemNamespace if is_strict && pod.name.namespace != ROOT_NAMESPACE => {
+            let message = "is STRICT by a PeerAuthentication, which nothing enforces: pods of system namespaces are \
+                           captured only with the label justmtls.dev/mode: on";
+            problems.push(Problem::warning(object(), message));
+            Some(wanted)
+        }
+        _ => Some(wanted),
+    }
+}
+
+/// What labels and namespaces say.
+fn wanted_exemption(pod: &Pod, namespace: &Namespace, problems: &mut Vec<Problem>) -> Option<Uncaptured> {
+    let is_system = SYSTEM_NAMESPACES.contains(&pod.name.namespace.as_str());
+    let by_namespace = match namespace.mode {
+        Some(ModeLabel::On) => None,
+        Some(ModeLabel::Off) => Some(Uncaptured::OptedOut),
+        None => is_system.then_some(Uncaptured::SystemNamespace),
+    };
+    match pod.mode {
+        Some(ModeLabel::On) => None,
+        Some(ModeLabel::Off) if namespace.allows_opt_out => Some(Uncaptured::OptedOut),
+        Some(ModeLabel::Off) => {
+            if by_namespace.is_none() {
+                let message = "opts out by justmtls.dev/mode: off, which its namespace does not allow: it is captured; \
+                               label the namespace justmtls.dev/allow-opt-out: \"true\" to allow it";
+                problems.push(Problem::warning(pod.name.as_kind(Kind::Pod), message));
+            }
+            by_namespace
+        }
+        None => by_namespace,
+    }
+}

@@ -1,0 +1,87 @@
+//! Istio's AuthorizationPolicy at layer 4: translated exactly, or refusing (D13).
+//!
+//! A policy of which a part cannot be enforced here is not weakened to the rest of it: it becomes a DENY of everything
+//! that it selects, and a problem says why.
+//! <https://istio.io/latest/docs/reference/config/security/authorization-policy/>
+
+mod translate;
+
+use std::collections::BTreeMap;
+
+use manifests::Kind;
+use manifests::istio::AuthorizationPolicy as Object;
+use mesh::{Action, Policy, PolicyName, Rule, Scope};
+
+use super::facts::Name;
+use crate::ROOT_NAMESPACE;
+use crate::problem::Problem;
+
+/// The annotation by which Istio's own planes only log what a policy would do.
+const DRY_RUN: &str = "istio.io/dry-run";
+
+/// A policy as it is published, and whom it selects.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct AuthorizationPolicy {
+    pub(crate) policy: Policy,
+    /// Labels that a pod must have; empty: all of the scope.
+    selector: BTreeMap<String, String>,
+    /// It is in the place of one that cannot be read.
+    pub(crate) stands_in: bool,
+}
+
+/// The name on the stream of a policy.
+pub(crate) fn policy_name(name: &Name) -> PolicyName {
+    PolicyName { namespace: name.namespace.as_str().into(), name: name.name.as_str().into() }
+}
+
+impl AuthorizationPolicy {
+    pub(crate) fn read(object: &Object, problems: &mut Vec<Problem>) -> Self {
+        let name = Name::of_metadata(&object.metadata);
+        let subject = name.as_kind(Kind::AuthorizationPolicy);
+        let spec = &object.spec;
+        let selector = spec.selector.as_ref().map(|selector| selector.match_labels.clone()).unwrap_or_default();
+        let scope = match (selector.is_empty(), name.namespace == ROOT_NAMESPACE) {
+            (false, _) => Scope::Selected,
+            (true, true) => Scope::Mesh,
+            (true, false) => Scope::Namespace,
+        };
+        let dry_run = object.metadata.annotations.as_ref().and_then(|annotations| annotations.get(DRY_RUN));
+        if dry_run.is_some_and(|value| value == "true") {
+            let message =
+                format!("annotation {DRY_RUN} is not supported and the policy is enforced; delete it to stop that");
+            problems.push(Problem::warning(&subject, message));
+        }
+        let (action, rules) = translate::rules(spec, &name.namespace).unwrap_or_else(|unsupported| {
+            let message = format!(
+                "{unsupported}; every connection to what the policy selects is refused, because a part of a policy is \
+                 not the policy: remove that field or the policy"
+            );
+            problems.push(Problem::error(&subject, message));
+            (Action::Deny, vec![Rule::default()])
+        });
+        Self { policy: Policy { name: policy_name(&name), scope, action, rules }, selector, stands_in: false }
+    }
+
+    /// The policy in the place of one that cannot be read: whom it selects is not known either, so that it may be
+    /// anybody in its scope.
+    pub(crate) fn unreadable(name: &Name, problems: &mut Vec<Problem>) -> Self {
+        let scope = if name.namespace == ROOT_NAMESPACE { Scope::Mesh } else { Scope::Namespace };
+        let whom =
+            if scope == Scope::Mesh { "of the mesh".to_owned() } else { format!("of namespace {}", name.namespace) };
+        let message = format!(
+            "cannot be read, and no earlier state of it is known; every connection to pods {whom} is refused, because it \
+             may be meant to refuse them: correct it or remove it"
+        );
+        problems.push(Problem::error(name.as_kind(Kind::AuthorizationPolicy), message));
+        let policy = Policy { name: policy_name(name), scope, action: Action::Deny, rules: vec![Rule::default()] };
+        Self { policy, selector: BTreeMap::new(), stands_in: true }
+    }
+
+    /// Whether a pod must name the policy: those of a whole namespace or mesh apply without.
+    pub(crate) fn selects(&self, namespace: &str, labels: &BTreeMap<String, String>) -> bool {
+        let own = &*self.policy.name.namespace;
+        self.policy.scope == Scope::Selected
+            && (own == ROOT_NAMESPACE || own == namespace)
+            && self.selector.iter().all(|(key, value)| labels.get(key) == Some(value))
+    }
+}

@@ -1,0 +1,165 @@
+//! Settings of the whole mesh, from the ConfigMap `justmtls-system/justmtls` and from Nodes.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use identity::TrustDomain;
+use ipnet::IpNet;
+use manifests::k8s_openapi::api::core::v1::ConfigMap;
+use manifests::{Kind, ObjectKey};
+use mesh::MeshSettings;
+
+use super::facts::Node;
+use crate::problem::{Problem, quoted};
+use crate::{ROOT_NAMESPACE, SETTINGS_NAME};
+
+const TRUST_DOMAIN: &str = "trustDomain";
+const INSIDE: &str = "insideCIDRs";
+const MIXED: &str = "mixedCIDRs";
+const SERVICES: &str = "serviceCIDRs";
+const EXCLUDED_PORTS: &str = "excludedPorts";
+
+/// The trust domain where nobody names one.
+const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
+
+/// What the ConfigMap says, besides the trust domain.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Settings {
+    inside: BTreeSet<IpNet>,
+    mixed: BTreeSet<IpNet>,
+    services: BTreeSet<IpNet>,
+    excluded_ports: BTreeSet<u16>,
+}
+
+/// Whether an object is the one with the settings.
+pub(crate) fn is_settings(key: &ObjectKey) -> bool {
+    key.kind == Kind::ConfigMap && key.namespace.as_deref() == Some(ROOT_NAMESPACE) && key.name == SETTINGS_NAME
+}
+
+/// The trust domain that a control plane starts with.
+///
+/// # Errors
+/// Where the ConfigMap names one that is none: an identity is not guessed.
+pub(crate) fn trust_domain(settings: Option<&ConfigMap>) -> Result<TrustDomain, Problem> {
+    let named = settings.and_then(|settings| settings.data.as_ref()).and_then(|data| data.get(TRUST_DOMAIN));
+    named.map_or(DEFAULT_TRUST_DOMAIN, |name| name.trim()).parse().map_err(|error| {
+        let named = quoted(named.map_or("", String::as_str));
+        Problem::error(object(), format!("field data.{TRUST_DOMAIN}: {named} is not a trust domain: {error}"))
+    })
+}
+
+fn object() -> String {
+    let (namespace, name) = (Some(ROOT_NAMESPACE.to_owned()), SETTINGS_NAME.to_owned());
+    ObjectKey { kind: Kind::ConfigMap, namespace, name }.to_string()
+}
+
+impl Settings {
+    /// Reads the ConfigMap. A key that cannot be read keeps its last value: with a range left out, pods in it would
+    /// count as outside of the cluster and be spoken to in clear.
+    pub(crate) fn read(
+        &self,
+        settings: Option<&ConfigMap>,
+        trust_domain: &TrustDomain,
+        problems: &mut Vec<Problem>,
+    ) -> Self {
+        let empty = BTreeMap::new();
+        let data = settings.and_then(|settings| settings.data.as_ref()).unwrap_or(&empty);
+        for key in
+            data.keys().filter(|key| ![TRUST_DOMAIN, INSIDE, MIXED, SERVICES, EXCLUDED_PORTS].contains(&key.as_str()))
+        {
+            let message = format!("field data.{} is not a setting and is left out; remove it", quoted(key));
+            problems.push(Problem::warning(object(), message));
+        }
+        let named = data.get(TRUST_DOMAIN).map_or(DEFAULT_TRUST_DOMAIN, |name| name.trim());
+        if named != trust_domain.as_str() {
+            let message = format!(
+                "field data.{TRUST_DOMAIN} is {}, and the control plane started with {trust_domain} and stays with it: \
+                 every identity would change; set it back, or restart the control plane with a new --ca directory",
+                quoted(named)
+            );
+            problems.push(Problem::error(object(), message));
+        }
+        Self {
+            inside: list(data, INSIDE, &self.inside, problems),
+            mixed: list(data, MIXED, &self.mixed, problems),
+            services: list(data, SERVICES, &self.services, problems),
+            excluded_ports: list(data, EXCLUDED_PORTS, &self.excluded_ports, problems),
+        }
+    }
+
+    /// Ports that are never captured, ascending.
+    pub(crate) fn excluded_ports(&self) -> Vec<u16> {
+        self.excluded_ports.iter().copied().collect()
+    }
+
+    /// What nodes are told.
+    pub(crate) fn publish(&self, nodes: &BTreeMap<String, Node>, problems: &mut Vec<Problem>) -> MeshSettings {
+        let pods: BTreeSet<_> = nodes.values().flat_map(|node| node.pod_ranges.iter().copied()).collect();
+        if self.inside.is_empty() && self.mixed.is_empty() {
+            for (name, _) in nodes.iter().filter(|(_, node)| node.pod_ranges.is_empty()) {
+                let message = format!(
+                    "has no spec.podCIDRs, so that addresses of pods that are not known yet would count as outside; \
+                     list the pods' ranges in {} as {INSIDE} or {MIXED}",
+                    object()
+                );
+                problems.push(Problem::warning(format!("{} {name}", Kind::Node), message));
+            }
+        }
+        let inside: BTreeSet<_> = pods.union(&self.inside).chain(&self.services).copied().collect();
+        let nodes: BTreeSet<_> = nodes.values().flat_map(|node| node.addresses.iter().copied()).collect();
+        MeshSettings {
+            inside: inside.into_iter().collect(),
+            mixed: self.mixed.iter().copied().collect(),
+            nodes: nodes.into_iter().collect(),
+        }
+    }
+}
+
+/// A list with commas or white space between its entries.
+fn list<T: Entry>(
+    data: &BTreeMap<String, String>,
+    key: &str,
+    last: &BTreeSet<T>,
+    problems: &mut Vec<Problem>,
+) -> BTreeSet<T> {
+    let text = data.get(key).map_or("", String::as_str);
+    let entries = text.split([',', ' ', '\t', '\n', '\r']).filter(|entry| !entry.is_empty());
+    let mut read = BTreeSet::new();
+    for entry in entries {
+        match T::read(entry) {
+            Some(value) => read.insert(value),
+            None => {
+                let message = format!(
+                    "field data.{key}: {} is not {}; the last good value of the field stays",
+                    quoted(entry),
+                    T::WHAT
+                );
+                problems.push(Problem::error(object(), message));
+                return last.clone();
+            }
+        };
+    }
+    read
+}
+
+/// Something that settings list.
+trait Entry: Ord + Clone {
+    const WHAT: &str;
+    fn read(text: &str) -> Option<Self>;
+}
+
+impl Entry for IpNet {
+    const WHAT: &str = "a range such as 10.0.0.0/8";
+
+    fn read(text: &str) -> Option<Self> {
+        // The same range in two spellings is one range.
+        text.parse::<IpNet>().ok().map(|range| range.trunc())
+    }
+}
+
+impl Entry for u16 {
+    const WHAT: &str = "a port from 1 to 65535";
+
+    fn read(text: &str) -> Option<Self> {
+        text.parse().ok().filter(|port| *port != 0)
+    }
+}

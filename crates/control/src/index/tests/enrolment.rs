@@ -1,0 +1,164 @@
+//! Which pods are captured (D14, T13), and what capture once reported keeps (T47).
+
+use mesh::{Speaks, Uncaptured};
+
+use super::super::Told;
+use super::{
+    apply, assert_no_problems, assert_problem, captured, delete, index, namespace, peer_authentication, pod, workload,
+};
+
+const OFF: &str = "  labels: {justmtls.dev/mode: \"off\"}";
+const ON: &str = "  labels: {justmtls.dev/mode: \"on\"}";
+const NS_OFF: &str = "justmtls.dev/mode: \"off\"";
+const NS_ON: &str = "justmtls.dev/mode: \"on\"";
+const NS_ALLOWS: &str = "justmtls.dev/allow-opt-out: \"true\"";
+
+#[test]
+fn labels_and_namespaces_decide_who_is_captured() {
+    use Uncaptured::{HostNetwork, OptedOut, Pending, SystemNamespace};
+    let host = "  hostNetwork: true";
+    for (namespace_name, labels, metadata, spec, expected) in [
+        ("shop", "", "", "", Pending),
+        ("shop", "", "", host, HostNetwork),
+        ("shop", NS_OFF, "", "", OptedOut),
+        ("shop", NS_OFF, ON, "", Pending),
+        ("shop", NS_ALLOWS, OFF, "", OptedOut),
+        ("shop", "", OFF, "", Pending),
+        ("kube-system", "", "", "", SystemNamespace),
+        ("kube-public", "", "", "", SystemNamespace),
+        ("kube-node-lease", "", "", "", SystemNamespace),
+        ("justmtls-system", "", "", "", SystemNamespace),
+        ("kube-system", NS_ON, "", "", Pending),
+        ("kube-system", "", ON, "", Pending),
+        ("kube-system", "", ON, host, HostNetwork),
+    ] {
+        let text = namespace(namespace_name, labels) + &pod(namespace_name, "web", "10.88.16.5", metadata, spec);
+        let index = index(&text);
+        assert_eq!(workload(&index, namespace_name, "web").uncaptured, Some(expected), "{text}");
+        let told = index.views().node_pods["node-a"].values().next().unwrap();
+        assert_eq!(told.capture.err(), Some(expected).filter(|exempt| *exempt != Pending), "{text}");
+    }
+}
+
+#[test]
+fn a_pod_in_the_hosts_network_publishes_no_address() {
+    let index = index(&pod("shop", "web", "10.88.0.10", "", "  hostNetwork: true"));
+    assert!(workload(&index, "shop", "web").addresses.is_empty());
+}
+
+#[test]
+fn an_opt_out_that_the_namespace_does_not_allow_is_a_problem() {
+    let mut index = index(&pod("shop", "web", "10.88.16.5", OFF, ""));
+    assert_problem(&index, "Pod shop/web", "which its namespace does not allow");
+    apply(&mut index, &namespace("shop", NS_ALLOWS));
+    assert_no_problems(&index);
+    assert_eq!(workload(&index, "shop", "web").uncaptured, Some(Uncaptured::OptedOut));
+}
+
+#[test]
+fn an_unknown_mode_label_is_a_problem_and_exempts_nobody() {
+    let index = index(&pod("shop", "web", "10.88.16.5", "  labels: {justmtls.dev/mode: disabled}", ""));
+    assert_problem(&index, "Pod shop/web", "label justmtls.dev/mode is disabled");
+    assert_eq!(workload(&index, "shop", "web").uncaptured, Some(Uncaptured::Pending));
+}
+
+#[test]
+fn strict_beats_an_opt_out_at_every_scope() {
+    for (policy_namespace, spec) in [
+        ("justmtls-system", "{mtls: {mode: STRICT}}"),
+        ("shop", "{mtls: {mode: STRICT}}"),
+        ("shop", "{selector: {matchLabels: {app: web}}, portLevelMtls: {\"80\": {mode: STRICT}}}"),
+    ] {
+        let labels = "  labels: {app: web, justmtls.dev/mode: \"off\"}";
+        let mut index = index(&(namespace("shop", NS_ALLOWS) + &pod("shop", "web", "10.88.16.5", labels, "")));
+        assert_eq!(workload(&index, "shop", "web").uncaptured, Some(Uncaptured::OptedOut));
+        apply(&mut index, &peer_authentication(policy_namespace, "default", spec));
+        assert_eq!(workload(&index, "shop", "web").uncaptured, Some(Uncaptured::Pending));
+        assert_problem(&index, "Pod shop/web", "strict wins");
+        delete(&mut index, "PeerAuthentication", policy_namespace, "default");
+        assert_eq!(workload(&index, "shop", "web").uncaptured, Some(Uncaptured::OptedOut));
+        assert_no_problems(&index);
+    }
+}
+
+#[test]
+fn strict_that_nothing_enforces_in_a_system_namespace_is_a_problem() {
+    let text = pod("kube-system", "dns", "10.88.16.5", "", "")
+        + &peer_authentication("kube-system", "default", "{mtls: {mode: STRICT}}");
+    let index = index(&text);
+    assert_eq!(workload(&index, "kube-system", "dns").uncaptured, Some(Uncaptured::SystemNamespace));
+    assert_problem(&index, "Pod kube-system/dns", "which nothing enforces");
+}
+
+#[test]
+fn a_reported_capture_is_published_and_touches_that_pod_alone() {
+    let mut index = index(&(pod("shop", "web", "10.88.16.5", "", "") + &pod("shop", "db", "10.88.16.6", "", "")));
+    let touched = captured(&mut index, "node-a", &["uid-shop-web"]);
+    assert_eq!(touched.into_iter().collect::<Vec<_>>(), [Told::Workload("Kubernetes//Pod/shop/web".into())]);
+    assert_eq!(workload(&index, "shop", "web").speaks, Speaks::JustMtls);
+    assert_eq!(workload(&index, "shop", "web").uncaptured, None);
+    assert_eq!(workload(&index, "shop", "db").speaks, Speaks::Nothing);
+}
+
+#[test]
+fn a_node_speaks_for_its_own_pods_alone_and_never_for_those_in_the_hosts_network() {
+    let text = pod("shop", "web", "10.88.16.5", "", "") + &pod("shop", "host", "10.88.0.10", "", "  hostNetwork: true");
+    let mut index = index(&text);
+    captured(&mut index, "node-b", &["uid-shop-web"]);
+    captured(&mut index, "node-a", &["uid-shop-host"]);
+    assert_eq!(workload(&index, "shop", "web").speaks, Speaks::Nothing);
+    assert_eq!(workload(&index, "shop", "host").speaks, Speaks::Nothing);
+}
+
+#[test]
+fn a_capture_reported_before_the_pod_is_known_counts_when_it_comes() {
+    let mut index = index("");
+    captured(&mut index, "node-a", &["uid-shop-web"]);
+    apply(&mut index, &pod("shop", "web", "10.88.16.5", "", ""));
+    assert_eq!(workload(&index, "shop", "web").speaks, Speaks::JustMtls);
+}
+
+#[test]
+fn a_captured_pod_stays_so_while_it_lives_whatever_is_reported_or_labelled() {
+    let mut index = index(&pod("shop", "web", "10.88.16.5", "", ""));
+    captured(&mut index, "node-a", &["uid-shop-web"]);
+    assert!(captured(&mut index, "node-a", &[]).is_empty());
+    assert_eq!(workload(&index, "shop", "web").speaks, Speaks::JustMtls);
+    assert_problem(&index, "Pod shop/web", "does not report it any more");
+
+    apply(&mut index, &namespace("shop", NS_OFF));
+    assert_eq!(workload(&index, "shop", "web").speaks, Speaks::JustMtls);
+    assert_eq!(index.views().node_pods["node-a"].values().next().unwrap().capture, Ok(()));
+    assert_problem(&index, "Pod shop/web", "stays so while it lives");
+
+    delete(&mut index, "Pod", "shop", "web");
+    assert_no_problems(&index);
+}
+
+#[test]
+fn a_pod_made_again_under_the_same_name_starts_uncaptured() {
+    let text = pod("shop", "web", "10.88.16.5", "", "");
+    let mut index = index(&text);
+    captured(&mut index, "node-a", &["uid-shop-web"]);
+    let touched = apply(&mut index, &text.replace("uid-shop-web", "uid-second"));
+    assert_eq!(workload(&index, "shop", "web").speaks, Speaks::Nothing);
+    assert!(touched.contains(&Told::NodePod("node-a".to_owned(), "uid-shop-web".into())));
+    assert!(touched.contains(&Told::NodePod("node-a".to_owned(), "uid-second".into())));
+    assert_eq!(index.views().node_pods["node-a"].len(), 1);
+}
+
+#[test]
+fn a_certificate_is_for_enrolled_pods_of_that_node_alone() {
+    let text = namespace("shop", NS_ALLOWS)
+        + &pod("shop", "web", "10.88.16.5", "", "  serviceAccountName: web")
+        + &pod("shop", "out", "10.88.16.6", OFF, "  serviceAccountName: out")
+        + &pod("shop", "host", "10.88.0.10", "", "  serviceAccountName: host\n  hostNetwork: true")
+        + &pod("shop", "done", "10.88.16.7", "", "  serviceAccountName: done").replace("Running", "Succeeded");
+    let index = index(&text);
+    let id = |account: &str| format!("spiffe://cluster.local/ns/shop/sa/{account}").parse().unwrap();
+    assert!(index.runs_on("node-a", &id("web")));
+    assert!(!index.runs_on("node-b", &id("web")));
+    for account in ["out", "host", "done", "nobody"] {
+        assert!(!index.runs_on("node-a", &id(account)), "{account}");
+    }
+}

@@ -1,0 +1,108 @@
+//! THE CONTROL PLANE: from Kubernetes objects to what each node knows, and the certificates of its pods.
+//!
+//! ```text
+//! watch ─Batch─► control ─► index ─Touched─► publication ─► discovery ─► nodes
+//!                  ▲  ▲                                        report ─┘ (captured)
+//!           ca ────┘  └──── admin
+//! ```
+//!
+//! One task owns the index and is woken by one closed `enum Event`; everything else asks it, or reads what it published.
+//!
+//! Invariants, stated as absences:
+//! - the index knows no client, no clock and no stream, and Kubernetes ends at its `apply`;
+//! - nothing is served before every object has been listed once;
+//! - no removal is derived from something that could not be read: the last good state stays;
+//! - a policy is never dropped and never weakened: what cannot be enforced refuses what it selects;
+//! - no pod that was published as captured is ever published as anything else while it lives;
+//! - no certificate names what a request asked for: subject and validity are decided here, the root's key is nowhere;
+//! - a malformed object, request or token affects only itself.
+
+#![forbid(unsafe_code)]
+
+mod clock;
+mod problem;
+
+mod index;
+mod publication;
+mod watch;
+
+mod ca;
+mod discovery;
+mod nodes;
+mod report;
+mod server;
+
+mod admin;
+mod control;
+mod metrics;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub use control::run;
+
+/// The namespace of the product itself, and of policies that speak for the whole mesh (D14).
+const ROOT_NAMESPACE: &str = "justmtls-system";
+/// The control plane's own service account.
+const CONTROL_SERVICE_ACCOUNT: &str = "justmtls-control";
+/// The ConfigMap with the settings of the mesh.
+const SETTINGS_NAME: &str = "justmtls";
+
+/// What the control plane is started with.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Args {
+    /// Folder of Kubernetes YAML: the objects of the cluster. A change counts when a file is closed or renamed into it.
+    #[arg(long, value_name = "DIR")]
+    pub objects: PathBuf,
+    /// Address to serve nodes on.
+    #[arg(long, value_name = "ADDR", default_value = "[::]:15012")]
+    pub listen: SocketAddr,
+    /// File of lines `token,role,node`, where the role is agent or proxy. It is read again when it changes.
+    #[arg(long, value_name = "FILE")]
+    pub tokens: PathBuf,
+    /// Folder of the certificate authority, made and filled if it is empty: root.pem, intermediate.pem, intermediate.key.
+    #[arg(long, value_name = "DIR")]
+    pub ca: PathBuf,
+    /// File to publish the roots in, as PEM.
+    #[arg(long, value_name = "FILE")]
+    pub publish_bundle: PathBuf,
+    /// Unix socket for dumps, which is made here.
+    #[arg(long, value_name = "SOCKET")]
+    pub admin: PathBuf,
+    /// Longest life of a workload's certificate, as 24h, 90m or 20s.
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = lifetime)]
+    pub leaf_validity: Duration,
+}
+
+/// A whole number of seconds, minutes, hours or days.
+fn lifetime(text: &str) -> Result<Duration, String> {
+    const WRONG: &str = "write a whole number with s, m, h or d behind it, such as 24h";
+    let unit = text.chars().next_back().ok_or(WRONG)?;
+    let seconds = match unit {
+        's' => 1,
+        'm' => 60,
+        'h' => 3600,
+        'd' => 24 * 3600,
+        _ => return Err(WRONG.to_owned()),
+    };
+    let number: u64 = text[..text.len() - 1].parse().map_err(|_| WRONG)?;
+    let life = number.checked_mul(seconds).filter(|life| *life > 0).ok_or("a certificate lives for at least 1s")?;
+    Ok(Duration::from_secs(life))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lifetime_is_a_number_with_a_unit() {
+        assert_eq!(lifetime("24h"), Ok(Duration::from_secs(86_400)));
+        assert_eq!(lifetime("20s"), Ok(Duration::from_secs(20)));
+        assert_eq!(lifetime("90m"), Ok(Duration::from_secs(5_400)));
+        assert_eq!(lifetime("2d"), Ok(Duration::from_secs(172_800)));
+        for wrong in ["", "24", "h", "0s", "-1h", "1.5h", "1w", "99999999999999999999s", "9999999999999999999d"] {
+            assert!(lifetime(wrong).is_err(), "{wrong}");
+        }
+    }
+}

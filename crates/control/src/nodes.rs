@@ -1,0 +1,133 @@
+//! Which nodes are connected, and what each has acknowledged: the control plane knows N of N.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::Serialize;
+use wire::discovery::Kind;
+
+use crate::ca::token::Caller;
+
+/// Discovery streams that one process of a node may have: its own, that of its successor in an upgrade, and a few that are
+/// dead without our knowing yet.
+const MAX_STREAMS: usize = 8;
+
+/// The streams that are open.
+#[derive(Default, Clone, Debug)]
+pub(crate) struct Nodes(Arc<Mutex<Open>>);
+
+#[derive(Default, Debug)]
+struct Open {
+    last_id: u64,
+    streams: BTreeMap<u64, Stream>,
+}
+
+/// One open stream, for `/nodes`.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Stream {
+    node: String,
+    role: &'static str,
+    kinds: BTreeMap<&'static str, Progress>,
+}
+
+/// How far a stream is with one kind.
+#[derive(Clone, Default, Debug, Serialize, PartialEq, Eq)]
+pub(crate) struct Progress {
+    /// Up to which change the node was told.
+    pub(crate) sent: u64,
+    /// Up to which change it has accepted everything.
+    pub(crate) acknowledged: u64,
+    /// Responses accepted.
+    pub(crate) accepted: u64,
+    /// Responses refused.
+    pub(crate) refused: u64,
+    /// What the node said when it last refused one, if it has accepted none since.
+    pub(crate) refusal: Option<String>,
+}
+
+/// An open stream; it is closed when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Registered {
+    nodes: Nodes,
+    id: u64,
+}
+
+impl Nodes {
+    /// Notes a new stream; `None` where its process has too many.
+    pub(crate) fn register(&self, caller: &Caller) -> Option<Registered> {
+        let mut open = self.lock();
+        let same = |stream: &&Stream| stream.node == caller.node && stream.role == caller.role.as_str();
+        if open.streams.values().filter(same).count() >= MAX_STREAMS {
+            return None;
+        }
+        open.last_id += 1;
+        let number = open.last_id;
+        let role = caller.role.as_str();
+        let stream = Stream { node: caller.node.clone(), role, kinds: BTreeMap::new() };
+        open.streams.insert(number, stream);
+        Some(Registered { nodes: self.clone(), id: number })
+    }
+
+    /// The streams that are open, by node.
+    pub(crate) fn all(&self) -> BTreeMap<String, Vec<Stream>> {
+        let mut nodes: BTreeMap<String, Vec<Stream>> = BTreeMap::new();
+        for stream in self.lock().streams.values() {
+            nodes.entry(stream.node.clone()).or_default().push(stream.clone());
+        }
+        nodes
+    }
+
+    /// How many streams are open.
+    pub(crate) fn open(&self) -> usize {
+        self.lock().streams.len()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Open> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Registered {
+    /// Notes progress with a kind.
+    pub(crate) fn note(&self, kind: Kind, change: impl FnOnce(&mut Progress)) {
+        let mut open = self.nodes.lock();
+        if let Some(stream) = open.streams.get_mut(&self.id) {
+            change(stream.kinds.entry(kind.as_str()).or_default());
+        }
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.nodes.lock().streams.remove(&self.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ca::token::Role;
+
+    #[test]
+    fn a_stream_is_listed_while_it_is_open() {
+        let nodes = Nodes::default();
+        let proxy = Caller { role: Role::Proxy, node: "node-a".to_owned() };
+        let stream = nodes.register(&proxy).unwrap();
+        stream.note(Kind::Address, |progress| progress.sent = 3);
+        assert_eq!(nodes.all()["node-a"][0].kinds["address"].sent, 3);
+        drop(stream);
+        assert!(nodes.all().is_empty());
+    }
+
+    #[test]
+    fn a_process_has_a_bounded_number_of_streams_and_others_are_not_affected() {
+        let nodes = Nodes::default();
+        let proxy = Caller { role: Role::Proxy, node: "node-a".to_owned() };
+        let agent = Caller { role: Role::Agent, node: "node-a".to_owned() };
+        let mut open: Vec<_> = (0..MAX_STREAMS).map(|_| nodes.register(&proxy).unwrap()).collect();
+        assert!(nodes.register(&proxy).is_none());
+        assert!(nodes.register(&agent).is_some());
+        open.pop();
+        assert!(nodes.register(&proxy).is_some());
+    }
+}

@@ -1,0 +1,115 @@
+//! What nodes may call. A caller is nobody until its token was looked up.
+
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot};
+use tracing::{debug, info, warn};
+use wire::server::{self, CaptureStream, CertificateRequest, DiscoveryStream, Handler, Refused};
+
+use crate::ca::token::{Caller, Tokens};
+use crate::ca::{self, Certifier};
+use crate::control::Event;
+use crate::metrics::Metrics;
+use crate::nodes::Nodes;
+use crate::publication::Publication;
+use crate::{discovery, report};
+
+/// What calls are answered from.
+pub(crate) struct Served {
+    pub(crate) publication: Arc<Publication>,
+    pub(crate) certifier: Arc<Certifier>,
+    pub(crate) tokens: Arc<Tokens>,
+    pub(crate) nodes: Nodes,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) events: mpsc::Sender<Event>,
+}
+
+impl Served {
+    fn authenticate(&self, caller: &server::Caller) -> Result<Caller, Refused> {
+        self.tokens.authenticate(&caller.token).ok_or_else(|| {
+            debug!(address = %caller.address, "a caller's token is nobody's");
+            self.metrics.refused_call("unknown-token");
+            Refused::UnknownCaller(
+                "the token is not one that the control plane knows; give the node's own by --token".to_owned(),
+            )
+        })
+    }
+
+    async fn certificate(&self, caller: &Caller, request: &CertificateRequest) -> Result<Vec<String>, Failed> {
+        let CertificateRequest { csr, identity, validity_seconds } = request;
+        let application = self.certifier.examine(caller, identity, csr, *validity_seconds)?;
+        let (answer, answered) = oneshot::channel();
+        let asked = self.events.send(Event::Certify { application, answer }).await;
+        asked.map_err(|_| Failed::Ending)?;
+        Ok(answered.await.map_err(|_| Failed::Ending)??)
+    }
+
+    fn count<T>(&self, result: Result<T, Refused>) -> Result<T, Refused> {
+        if let Err(refused) = &result {
+            self.metrics.refused_call(match refused {
+                Refused::UnknownCaller(_) => "unknown-token",
+                Refused::NotAllowed(_) => "not-allowed",
+                Refused::BadRequest(_) => "bad-request",
+                Refused::TooMany(_) => "too-many",
+                Refused::Unavailable(_) => "unavailable",
+            });
+        }
+        result
+    }
+}
+
+/// Why a request for a certificate was not answered with one.
+enum Failed {
+    Refused(ca::Refused),
+    Ending,
+}
+
+impl From<ca::Refused> for Failed {
+    fn from(refused: ca::Refused) -> Self {
+        Self::Refused(refused)
+    }
+}
+
+impl From<ca::Refused> for Refused {
+    fn from(refused: ca::Refused) -> Self {
+        let sentence = format!("{}: {refused}", refused.as_str());
+        match refused {
+            ca::Refused::WrongRole { .. } | ca::Refused::NotOnThisNode { .. } => Self::NotAllowed(sentence),
+            ca::Refused::NotAnIdentity(_) | ca::Refused::ForeignTrustDomain { .. } | ca::Refused::Request(_) => {
+                Self::BadRequest(sentence)
+            }
+            ca::Refused::TooMany { .. } => Self::TooMany(sentence),
+            ca::Refused::Issue(_) => Self::Unavailable(sentence),
+        }
+    }
+}
+
+impl Handler for Served {
+    async fn discovery(&self, caller: server::Caller, stream: DiscoveryStream) -> Result<(), Refused> {
+        let caller = self.authenticate(&caller)?;
+        self.count(discovery::serve(&self.publication, &self.nodes, caller, stream).await)
+    }
+
+    async fn certify(&self, caller: server::Caller, request: CertificateRequest) -> Result<Vec<String>, Refused> {
+        let caller = self.authenticate(&caller)?;
+        match self.certificate(&caller, &request).await {
+            Ok(chain) => {
+                // Only what was checked is logged: until then the identity is a stranger's text.
+                info!(node = caller.node, identity = request.identity, "certificate issued");
+                self.metrics.certificate("issued");
+                Ok(chain)
+            }
+            Err(Failed::Refused(refused)) => {
+                warn!(node = caller.node, reason = refused.as_str(), %refused, "certificate refused");
+                self.metrics.certificate(refused.as_str());
+                Err(refused.into())
+            }
+            Err(Failed::Ending) => Err(Refused::Unavailable("the control plane is ending".to_owned())),
+        }
+    }
+
+    async fn captures(&self, caller: server::Caller, stream: CaptureStream) -> Result<(), Refused> {
+        let caller = self.authenticate(&caller)?;
+        self.count(report::serve(&self.events, caller, stream).await)
+    }
+}
