@@ -1,0 +1,321 @@
+//! One pod, captured: its listeners, its policy routing, its rules, and the sockets that the proxy
+//! asks for.
+//!
+//! The order is what makes capture safe: [`Capture::prepare`] makes the listeners and the routing,
+//! the proxy takes the listeners, and only then [`Capture::begin`] loads the rules. A rule that leads to
+//! a listener which nobody holds refuses connections; it never lets them pass in clear.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use linux::links::{LinkError, Links};
+use linux::netlink::{self, Protocol, Socket};
+use linux::netns::{NetNs, NetNsError};
+use linux::nft::{self, IpFamily, Normal, Table};
+use linux::routes::LocalDelivery;
+use linux::sockets::{self, Listen, SocketError};
+
+use crate::rules::{self, CapturePlan, INBOUND_PORT, OUTBOUND_PORT};
+
+/// The most sockets of one request: four requests fill a message of 253 descriptors.
+pub const LARGEST_BATCH: usize = 64;
+/// Connections that wait while no proxy accepts: they are served by the next one (P8).
+const BACKLOG: u32 = 4096;
+/// For the hops inside the pod; the host's own choice between nodes (DESIGN 4).
+const INSIDE: Option<&str> = Some("cubic");
+
+/// Why a pod could not be captured, or its capture not kept.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// The namespace is another pod's, or its interface is not there yet (T26).
+    #[error("the network namespace does not have the pod's address {0}")]
+    NotItsAddress(IpAddr),
+    /// A pod without an address has no identity on the wire.
+    #[error("the pod has no address")]
+    NoAddress,
+    /// The pod has no IPv6.
+    #[error("the pod's network namespace has no IPv6")]
+    NoIpv6,
+    /// A request for none or for too many.
+    #[error("{0} sockets were asked for, not 1 to {LARGEST_BATCH}")]
+    BatchSize(usize),
+    /// The namespace is gone or closed to us.
+    #[error(transparent)]
+    Namespace(#[from] NetNsError),
+    /// Its interfaces cannot be read.
+    #[error(transparent)]
+    Links(#[from] LinkError),
+    /// A listener or socket could not be made.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// Rules or routes could not be made or read.
+    #[error(transparent)]
+    Netlink(#[from] netlink::Error),
+    /// The rules were loaded, and are not what was loaded: something else changes them.
+    #[error("the capture does not stand after it was made: {0}")]
+    DoesNotStand(String),
+}
+
+impl CaptureError {
+    /// The name in logs and metrics.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::NotItsAddress(_) => "not-its-address",
+            Self::NoAddress => "no-address",
+            Self::NoIpv6 => "no-ipv6",
+            Self::BatchSize(_) => "batch-size",
+            Self::Namespace(_) => "namespace",
+            Self::Links(_) => "links",
+            Self::Socket(_) => "socket",
+            Self::Netlink(_) => "netlink",
+            Self::DoesNotStand(_) => "does-not-stand",
+        }
+    }
+}
+
+/// Whether a capture is as it was made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Standing {
+    /// All of it.
+    Intact,
+    /// Something was taken away or changed, as the sentence says.
+    Broken(String),
+}
+
+/// The kinds of sockets that the proxy uses in a pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SocketKind {
+    /// To the wire, IPv4.
+    OutV4,
+    /// To the wire, IPv6.
+    OutV6,
+    /// To the application, IPv4.
+    InV4,
+    /// To the application, IPv6.
+    InV6,
+}
+
+/// The pod's listeners: one for each direction and family (D5).
+#[derive(Debug)]
+pub struct Listeners {
+    /// For what the pod's programs dial.
+    pub out_v4: TcpListener,
+    /// The same, IPv6; `None` where the pod has none.
+    pub out_v6: Option<TcpListener>,
+    /// For what others dial in the pod.
+    pub in_v4: TcpListener,
+    /// The same, IPv6; `None` where the pod has none.
+    pub in_v6: Option<TcpListener>,
+}
+
+/// A captured pod. Dropping it closes our descriptors and changes nothing in the pod; as long as it lives, so
+/// does the pod's network namespace (T42).
+#[derive(Debug)]
+pub struct Capture {
+    namespace: NetNs,
+    plan: CapturePlan,
+    listeners: Arc<Listeners>,
+    families: Vec<IpFamily>,
+    delivery: LocalDelivery,
+    netfilter: Socket,
+    route: Socket,
+    /// What must stand: the table, its normal form, and the generation in which it was last seen so.
+    standing: Option<Expected>,
+}
+
+#[derive(Debug)]
+struct Expected {
+    table: Table,
+    normal: Normal,
+    generation: Option<u32>,
+}
+
+impl Capture {
+    /// Makes listeners and routing. `owner` becomes the owner of the listeners, a uid that no pod has.
+    /// Nothing is captured yet.
+    pub fn prepare(namespace: NetNs, plan: CapturePlan, owner: Option<u32>) -> Result<Capture, CaptureError> {
+        if plan.addresses.is_empty() {
+            return Err(CaptureError::NoAddress);
+        }
+        let there = Links::of(&namespace)?.addresses()?;
+        if let Some(missing) = plan.addresses.iter().find(|address| !there.contains(address)) {
+            return Err(CaptureError::NotItsAddress(*missing));
+        }
+        let (listeners, netfilter, mut route) = namespace.enter(|| {
+            let listeners = listen(&plan, owner)?;
+            let netfilter = Socket::open(Protocol::Netfilter)?;
+            Ok::<_, CaptureError>((listeners, netfilter, Socket::open(Protocol::Route)?))
+        })??;
+        let mut families = vec![IpFamily::V4];
+        if listeners.in_v6.is_some() {
+            families.push(IpFamily::V6);
+        }
+        let delivery = rules::delivery(plan.marks);
+        for family in &families {
+            delivery.add(&mut route, *family)?;
+        }
+        let listeners = Arc::new(listeners);
+        Ok(Capture { namespace, plan, listeners, families, delivery, netfilter, route, standing: None })
+    }
+
+    /// The listeners, to be duplicated and handed over.
+    pub fn listeners(&self) -> Arc<Listeners> {
+        self.listeners.clone()
+    }
+
+    /// What is captured.
+    pub fn plan(&self) -> &CapturePlan {
+        &self.plan
+    }
+
+    /// The pod's network namespace.
+    pub fn namespace(&self) -> &NetNs {
+        &self.namespace
+    }
+
+    /// Loads the rules in one transaction, and reads them back. From here on new connections are
+    /// captured; open ones go on as they are.
+    pub fn begin(&mut self) -> Result<(), CaptureError> {
+        self.load(rules::ruleset(&self.plan))
+    }
+
+    /// Whether table, rules and routes are as they were made. One question when no table in the
+    /// namespace has changed since the last time.
+    pub fn verify(&mut self) -> Result<Standing, CaptureError> {
+        for family in &self.families {
+            if let Some(missing) = self.delivery.missing(&mut self.route, *family)? {
+                return Ok(Standing::Broken(missing));
+            }
+        }
+        let Some(expected) = &mut self.standing else {
+            return Ok(Standing::Broken("no rules were loaded".into()));
+        };
+        // Before the table is read, so that a change in between is seen the next time.
+        let generation = nft::generation(&mut self.netfilter)?;
+        if expected.generation == Some(generation) {
+            return Ok(Standing::Intact);
+        }
+        let Some(found) = nft::read(&mut self.netfilter, &expected.table.name)? else {
+            return Ok(Standing::Broken(format!("the table {} is gone", expected.table.name)));
+        };
+        if let Some(difference) = expected.normal.difference(&found) {
+            return Ok(Standing::Broken(difference));
+        }
+        expected.generation = Some(generation);
+        Ok(Standing::Intact)
+    }
+
+    /// Makes anew what [`Capture::verify`] found broken: routes first, then the rules, in one transaction.
+    /// Connections that were captured and still live go on.
+    pub fn repair(&mut self) -> Result<(), CaptureError> {
+        for family in &self.families {
+            self.delivery.add(&mut self.route, *family)?;
+        }
+        let table = match &self.standing {
+            Some(expected) => expected.table.clone(),
+            None => rules::ruleset(&self.plan),
+        };
+        self.load(table)
+    }
+
+    /// Captures connections to and from these ports no longer, and those of all others. Before [`Capture::begin`] it is
+    /// noted for then; afterwards the rules are replaced in one transaction, and open connections go on as they are. After
+    /// an error [`Capture::verify`] finds it broken, and [`Capture::repair`] completes it.
+    pub fn exclude(&mut self, ports: BTreeSet<u16>) -> Result<(), CaptureError> {
+        self.plan.excluded_in.clone_from(&ports);
+        self.plan.excluded_out = ports;
+        match self.standing {
+            Some(_) => self.load(rules::ruleset(&self.plan)),
+            None => Ok(()),
+        }
+    }
+
+    /// Captures no new connections from here on; those that were captured go on, and need the proxy
+    /// until they end. Then comes [`Capture::remove`].
+    pub fn drain(&mut self) -> Result<(), CaptureError> {
+        self.load(rules::draining(&self.plan))
+    }
+
+    /// Takes everything out of the pod. Only when no captured connection is left, as the proxy knows: the next
+    /// bytes of one would leave in clear (T3).
+    pub fn remove(&mut self) -> Result<(), CaptureError> {
+        self.standing = None;
+        nft::delete(&mut self.netfilter, rules::TABLE)?;
+        for family in &self.families {
+            self.delivery.remove(&mut self.route, *family)?;
+        }
+        Ok(())
+    }
+
+    /// Makes 1 to [`LARGEST_BATCH`] sockets of a kind in the pod, ready to be bound and connected.
+    pub fn sockets(&self, kind: SocketKind, count: usize) -> Result<Vec<OwnedFd>, CaptureError> {
+        if count == 0 || count > LARGEST_BATCH {
+            return Err(CaptureError::BatchSize(count));
+        }
+        let v6 = matches!(kind, SocketKind::OutV6 | SocketKind::InV6);
+        if v6 && !self.families.contains(&IpFamily::V6) {
+            return Err(CaptureError::NoIpv6);
+        }
+        let marks = self.plan.marks;
+        let make = || match kind {
+            SocketKind::OutV4 => sockets::outer_client(IpFamily::V4, marks.outer, None),
+            SocketKind::OutV6 => sockets::outer_client(IpFamily::V6, marks.outer, None),
+            SocketKind::InV4 => sockets::inner_client(IpFamily::V4, marks.inner, INSIDE),
+            SocketKind::InV6 => sockets::inner_client(IpFamily::V6, marks.inner, INSIDE),
+        };
+        let made: Result<Vec<OwnedFd>, SocketError> =
+            self.namespace.enter(|| (0..count).map(|_| make().map(OwnedFd::from)).collect())?;
+        Ok(made?)
+    }
+
+    fn load(&mut self, table: Table) -> Result<(), CaptureError> {
+        let normal = table.normal();
+        // First, so that what could not be loaded is found missing. No generation yet: the first look must be a whole one.
+        let expected = self.standing.insert(Expected { table, normal, generation: None });
+        nft::replace(&mut self.netfilter, &expected.table)?;
+        match self.verify()? {
+            Standing::Intact => Ok(()),
+            Standing::Broken(difference) => Err(CaptureError::DoesNotStand(difference)),
+        }
+    }
+}
+
+fn listen(plan: &CapturePlan, owner: Option<u32>) -> Result<Listeners, SocketError> {
+    let out = |address: IpAddr| {
+        sockets::listener(Listen {
+            address: SocketAddr::new(address, OUTBOUND_PORT),
+            backlog: BACKLOG,
+            mark: None,
+            owner,
+            congestion: INSIDE,
+        })
+    };
+    // With the mark that exempts the proxy's connections to the wire: what an inbound listener
+    // accepts is one, seen from the other side (D5).
+    let inward = |address: IpAddr| {
+        sockets::listener(Listen {
+            address: SocketAddr::new(address, INBOUND_PORT),
+            backlog: BACKLOG,
+            mark: Some(plan.marks.outer),
+            owner,
+            congestion: None,
+        })
+    };
+    let both_v6 = || Ok((out(Ipv6Addr::LOCALHOST.into())?, inward(Ipv6Addr::UNSPECIFIED.into())?));
+    let needs_v6 = plan.addresses.iter().any(IpAddr::is_ipv6);
+    let v6 = match both_v6() {
+        Ok(both) => Some(both),
+        // Where the pod has no IPv6 the rules still redirect it, to where nobody listens: refused.
+        Err(error) if !needs_v6 && SocketError::is_family_missing(&error) => None,
+        Err(error) => return Err(error),
+    };
+    let (out_v6, in_v6) = v6.unzip();
+    Ok(Listeners {
+        out_v4: out(Ipv4Addr::LOCALHOST.into())?,
+        out_v6,
+        in_v4: inward(Ipv4Addr::UNSPECIFIED.into())?,
+        in_v6,
+    })
+}

@@ -1,0 +1,114 @@
+//! The runtime's socket: root asks to capture a pod before its programs start, and waits for the answer.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use linux::channel::Channel;
+use linux::netns::NetNs;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::time::{sleep, timeout};
+use wire::pods::{CniAdd, CniRequest, CniResult, MAX_MESSAGE};
+
+use crate::door::Door;
+use crate::failure::Failure;
+use crate::pods::{Request, failed};
+use crate::process::Event;
+
+/// Connections at a time: a runtime starts a few pods at once, and each asks on its own.
+const MOST_CONNECTIONS: usize = 128;
+/// How long a connection may be without a request.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// What the runtime asks, and where the answer goes.
+#[derive(Debug)]
+pub(crate) enum Asked {
+    /// Capture this pod, in this namespace.
+    Add(CniAdd, NetNs),
+    /// Let go of this pod.
+    Delete(mesh::PodUid),
+}
+
+/// Serves the runtime for ever. Each request waits for `patience` at most.
+pub(crate) async fn serve(door: Door, patience: Duration, events: mpsc::Sender<Event>) {
+    let room = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let numbers = Arc::new(std::sync::atomic::AtomicU64::new(1));
+    while let Ok(place) = room.clone().acquire_owned().await {
+        let channel = door.next().await;
+        let caller = Caller { channel, patience, events: events.clone(), numbers: numbers.clone() };
+        tokio::spawn(async move {
+            if let Err(error) = caller.serve().await {
+                tracing::warn!(%error, "a connection of the runtime ended");
+            }
+            drop(place);
+        });
+    }
+}
+
+struct Caller {
+    channel: AsyncFd<Channel>,
+    patience: Duration,
+    events: mpsc::Sender<Event>,
+    numbers: Arc<std::sync::atomic::AtomicU64>,
+}
+
+impl Caller {
+    async fn serve(&self) -> io::Result<()> {
+        let mut buffer = vec![0; MAX_MESSAGE];
+        loop {
+            let receive = self.channel.async_io(Interest::READABLE, |channel| channel.recv(&mut buffer));
+            // What comes beside a message is closed: nothing is asked for here.
+            let (length, _) = match timeout(IDLE, receive).await {
+                Ok(received) => received?,
+                Err(_) => return Ok(()),
+            };
+            if length == 0 {
+                return Ok(());
+            }
+            let request = CniRequest::decode(&buffer[..length]).map_err(io::Error::other)?;
+            let answer = self.answer(request).await.encode();
+            self.channel.async_io(Interest::WRITABLE, |channel| channel.send(&answer, &[])).await?;
+        }
+    }
+
+    async fn answer(&self, request: CniRequest) -> CniResult {
+        match request {
+            CniRequest::Add(add) => {
+                let (name, path) = (format!("{}/{}", add.namespace, add.name), add.netns.clone());
+                // Opened once, here: what the path leads to later is of no interest (T26). Off this thread, as a path
+                // may lead to something that blocks.
+                match tokio::task::spawn_blocking(move || NetNs::open(&path)).await {
+                    Ok(Ok(namespace)) => self.ask(&name, Asked::Add(add, namespace)).await,
+                    Ok(Err(error)) => failed(&name, &Failure::NoNamespace(error.to_string())),
+                    Err(_) => failed(&name, &Failure::Internal),
+                }
+            }
+            CniRequest::Del { pod } => self.ask(&pod.to_string(), Asked::Delete(pod.clone())).await,
+        }
+    }
+
+    async fn ask(&self, name: &str, asked: Asked) -> CniResult {
+        let number: Request = self.numbers.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let (reply, mut answer) = oneshot::channel();
+        if self.events.send(Event::Asked(number, asked, reply)).await.is_ok() {
+            let waited = tokio::select! {
+                answer = &mut answer => Some(answer),
+                () = sleep(self.patience) => None,
+            };
+            let answer = match waited {
+                Some(answer) => answer,
+                // What is missing is known there.
+                None => match self.events.send(Event::Overdue(number)).await {
+                    Ok(()) => answer.await,
+                    Err(_) => return failed(name, &Failure::Internal),
+                },
+            };
+            if let Ok(answer) = answer {
+                return answer;
+            }
+        }
+        failed(name, &Failure::Internal)
+    }
+}

@@ -1,0 +1,150 @@
+//! The control plane: which pods this node has, and the report of those that are captured.
+//!
+//! One connection for both, made again whenever it is lost. What is known stays meanwhile: a control plane that is gone
+//! changes nothing for pods that it has named (P8).
+
+use std::collections::BTreeSet;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::time::Duration;
+
+use identity::lifecycle;
+use mesh::PodUid;
+use tokio::sync::{mpsc, watch};
+use tokio::time::sleep;
+use wire::client::{ClientError, Connected, ControlPlane};
+use wire::discovery::{Batch, Change, Kind, Known, NodePod, Removed, Resource};
+
+use crate::process::Event;
+
+/// The longest pause between two attempts to connect.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// What is heard of the control plane.
+#[derive(Debug)]
+pub(crate) enum Heard {
+    /// It answers.
+    Connected,
+    /// It is lost.
+    Lost,
+    /// It has named all pods of this node.
+    Complete,
+    /// A pod of this node, new or changed.
+    Pod(NodePod),
+    /// A pod is gone from this node.
+    PodGone(PodUid),
+    /// It has told peers, or is telling them, of these captured pods.
+    Confirmed(BTreeSet<PodUid>),
+}
+
+/// The loop that hears it has ended, and so has the process.
+struct Ended;
+
+/// Follows the control plane for as long as somebody listens.
+pub(crate) async fn follow(
+    place: ControlPlane,
+    captured: watch::Receiver<BTreeSet<PodUid>>,
+    events: mpsc::Sender<Event>,
+) {
+    let mut known = Known::default();
+    let mut failures = 0_u32;
+    loop {
+        let lost = match place.connect().await {
+            Ok(connected) => {
+                tracing::info!(control = %place.address, "connected to the control plane");
+                let lost = tokio::select! {
+                    lost = discover(&connected, &mut known, &mut failures, &events) => lost,
+                    lost = report(&connected, captured.clone(), &events) => lost,
+                };
+                match lost {
+                    Ok(lost) if tell(&events, Heard::Lost).await.is_ok() => lost,
+                    Ok(_) | Err(Ended) => return,
+                }
+            }
+            Err(error) => error,
+        };
+        failures = failures.saturating_add(1);
+        tracing::warn!(reason = lost.as_str(), failures, "{lost}");
+        sleep(lifecycle::retry_after(failures, fraction()).min(LONGEST_PAUSE)).await;
+    }
+}
+
+/// Takes in what comes, until the stream ends.
+async fn discover(
+    connected: &Connected,
+    known: &mut Known,
+    failures: &mut u32,
+    events: &mpsc::Sender<Event>,
+) -> Result<ClientError, Ended> {
+    let mut stream = match connected.discover(&[Kind::NodePod], known.clone()).await {
+        Ok(stream) => stream,
+        Err(error) => return Ok(error),
+    };
+    *failures = 0;
+    tell(events, Heard::Connected).await?;
+    let mut complete = false;
+    loop {
+        // Asking for the next batch accepts the last one, and only then is it known whether that was all.
+        let ready = tokio::select! {
+            biased;
+            batch = stream.next() => Some(batch),
+            () = std::future::ready(()) => None,
+        };
+        *known = stream.known().clone();
+        if stream.is_complete() && !complete {
+            complete = true;
+            tell(events, Heard::Complete).await?;
+        }
+        let batch = match ready {
+            Some(batch) => batch,
+            None => stream.next().await,
+        };
+        match batch {
+            Ok(batch) => take_in(batch, events).await?,
+            Err(error) => return Ok(error),
+        }
+    }
+}
+
+async fn take_in(batch: Batch, events: &mpsc::Sender<Event>) -> Result<(), Ended> {
+    for refused in &batch.refused {
+        tracing::error!("the control plane sent what is not understood: {refused}");
+    }
+    for change in batch.changes {
+        match change {
+            Change::Set(Resource::NodePod(pod)) => tell(events, Heard::Pod(pod)).await?,
+            Change::Removed(Removed::NodePod(pod)) => tell(events, Heard::PodGone(pod)).await?,
+            // Nothing else is subscribed to.
+            Change::Set(Resource::Mesh(_) | Resource::Bundle(_)) | Change::Removed(Removed::Mesh(_)) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Says which pods are captured, until the stream ends.
+async fn report(
+    connected: &Connected,
+    captured: watch::Receiver<BTreeSet<PodUid>>,
+    events: &mpsc::Sender<Event>,
+) -> Result<ClientError, Ended> {
+    let mut reports = match connected.report_captures(captured).await {
+        Ok(reports) => reports,
+        Err(error) => return Ok(error),
+    };
+    loop {
+        match reports.next().await {
+            Ok(confirmed) => tell(events, Heard::Confirmed(confirmed)).await?,
+            Err(error) => return Ok(error),
+        }
+    }
+}
+
+async fn tell(events: &mpsc::Sender<Event>, heard: Heard) -> Result<(), Ended> {
+    events.send(Event::ControlPlane(heard)).await.map_err(|_| Ended)
+}
+
+/// A number from 0 to 1, for jitter: no secret hangs on it.
+fn fraction() -> f64 {
+    let number = RandomState::new().build_hasher().finish();
+    // 53 bits fill the mantissa: all of them, and the division, are exact.
+    (number >> 11) as f64 / ((1_u64 << 53) as f64)
+}

@@ -1,0 +1,496 @@
+//! What is known of each pod of this node, and what to do next: a state machine without a clock, a socket or a file.
+//!
+//! Three parties speak of a pod, in any order: the control plane says who it is and whether to capture it, the runtime
+//! where its network namespace is, the proxy that it holds the listeners and a certificate. The rules are loaded last
+//! (T4): what they lead to must be there, and must be able to prove who it is.
+
+mod shown;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::mem;
+
+use mesh::{PodUid, Uncaptured};
+use wire::discovery::NodePod;
+use wire::pods::{CniAdd, CniResult};
+
+use crate::failure::Failure;
+
+pub(crate) use shown::Shown;
+
+/// The number of a request of the runtime.
+pub(crate) type Request = u64;
+
+/// What is to be done, in this order.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Make listeners and routing in the namespace, then say so by [`Pods::prepared`].
+    Prepare {
+        /// For whom.
+        pod: NodePod,
+        /// In which namespace.
+        namespace: u64,
+        /// What the answer must carry.
+        attempt: u64,
+    },
+    /// Hand the listeners to the proxy.
+    Offer(NodePod),
+    /// Load the rules and read them back, then say so by [`Pods::begun`].
+    Begin {
+        /// Whose.
+        pod: PodUid,
+        /// What the answer must carry.
+        attempt: u64,
+    },
+    /// These ports are not to be captured.
+    Exclude(PodUid, Vec<u16>),
+    /// The proxy is to let go of the pod, and so are we: listeners and all.
+    Withdraw(PodUid),
+    /// Nobody holds this namespace any more (T42).
+    Close(u64),
+    /// The runtime has its answer.
+    Answer(Request, CniResult),
+    /// Something went wrong that did not before.
+    Report(PodUid, Failure),
+}
+
+/// All pods of the node.
+#[derive(Debug, Default)]
+pub(crate) struct Pods {
+    pods: BTreeMap<PodUid, Pod>,
+    control_plane: bool,
+    proxy: bool,
+    attempts: u64,
+}
+
+#[derive(Debug, Default)]
+struct Pod {
+    /// What the control plane says of it.
+    known: Option<NodePod>,
+    /// What the runtime made for it.
+    sandbox: Option<Sandbox>,
+    failure: Option<Failure>,
+}
+
+#[derive(Debug)]
+struct Sandbox {
+    /// Inode of the namespace. As long as it is held open nothing else has that number.
+    namespace: u64,
+    /// `namespace/name`, as the runtime says.
+    name: String,
+    waiting: Vec<Waiting>,
+    stage: Stage,
+    /// It failed, and is left alone until something changes or [`Pods::retry`].
+    stuck: bool,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    request: Request,
+    overdue: bool,
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// Nothing is made.
+    Bare,
+    /// Listeners are being made.
+    Preparing(Work),
+    /// The proxy may have the listeners. `ready`: it has, and can prove who the pod is.
+    Offered { ready: bool },
+    /// Rules are being loaded.
+    Beginning(Work),
+    /// The rules were read back.
+    Captured,
+}
+
+/// Something that another thread does meanwhile.
+#[derive(Debug)]
+struct Work {
+    attempt: u64,
+    /// Its result is not wanted any more. Nothing new begins in the same namespace before it has ended.
+    cancelled: bool,
+}
+
+impl Pods {
+    /// Whether there is a connection to the control plane.
+    pub(crate) fn control_plane(&mut self, connected: bool) {
+        self.control_plane = connected;
+    }
+
+    /// The control plane says who a pod is.
+    pub(crate) fn know(&mut self, known: NodePod) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let uid = known.pod.clone();
+        let pod = self.pods.entry(uid.clone()).or_default();
+        let before = pod.known.replace(known.clone());
+        if let (Some(before), Some(sandbox)) = (before, &mut pod.sandbox) {
+            sandbox.stuck = false;
+            let same = before.identity == known.identity && before.addresses == known.addresses;
+            // Once captured a pod stays so: peers go on tunnelling to it (T47).
+            let given_up = known.capture.is_err() && !matches!(sandbox.stage, Stage::Captured);
+            if !same || given_up {
+                withdraw(sandbox, &uid, &mut actions);
+            } else if before.excluded_ports != known.excluded_ports {
+                match &mut sandbox.stage {
+                    Stage::Bare => {}
+                    Stage::Preparing(work) => work.cancelled = true,
+                    Stage::Beginning(work) if work.cancelled => {}
+                    Stage::Offered { .. } | Stage::Beginning(_) | Stage::Captured => {
+                        actions.push(Action::Exclude(uid.clone(), known.excluded_ports));
+                    }
+                }
+            }
+        }
+        self.advance(&uid, &mut actions);
+        actions
+    }
+
+    /// The control plane says that a pod is gone from this node.
+    pub(crate) fn forget(&mut self, uid: &PodUid) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if let Some(pod) = self.pods.get_mut(uid) {
+            pod.known = None;
+        }
+        self.leave(uid, &mut actions);
+        actions
+    }
+
+    /// The runtime says where a pod's namespace is, and waits for an answer. The namespace is to be held open if
+    /// [`Pods::holds`] says so afterwards.
+    pub(crate) fn add(&mut self, request: Request, add: &CniAdd, namespace: u64) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let uid = &add.pod;
+        let name = format!("{}/{}", add.namespace, add.name);
+        if let Some(other) = self.holder(namespace).filter(|other| *other != uid) {
+            let failure = Failure::Ambiguous { inode: namespace, other: other.clone() };
+            actions.push(Action::Answer(request, failed(&name, &failure)));
+            actions.push(Action::Report(uid.clone(), failure));
+            return actions;
+        }
+        if self.namespace_of(uid).is_some_and(|old| old != namespace) {
+            self.leave(uid, &mut actions);
+        }
+        let sandbox = self.pods.entry(uid.clone()).or_default().sandbox.get_or_insert_with(|| Sandbox {
+            namespace,
+            name: String::new(),
+            waiting: Vec::new(),
+            stage: Stage::Bare,
+            stuck: false,
+        });
+        sandbox.name = name;
+        sandbox.stuck = false;
+        sandbox.waiting.push(Waiting { request, overdue: false });
+        self.advance(uid, &mut actions);
+        actions
+    }
+
+    /// The runtime deletes a pod's sandbox. That always succeeds (T12).
+    pub(crate) fn delete(&mut self, request: Request, uid: &PodUid) -> Vec<Action> {
+        let mut actions = Vec::new();
+        self.leave(uid, &mut actions);
+        actions.push(Action::Answer(request, CniResult::Deleted));
+        actions
+    }
+
+    /// A request has waited long enough.
+    pub(crate) fn overdue(&mut self, request: Request) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let waits = |pod: &Pod| pod.sandbox.iter().flat_map(|it| &it.waiting).any(|it| it.request == request);
+        let Some(uid) = self.pods.iter().find(|(_, pod)| waits(pod)).map(|(uid, _)| uid.clone()) else {
+            return actions;
+        };
+        for sandbox in self.pods.get_mut(&uid).into_iter().filter_map(|pod| pod.sandbox.as_mut()) {
+            sandbox.waiting.iter_mut().filter(|it| it.request == request).for_each(|it| it.overdue = true);
+        }
+        self.advance(&uid, &mut actions);
+        actions
+    }
+
+    /// Listeners and routing are made, or not. What was made is to be kept where this returns `true`.
+    pub(crate) fn prepared(&mut self, uid: &PodUid, attempt: u64, outcome: Result<(), Failure>) -> (bool, Vec<Action>) {
+        let mut actions = Vec::new();
+        let Some(pod) = self.pods.get_mut(uid) else { return (false, actions) };
+        let (Some(sandbox), Some(known)) = (&mut pod.sandbox, &pod.known) else { return (false, actions) };
+        let cancelled = match &sandbox.stage {
+            Stage::Preparing(work) if work.attempt == attempt => work.cancelled,
+            // Of a sandbox that is gone.
+            _ => return (false, actions),
+        };
+        sandbox.stage = Stage::Bare;
+        let keep = !cancelled && outcome.is_ok();
+        match outcome {
+            _ if cancelled => {}
+            Ok(()) => {
+                sandbox.stage = Stage::Offered { ready: false };
+                actions.push(Action::Offer(known.clone()));
+            }
+            Err(failure) => self.fail(uid, failure, &mut actions),
+        }
+        self.advance(uid, &mut actions);
+        (keep, actions)
+    }
+
+    /// The rules were loaded and read back, or not.
+    pub(crate) fn begun(&mut self, uid: &PodUid, attempt: u64, outcome: Result<(), Failure>) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let Some(pod) = self.pods.get_mut(uid) else { return actions };
+        let Some(sandbox) = &mut pod.sandbox else { return actions };
+        let cancelled = match &sandbox.stage {
+            Stage::Beginning(work) if work.attempt == attempt => work.cancelled,
+            _ => return actions,
+        };
+        match outcome {
+            _ if cancelled => sandbox.stage = Stage::Bare,
+            Ok(()) => {
+                sandbox.stage = Stage::Captured;
+                pod.failure = None;
+            }
+            Err(failure) => {
+                // What is made stays: it is closed, and the next try begins here.
+                sandbox.stage = Stage::Offered { ready: true };
+                sandbox.stuck = true;
+                note(pod, uid, failure.clone(), &mut actions);
+                answer_all(pod, &mut actions, |name| failed(name, &failure));
+            }
+        }
+        self.advance(uid, &mut actions);
+        actions
+    }
+
+    /// A proxy is connected. It knows of no pod yet.
+    pub(crate) fn proxy_connected(&mut self) -> Vec<Action> {
+        self.proxy = true;
+        let mut actions = Vec::new();
+        for pod in self.pods.values_mut() {
+            let (Some(known), Some(sandbox)) = (&pod.known, &mut pod.sandbox) else { continue };
+            match &mut sandbox.stage {
+                Stage::Bare | Stage::Preparing(_) => continue,
+                Stage::Offered { ready } => *ready = false,
+                Stage::Beginning(work) if work.cancelled => continue,
+                Stage::Beginning(_) | Stage::Captured => {}
+            }
+            actions.push(Action::Offer(known.clone()));
+        }
+        actions
+    }
+
+    /// The proxy is gone. What is captured stays captured: its connections wait in the listeners, which are held here.
+    pub(crate) fn proxy_gone(&mut self) {
+        self.proxy = false;
+        for sandbox in self.pods.values_mut().filter_map(|pod| pod.sandbox.as_mut()) {
+            if let Stage::Offered { ready } = &mut sandbox.stage {
+                *ready = false;
+            }
+        }
+    }
+
+    /// The proxy accepts on a pod's listeners, and has its certificate.
+    pub(crate) fn ready(&mut self, uid: &PodUid) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if let Some(Stage::Offered { ready }) =
+            self.pods.get_mut(uid).and_then(|pod| pod.sandbox.as_mut()).map(|sandbox| &mut sandbox.stage)
+        {
+            *ready = true;
+            self.advance(uid, &mut actions);
+        }
+        actions
+    }
+
+    /// Tries again what failed.
+    pub(crate) fn retry(&mut self) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let mut stuck = Vec::new();
+        for (uid, pod) in &mut self.pods {
+            if pod.sandbox.as_mut().is_some_and(|sandbox| mem::take(&mut sandbox.stuck)) {
+                stuck.push(uid.clone());
+            }
+        }
+        for uid in stuck {
+            self.advance(&uid, &mut actions);
+        }
+        actions
+    }
+
+    /// Whether a namespace is in use.
+    pub(crate) fn holds(&self, namespace: u64) -> bool {
+        self.holder(namespace).is_some()
+    }
+
+    /// The pods whose rules were read back: what peers may be told.
+    pub(crate) fn captured(&self) -> BTreeSet<PodUid> {
+        let captured = |pod: &Pod| matches!(&pod.sandbox, Some(Sandbox { stage: Stage::Captured, .. }));
+        self.pods.iter().filter(|(_, pod)| captured(pod)).map(|(uid, _)| uid.clone()).collect()
+    }
+
+    /// All of them, for people.
+    pub(crate) fn shown(&self) -> Vec<Shown> {
+        self.pods.iter().map(|(uid, pod)| Shown::new(uid, pod)).collect()
+    }
+
+    fn holder(&self, namespace: u64) -> Option<&PodUid> {
+        let holds = |pod: &Pod| pod.sandbox.as_ref().is_some_and(|sandbox| sandbox.namespace == namespace);
+        self.pods.iter().find(|(_, pod)| holds(pod)).map(|(uid, _)| uid)
+    }
+
+    fn namespace_of(&self, uid: &PodUid) -> Option<u64> {
+        Some(self.pods.get(uid)?.sandbox.as_ref()?.namespace)
+    }
+
+    /// Takes the next step that is possible.
+    fn advance(&mut self, uid: &PodUid, actions: &mut Vec<Action>) {
+        let Some(pod) = self.pods.get_mut(uid) else { return };
+        let Some(sandbox) = &mut pod.sandbox else { return };
+        if !sandbox.stuck {
+            match (&pod.known, &sandbox.stage) {
+                (Some(known), Stage::Bare) => match decide(known, sandbox) {
+                    Decision::Wait => {}
+                    Decision::Leave(why) => {
+                        pod.failure = None;
+                        answer_all(pod, actions, |_| CniResult::NotCaptured(name_of(why).to_string()));
+                    }
+                    Decision::Refuse(failure) => self.fail(uid, failure, actions),
+                    Decision::Capture => {
+                        self.attempts += 1;
+                        let (attempt, namespace) = (self.attempts, sandbox.namespace);
+                        sandbox.stage = Stage::Preparing(Work { attempt, cancelled: false });
+                        actions.push(Action::Prepare { pod: known.clone(), namespace, attempt });
+                    }
+                },
+                (_, Stage::Offered { ready: true }) => {
+                    self.attempts += 1;
+                    sandbox.stage = Stage::Beginning(Work { attempt: self.attempts, cancelled: false });
+                    actions.push(Action::Begin { pod: uid.clone(), attempt: self.attempts });
+                }
+                (_, Stage::Captured) => answer_all(pod, actions, |_| CniResult::Captured),
+                (None, Stage::Bare) | (_, Stage::Preparing(_) | Stage::Offered { .. } | Stage::Beginning(_)) => {}
+            }
+        }
+        self.answer_overdue(uid, actions);
+    }
+
+    /// Answers those that have waited long enough. What another thread does ends by itself, and its result is the answer.
+    fn answer_overdue(&mut self, uid: &PodUid, actions: &mut Vec<Action>) {
+        let (control_plane, proxy) = (self.control_plane, self.proxy);
+        let Some(pod) = self.pods.get_mut(uid) else { return };
+        let Some(sandbox) = &mut pod.sandbox else { return };
+        let failure = match (&pod.known, &sandbox.stage) {
+            (_, Stage::Preparing(_) | Stage::Beginning(_) | Stage::Captured) => return,
+            (_, Stage::Offered { .. }) if !proxy => Failure::NoProxy,
+            (_, Stage::Offered { .. }) => Failure::NotReady,
+            (None, Stage::Bare) if !control_plane => Failure::NoControlPlane,
+            (None, Stage::Bare) => Failure::Unknown,
+            (Some(_), Stage::Bare) => Failure::NoAddress,
+        };
+        let overdue: Vec<Waiting> = sandbox.waiting.extract_if(.., |it| it.overdue).collect();
+        if overdue.is_empty() {
+            return;
+        }
+        let answer = failed(&sandbox.name, &failure);
+        actions.extend(overdue.iter().map(|it| Action::Answer(it.request, answer.clone())));
+        note(pod, uid, failure, actions);
+        // A runtime that never deletes what failed must not make us hold namespaces of pods that nobody knows.
+        let nobody_waits = pod.sandbox.as_ref().is_some_and(|sandbox| sandbox.waiting.is_empty());
+        if pod.known.is_none() && nobody_waits {
+            self.leave(uid, actions);
+        }
+    }
+
+    /// Nothing could be made.
+    fn fail(&mut self, uid: &PodUid, failure: Failure, actions: &mut Vec<Action>) {
+        let Some(pod) = self.pods.get_mut(uid) else { return };
+        note(pod, uid, failure.clone(), actions);
+        let Some(sandbox) = &mut pod.sandbox else { return };
+        if sandbox.waiting.is_empty() {
+            // A pod that runs, uncaptured until now: only we can try again.
+            sandbox.stuck = true;
+        } else {
+            // The runtime tries again. A namespace that is not this pod's is not held for it meanwhile.
+            answer_all(pod, actions, |name| failed(name, &failure));
+            self.leave(uid, actions);
+        }
+    }
+
+    /// Lets go of a pod's sandbox, if it has one.
+    fn leave(&mut self, uid: &PodUid, actions: &mut Vec<Action>) {
+        let Some(pod) = self.pods.get_mut(uid) else { return };
+        answer_all(pod, actions, |name| failed(name, &Failure::SandboxGone));
+        if let Some(mut sandbox) = pod.sandbox.take() {
+            withdraw(&mut sandbox, uid, actions);
+            actions.push(Action::Close(sandbox.namespace));
+        }
+        if pod.known.is_none() {
+            self.pods.remove(uid);
+        }
+    }
+}
+
+enum Decision {
+    Wait,
+    Leave(Uncaptured),
+    Refuse(Failure),
+    Capture,
+}
+
+fn decide(known: &NodePod, sandbox: &Sandbox) -> Decision {
+    let name = format!("{}/{}", known.namespace, known.name);
+    if name != sandbox.name {
+        return Decision::Refuse(Failure::OtherName { runtime: sandbox.name.clone(), control: name });
+    }
+    match known.capture {
+        Err(why) => Decision::Leave(why),
+        Ok(()) if known.addresses.is_empty() => Decision::Wait,
+        Ok(()) => Decision::Capture,
+    }
+}
+
+/// Takes back what was made for a sandbox. What is being made is taken back when it is there.
+fn withdraw(sandbox: &mut Sandbox, uid: &PodUid, actions: &mut Vec<Action>) {
+    match &mut sandbox.stage {
+        Stage::Bare => {}
+        Stage::Preparing(work) => work.cancelled = true,
+        Stage::Beginning(Work { cancelled: true, .. }) => {}
+        Stage::Beginning(work) => {
+            work.cancelled = true;
+            actions.push(Action::Withdraw(uid.clone()));
+        }
+        Stage::Offered { .. } | Stage::Captured => {
+            sandbox.stage = Stage::Bare;
+            actions.push(Action::Withdraw(uid.clone()));
+        }
+    }
+}
+
+fn answer_all(pod: &mut Pod, actions: &mut Vec<Action>, answer: impl Fn(&str) -> CniResult) {
+    let Some(sandbox) = &mut pod.sandbox else { return };
+    let answer = answer(&sandbox.name);
+    actions.extend(sandbox.waiting.drain(..).map(|it| Action::Answer(it.request, answer.clone())));
+}
+
+/// Remembers a failure, and reports it where it is another than the last one: what is tried again every second must not
+/// be said every second.
+fn note(pod: &mut Pod, uid: &PodUid, failure: Failure, actions: &mut Vec<Action>) {
+    if pod.failure.as_ref() != Some(&failure) {
+        actions.push(Action::Report(uid.clone(), failure.clone()));
+        pod.failure = Some(failure);
+    }
+}
+
+/// The answer to the runtime: one sentence with the pod's name.
+pub(crate) fn failed(name: &str, failure: &Failure) -> CniResult {
+    CniResult::Failed(format!("pod {name} is not captured: {failure}"))
+}
+
+/// The name of a reason, as everywhere.
+fn name_of(why: Uncaptured) -> mesh::PlaintextReason {
+    use mesh::PlaintextReason as Reason;
+    match why {
+        Uncaptured::OptedOut => Reason::OptedOut,
+        Uncaptured::HostNetwork => Reason::HostNetwork,
+        Uncaptured::SystemNamespace => Reason::SystemNamespace,
+        Uncaptured::NotAPod => Reason::NotAPod,
+        Uncaptured::Pending => Reason::CapturePending,
+    }
+}

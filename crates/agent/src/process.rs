@@ -1,0 +1,223 @@
+//! The process: what it is started with, in which order it starts, what wakes it, and how it ends.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use linux::privileges::{self, Capabilities, NET_ADMIN, SYS_ADMIN};
+use mesh::PodUid;
+use rustls::time_provider::DefaultTimeProvider;
+use serde_json::json;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until};
+use wire::client::{ControlPlane, Role};
+use wire::pods::CniResult;
+
+use crate::admin::{self, Shown};
+use crate::capture::Capture;
+use crate::cni::{self, Asked};
+use crate::discovery::{self, Heard};
+use crate::door::{Door, own_uid};
+use crate::failure::Failure;
+use crate::node::Node;
+use crate::pods::Request;
+use crate::proxy::{self, Said};
+use crate::verify::{self, Found};
+
+/// What the agent is started with.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Args {
+    /// Name of the node that this agent runs on.
+    #[arg(long)]
+    pub node: String,
+    /// Address of the control plane.
+    #[arg(long)]
+    pub control: SocketAddr,
+    /// File with the trust bundle, in PEM. It is read again at each connection to the control plane.
+    #[arg(long)]
+    pub bundle: PathBuf,
+    /// File with the token that proves to the control plane which node this is.
+    #[arg(long)]
+    pub token: PathBuf,
+    /// Unix socket for the node's proxy, which is made here.
+    #[arg(long)]
+    pub proxy_socket: PathBuf,
+    /// The user that the node's proxy runs as: no other is let in.
+    #[arg(long)]
+    pub proxy_uid: u32,
+    /// Unix socket for the container runtime, which is made here. It is root's.
+    #[arg(long)]
+    pub cni_socket: PathBuf,
+    /// Unix socket for dumps and metrics, which is made here.
+    #[arg(long)]
+    pub admin: PathBuf,
+    /// The user that listeners in pods belong to. No pod may run as it: a program of the same user could listen in their
+    /// place.
+    #[arg(long)]
+    pub listener_owner: Option<u32>,
+    /// Seconds that the container runtime waits for a pod to be captured.
+    #[arg(long, default_value_t = 20)]
+    pub cni_wait: u64,
+}
+
+/// CAP_CHOWN: to give the proxy its socket, and listeners an owner.
+const CHOWN: u32 = 0;
+/// All that the agent keeps, each for a reason: namespaces are entered (SYS_ADMIN), rules, routes, marks and transparent
+/// sockets are made there (NET_ADMIN), files change their owner (CHOWN).
+const KEPT: Capabilities = Capabilities(1 << NET_ADMIN | 1 << SYS_ADMIN | 1 << CHOWN);
+
+/// Threads for work that blocks. Kernel calls of some microseconds: many would only wait for the same locks.
+const BLOCKING_THREADS: usize = 8;
+/// Events that wait for the main thread; whoever has more waits.
+const MOST_EVENTS: usize = 256;
+/// The pause before what failed is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// All that can wake the main thread.
+pub(crate) enum Event {
+    /// The runtime asks, and waits.
+    Asked(Request, Asked, oneshot::Sender<CniResult>),
+    /// It has waited long enough.
+    Overdue(Request),
+    /// A proxy says something, on the link of that number.
+    Proxy(u64, Said),
+    /// The control plane says something.
+    ControlPlane(Heard),
+    /// Listeners and routing of a pod are made, or not.
+    Prepared(PodUid, u64, Result<Capture, Failure>),
+    /// Rules of a pod were loaded, or not.
+    Begun(PodUid, u64, Result<(), Failure>),
+    /// Something is wrong with these captures.
+    Found(Vec<(PodUid, Found)>),
+    /// All captures were looked at; something is wrong with these.
+    Looked(Vec<(PodUid, Found)>),
+    /// It is time to look at all captures.
+    Look,
+    /// It is time to try again what failed.
+    Retry,
+    /// The process is to end.
+    Terminate,
+}
+
+struct Events {
+    inbox: mpsc::Receiver<Event>,
+    terminate: Signal,
+    retry: Interval,
+    /// `None` while a look is under way.
+    look: Option<Instant>,
+}
+
+impl Events {
+    async fn next(&mut self) -> Event {
+        let look = self.look.unwrap_or_else(Instant::now);
+        let event = tokio::select! {
+            biased;
+            _ = self.terminate.recv() => Event::Terminate,
+            () = sleep_until(look), if self.look.is_some() => Event::Look,
+            _ = self.retry.tick() => Event::Retry,
+            // The node holds a sender of its own.
+            event = self.inbox.recv() => event.unwrap_or(Event::Terminate),
+        };
+        match event {
+            Event::Look => self.look = None,
+            Event::Looked(_) => self.look = Some(Instant::now() + verify::EVERY),
+            _ => {}
+        }
+        event
+    }
+}
+
+/// Runs the agent until it is told to end.
+///
+/// # Errors
+/// What keeps it from starting, in one sentence.
+pub fn run(args: Args) -> Result<()> {
+    // Before the first thread: threads inherit what is left.
+    drop_privileges()?;
+    privileges::raise_descriptor_limit().context("cannot raise the limit of open descriptors")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .enable_all()
+        .build()
+        .context("cannot start the main thread's event queue")?;
+    runtime.block_on(serve(args))
+}
+
+fn drop_privileges() -> Result<()> {
+    let held = privileges::describe().context("cannot read the agent's own privileges")?;
+    for (number, name) in [(NET_ADMIN, "NET_ADMIN"), (SYS_ADMIN, "SYS_ADMIN")] {
+        ensure!(held.effective.has(number), "the agent needs CAP_{name} and does not have it; start it as root");
+    }
+    privileges::keep_only(KEPT).context("cannot give up the privileges that the agent does not need")?;
+    privileges::no_new_privileges().context("cannot rule out new privileges")?;
+    privileges::hide_memory().context("cannot rule out core dumps")
+}
+
+async fn serve(args: Args) -> Result<()> {
+    let (events, inbox) = mpsc::channel(MOST_EVENTS);
+    let shown = Arc::new(Shown::new(config(&args)));
+    let mut node = Node::new(args.listener_owner, events.clone(), shown.clone());
+
+    let own = own_uid().context("cannot read the agent's own uid")?;
+    let proxies = Door::open(&args.proxy_socket, args.proxy_uid, vec![args.proxy_uid]).with_context(|| {
+        let path = args.proxy_socket.display();
+        format!("cannot make {path} (--proxy-socket) for uid {} (--proxy-uid)", args.proxy_uid)
+    })?;
+    let runtimes = Door::open(&args.cni_socket, own, vec![0, own])
+        .with_context(|| format!("cannot make {} (--cni-socket)", args.cni_socket.display()))?;
+    admin::serve(&args.admin, shown).with_context(|| format!("cannot make {} (--admin)", args.admin.display()))?;
+
+    let place = ControlPlane {
+        address: args.control,
+        bundle_file: args.bundle,
+        token_file: args.token,
+        node: args.node.clone(),
+        role: Role::Agent,
+        time: Arc::new(DefaultTimeProvider),
+    };
+    let mut retry = interval(RETRY);
+    retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let mut wake = Events { inbox, terminate, retry, look: Some(Instant::now()) };
+
+    tokio::spawn(discovery::follow(place, node.captured(), events.clone()));
+    tokio::spawn(proxy::serve(proxies, events.clone()));
+    tokio::spawn(cni::serve(runtimes, Duration::from_secs(args.cni_wait), events));
+    tracing::info!(node = args.node, "the agent runs");
+
+    loop {
+        match wake.next().await {
+            Event::Asked(request, asked, reply) => node.asked(request, asked, reply),
+            Event::Overdue(request) => node.overdue(request),
+            Event::Proxy(link, said) => node.said(link, said),
+            Event::ControlPlane(heard) => node.heard(heard),
+            Event::Prepared(pod, attempt, outcome) => node.prepared(&pod, attempt, outcome),
+            Event::Begun(pod, attempt, outcome) => node.begun(&pod, attempt, outcome),
+            Event::Found(found) | Event::Looked(found) => node.found(found),
+            Event::Look => node.look(),
+            Event::Retry => node.retry(),
+            Event::Terminate => break,
+        }
+    }
+    // Rules stand, and the proxy has the listeners: pods that are captured notice nothing.
+    tracing::info!("the agent ends");
+    Ok(())
+}
+
+fn config(args: &Args) -> serde_json::Value {
+    json!({
+        "node": args.node,
+        "control": args.control,
+        "bundle": args.bundle,
+        "token": args.token,
+        "proxy_socket": args.proxy_socket,
+        "proxy_uid": args.proxy_uid,
+        "cni_socket": args.cni_socket,
+        "cni_wait": args.cni_wait,
+        "admin": args.admin,
+        "listener_owner": args.listener_owner,
+    })
+}

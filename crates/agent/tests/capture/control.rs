@@ -1,0 +1,114 @@
+//! A control plane that names the pods it is told to, and hears which are captured.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use identity::csr::{CertificateRequest, PublicKeyOfRequest};
+use identity::issuer::{Root, WorkloadToCertify};
+use identity::{PrivateKey, SpiffeId, Svid, UnixTime, tls};
+use mesh::PodUid;
+use rustls::time_provider::DefaultTimeProvider;
+use tokio::sync::watch;
+use wire::discovery::{Asked, Kind, NodePod, Published, Resource};
+use wire::server::{self, Caller, CaptureStream, DiscoveryStream, Handler, Refused, serve};
+
+const CONTROL: &str = "spiffe://cluster.local/ns/justmtls-system/sa/justmtls-control";
+const TOKEN: &str = "the token of this node's agent";
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// What it says and hears.
+pub(crate) struct Control {
+    pub(crate) address: SocketAddr,
+    pods: watch::Sender<Vec<Published>>,
+    captured: watch::Sender<BTreeSet<PodUid>>,
+}
+
+impl Control {
+    /// Starts one in the caller's network namespace, whose bundle and token are in `files`. It ends with the test's process.
+    pub(crate) fn start(files: &Path) -> Arc<Control> {
+        let now = UnixTime::since_unix_epoch(SystemTime::now().duration_since(UNIX_EPOCH).unwrap());
+        let root = Root::generate(&"cluster.local".parse().unwrap(), now, 30 * DAY).unwrap();
+        let (bundle, intermediate) = (root.bundle().unwrap(), root.issue_intermediate(now, 10 * DAY).unwrap());
+        let id: SpiffeId = CONTROL.parse().unwrap();
+        let key = PrivateKey::generate().unwrap();
+        let request = CertificateRequest::new(&key).unwrap();
+        let public = PublicKeyOfRequest::from_pem(request.as_pem()).unwrap();
+        let chain = intermediate.sign(&WorkloadToCertify::assertion(id.clone()), &public, now, DAY).unwrap();
+        let svid = Svid::assemble(key, chain, &bundle, &id, now).unwrap();
+        std::fs::write(files.join("bundle.pem"), bundle.to_pem()).unwrap();
+        std::fs::write(files.join("token"), TOKEN).unwrap();
+
+        let config = tls::control_server_config(&svid, Arc::new(DefaultTimeProvider));
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let control = Arc::new(Control {
+            address: listener.local_addr().unwrap(),
+            pods: watch::Sender::new(Vec::new()),
+            captured: watch::Sender::new(BTreeSet::new()),
+        });
+        let handler = control.clone();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async move {
+                let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+                serve(listener, move || config.clone(), handler, std::future::pending()).await.unwrap();
+            });
+        });
+        control
+    }
+
+    /// Names these pods, and no other.
+    pub(crate) fn publish(&self, pods: impl IntoIterator<Item = NodePod>) {
+        self.pods.send_replace(pods.into_iter().map(|pod| Published::new(&Resource::NodePod(pod))).collect());
+    }
+
+    /// What was last reported.
+    pub(crate) fn captured(&self) -> BTreeSet<PodUid> {
+        self.captured.borrow().clone()
+    }
+
+    fn admit(caller: &Caller) {
+        assert_eq!(caller.token, TOKEN);
+    }
+}
+
+impl Handler for Control {
+    async fn discovery(&self, caller: Caller, mut stream: DiscoveryStream) -> Result<(), Refused> {
+        Self::admit(&caller);
+        let mut changes = self.pods.subscribe();
+        let mut subscribed = false;
+        loop {
+            tokio::select! {
+                asked = stream.next() => match asked? {
+                    None => return Ok(()),
+                    Some(Asked::Subscribed(kind)) => {
+                        assert_eq!((kind, stream.node()), (Kind::NodePod, "node-a/agent"));
+                        subscribed = true;
+                        changes.mark_changed();
+                    }
+                    Some(_) => {}
+                },
+                _ = changes.changed(), if subscribed => {
+                    let pods = changes.borrow_and_update().clone();
+                    stream.reconcile(Kind::NodePod, &pods).await;
+                }
+            }
+        }
+    }
+
+    async fn certify(&self, _: Caller, _: server::CertificateRequest) -> Result<Vec<String>, Refused> {
+        Err(Refused::NotAllowed("an agent asks for no certificate".into()))
+    }
+
+    async fn captures(&self, caller: Caller, mut stream: CaptureStream) -> Result<(), Refused> {
+        Self::admit(&caller);
+        while let Some(pods) = stream.next().await {
+            self.captured.send_replace(pods);
+            stream.confirm().await;
+        }
+        Ok(())
+    }
+}

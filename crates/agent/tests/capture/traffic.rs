@@ -1,0 +1,265 @@
+//! What programs in captured pods see.
+
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr};
+
+use crate::lab::{A, App, B, Client, FAMILIES, GATEWAY, Lab, is_refused, plan, prepared, with_privilege};
+use crate::proxy::{Proxy, Way};
+
+#[test]
+fn both_ends_are_captured_and_keep_addresses_and_port() {
+    with_privilege(both_ends_are_captured_and_keep_addresses_and_port, || {
+        let lab = Lab::new();
+        let a = Proxy::start(prepared(&lab.a, plan(A))).begin();
+        let b = Proxy::start(prepared(&lab.b, plan(B))).begin();
+        for family in FAMILIES {
+            let _app = App::anywhere(&lab.b, family, 8080);
+            let mut client = Client::connect(&lab.a, B[family], 8080).unwrap();
+            let (address, port) = client.seen().unwrap();
+            client.echo().unwrap();
+
+            let (out, inward) = (a.last(), b.last());
+            let destination = SocketAddr::new(B[family], 8080);
+            assert_eq!((out.way, out.destination), (Way::Out, destination));
+            assert_eq!(out.client, SocketAddr::new(A[family], client.local_port()));
+            assert_eq!((inward.way, inward.destination), (Way::In, destination));
+            // On the wire: the pod's own address, to the application's own port.
+            assert_eq!(inward.client, out.other.unwrap());
+            assert_eq!(inward.client.ip(), A[family]);
+            // The application sees the client's address, and here even the port of the wire.
+            assert_eq!((address, port), (A[family], inward.client.port()));
+            assert!(!inward.fell_back);
+        }
+        assert_eq!((a.seen().len(), b.seen().len()), (2, 2));
+    });
+}
+
+#[test]
+fn a_half_closed_connection_still_gets_its_answer() {
+    with_privilege(a_half_closed_connection_still_gets_its_answer, || {
+        let lab = Lab::new();
+        let _a = Proxy::start(prepared(&lab.a, plan(A))).begin();
+        let _b = Proxy::start(prepared(&lab.b, plan(B))).begin();
+        for family in FAMILIES {
+            let _app = App::anywhere(&lab.b, family, 8080);
+            let mut client = Client::connect(&lab.a, B[family], 8080).unwrap();
+            client.seen().unwrap();
+            client.say("last\n").unwrap();
+            client.stream.get_ref().shutdown(Shutdown::Write).unwrap();
+            assert_eq!(client.line().unwrap(), "last");
+            assert_eq!(client.line().unwrap(), "bye");
+            assert_eq!(client.end(), ErrorKind::UnexpectedEof);
+        }
+    });
+}
+
+#[test]
+fn a_closed_port_looks_closed() {
+    with_privilege(a_closed_port_looks_closed, || {
+        let lab = Lab::new();
+        let a = Proxy::start(prepared(&lab.a, plan(A))).begin();
+        let b = Proxy::start(prepared(&lab.b, plan(B))).begin();
+        for family in FAMILIES {
+            let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+            let _app = App::start(&lab.b, loopback[family], 8082);
+            for port in [9, 8082] {
+                is_refused(&lab.node, B[family], port);
+                assert!(b.seen().is_empty());
+                // From a captured pod: connected, as the kernel accepts first, and then reset.
+                let end = match Client::connect(&lab.a, B[family], port) {
+                    Ok(mut client) => client.end(),
+                    // The reset overtook the answer to `connect`.
+                    Err(error) => error.kind(),
+                };
+                assert_eq!(end, ErrorKind::ConnectionReset);
+                assert_eq!(a.last().other, Err(ErrorKind::ConnectionRefused));
+                assert!(b.seen().is_empty());
+            }
+        }
+    });
+}
+
+#[test]
+fn a_listener_that_opens_later_is_captured() {
+    with_privilege(a_listener_that_opens_later_is_captured, || {
+        let lab = Lab::new();
+        let b = Proxy::start(prepared(&lab.b, plan(B))).begin();
+        for family in FAMILIES {
+            let error = Client::connect(&lab.node, B[family], 8080).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+            let _app = App::start(&lab.b, B[family], 8080);
+            let mut client = Client::connect(&lab.node, B[family], 8080).unwrap();
+            assert_eq!(client.seen().unwrap().0, GATEWAY[family]);
+            assert_eq!(b.last().destination, SocketAddr::new(B[family], 8080));
+        }
+    });
+}
+
+#[test]
+fn connections_from_before_capture_go_on() {
+    with_privilege(connections_from_before_capture_go_on, || {
+        let lab = Lab::new();
+        let apps = FAMILIES.map(|family| App::anywhere(&lab.b, family, 8080));
+        let mut open = Vec::new();
+        for family in FAMILIES {
+            for from in [&lab.a, &lab.node] {
+                for greeted in [true, false] {
+                    let mut client = Client::connect(from, B[family], 8080).unwrap();
+                    if greeted {
+                        client.seen().unwrap();
+                        client.echo().unwrap();
+                    }
+                    open.push((client, greeted));
+                }
+            }
+        }
+        let a = Proxy::start(prepared(&lab.a, plan(A))).begin();
+        let b = Proxy::start(prepared(&lab.b, plan(B))).begin();
+        for (client, greeted) in &mut open {
+            if !*greeted {
+                client.seen().unwrap();
+            }
+            client.echo().unwrap();
+            client.echo().unwrap();
+        }
+        assert!(a.seen().is_empty() && b.seen().is_empty());
+        // The twin: a connection from after the load is captured.
+        Client::connect(&lab.a, B[0], 8080).unwrap().seen().unwrap();
+        assert_eq!((a.seen().len(), b.seen().len()), (1, 1));
+        drop(apps);
+    });
+}
+
+#[test]
+fn loopback_own_addresses_and_excluded_ports_are_not_captured() {
+    with_privilege(loopback_own_addresses_and_excluded_ports_are_not_captured, || {
+        let lab = Lab::new();
+        let mut plan_a = plan(A);
+        plan_a.excluded_out = [8443].into();
+        let mut plan_b = plan(B);
+        plan_b.excluded_in = [8443, 9100].into();
+        let a = Proxy::start(prepared(&lab.a, plan_a)).begin();
+        let b = Proxy::start(prepared(&lab.b, plan_b)).begin();
+        for family in FAMILIES {
+            let _apps = [8443, 8080].map(|port| App::anywhere(&lab.b, family, port));
+            let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+            for to in [loopback[family], B[family]] {
+                let mut client = Client::connect(&lab.b, to, 8080).unwrap();
+                assert_eq!(client.seen().unwrap(), (to, client.local_port()));
+                client.echo().unwrap();
+            }
+            let mut client = Client::connect(&lab.a, B[family], 8443).unwrap();
+            assert_eq!(client.seen().unwrap(), (A[family], client.local_port()));
+            // Excluded and closed: the kernel answers.
+            is_refused(&lab.node, B[family], 9100);
+            assert!(a.seen().is_empty() && b.seen().is_empty());
+        }
+        let _app = App::anywhere(&lab.b, 0, 8081);
+        Client::connect(&lab.a, B[0], 8081).unwrap().seen().unwrap();
+        assert_eq!((a.seen().len(), b.seen().len()), (1, 1));
+    });
+}
+
+#[test]
+fn another_source_address_than_the_pods_own_is_not_captured() {
+    with_privilege(another_source_address_than_the_pods_own_is_not_captured, || {
+        let lab = Lab::new();
+        let second = "10.8.1.77".parse().unwrap();
+        let mut inside = linux::links::Links::of(&lab.a).unwrap();
+        inside.add_address("eth0", ipnet::IpNet::from(second)).unwrap();
+        let mut outside = linux::links::Links::of(&lab.node).unwrap();
+        outside.add_route(ipnet::IpNet::from(second), None, "a").unwrap();
+        let a = Proxy::start(prepared(&lab.a, plan(A))).begin();
+        let _app = App::anywhere(&lab.b, 0, 8080);
+        for (source, captured) in [(second, 0), (A[0], 1)] {
+            let mut client =
+                Client::connect_with(&lab.a, B[0], 8080, |socket| socket.bind(&SocketAddr::new(source, 0).into()))
+                    .unwrap();
+            assert_eq!(client.seen().unwrap().0, source);
+            assert_eq!(a.seen().len(), captured);
+        }
+    });
+}
+
+#[test]
+fn thousands_of_connections_from_one_address_keep_their_port_or_get_another() {
+    with_privilege(thousands_of_connections_from_one_address_keep_their_port_or_get_another, || {
+        let lab = Lab::new();
+        let b = Proxy::start(prepared(&lab.b, plan(B))).begin();
+        // Fewer ports than connections, on both sides: each port comes again while the last connection
+        // that had it is in TIME_WAIT somewhere.
+        for side in [&lab.node, &lab.b] {
+            let links = linux::links::Links::of(side).unwrap();
+            links.set("net/ipv4/ip_local_port_range", "41000 41999").unwrap();
+        }
+        let _apps = FAMILIES.map(|family| App::anywhere(&lab.b, family, 8080));
+        let mut live = Vec::new();
+        for family in FAMILIES {
+            for round in 0..2000 {
+                let mut client = Client::connect(&lab.node, B[family], 8080)
+                    .unwrap_or_else(|error| panic!("connection {round}: {error}"));
+                assert_eq!(client.seen().unwrap().0, GATEWAY[family]);
+                client.echo().unwrap();
+                match round {
+                    // Stays open to the end.
+                    0..100 => live.push(client),
+                    // The application ends first, and has the TIME_WAIT.
+                    _ if round % 2 == 0 => {
+                        client.say("quit\n").unwrap();
+                        assert_eq!(client.end(), ErrorKind::UnexpectedEof);
+                    }
+                    // The client ends with a reset, and nobody has one.
+                    _ => {
+                        let socket = socket2::SockRef::from(client.stream.get_ref());
+                        socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
+                    }
+                }
+            }
+        }
+        for client in &mut live {
+            client.echo().unwrap();
+        }
+        let seen = b.seen();
+        assert_eq!(seen.len(), 4000);
+        let kept = seen.iter().filter(|seen| !seen.fell_back).count();
+        assert!(kept >= 2000, "only {kept} of 4000 connections kept their port");
+    });
+}
+
+#[test]
+fn a_privileged_source_port_is_captured_with_another_port_inside() {
+    with_privilege(a_privileged_source_port_is_captured_with_another_port_inside, || {
+        let lab = Lab::new();
+        let b = Proxy::start(prepared(&lab.b, plan(B))).begin();
+        let _app = App::anywhere(&lab.b, 0, 8080);
+        let mut client =
+            Client::connect_with(&lab.node, B[0], 8080, |socket| socket.bind(&SocketAddr::new(GATEWAY[0], 777).into()))
+                .unwrap();
+        assert_eq!(client.seen().unwrap().0, GATEWAY[0]);
+        client.echo().unwrap();
+        assert_eq!(b.last().client.port(), 777);
+    });
+}
+
+#[test]
+fn one_client_port_to_two_ports_is_two_connections() {
+    with_privilege(one_client_port_to_two_ports_is_two_connections, || {
+        let lab = Lab::new();
+        let b = Proxy::start(prepared(&lab.b, plan(B))).begin();
+        let _apps = [8080, 8090].map(|port| App::anywhere(&lab.b, 0, port));
+        let mut clients = [8080, 8090].map(|port| {
+            Client::connect_with(&lab.node, B[0], port, |socket| {
+                socket.set_reuse_address(true)?;
+                socket.bind(&SocketAddr::new(GATEWAY[0], 40_000).into())
+            })
+            .unwrap()
+        });
+        for client in &mut clients {
+            client.seen().unwrap();
+            client.echo().unwrap();
+        }
+        let mut destinations: Vec<u16> = b.seen().iter().map(|seen| seen.destination.port()).collect();
+        destinations.sort();
+        assert_eq!(destinations, [8080, 8090]);
+    });
+}

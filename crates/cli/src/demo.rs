@@ -1,0 +1,147 @@
+//! `justmtls demo`: the cluster in a box.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use anyhow::bail;
+use clap::{Args, Subcommand};
+use demo::{ExecOptions, Options, Place, StateDirectory};
+use serde_json::Value;
+
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// The box's directory: one for each box. A default of the user's own otherwise.
+    #[arg(long, global = true, value_name = "DIR")]
+    state: Option<PathBuf>,
+    /// Kubernetes objects of your own, instead of the built-in ones.
+    #[arg(long, global = true, value_name = "DIR")]
+    manifests: Option<PathBuf>,
+    /// Machine-readable output.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    verb: Option<Verb>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Make a box in the background.
+    Start,
+    /// End the box, and leave nothing behind.
+    Stop,
+    /// Nodes, processes, pods and Services.
+    Status,
+    /// Run a program of this machine in a pod.
+    Exec {
+        /// NAMESPACE/POD.
+        #[arg(value_name = "NAMESPACE/POD", required_unless_present = "node")]
+        pod: Option<String>,
+        /// Run on a node instead (node-a, node-b), or at `control` or `outside`.
+        #[arg(long, conflicts_with = "pod")]
+        node: Option<String>,
+        /// Run as this user; needs a box of root.
+        #[arg(long, value_name = "UID")]
+        user: Option<u32>,
+        /// Keep all capabilities, as a privileged container would.
+        #[arg(long)]
+        privileged: bool,
+        /// The program and its arguments.
+        #[arg(last = true, required = true, value_name = "PROGRAM")]
+        command: Vec<OsString>,
+    },
+    /// Create or change objects.
+    Apply {
+        /// The manifest; `-` is standard input.
+        #[arg(short, long = "filename", value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Remove objects.
+    Delete {
+        /// The manifest; `-` is standard input.
+        #[arg(short, long = "filename", value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Print a page of a process' admin socket, such as `node-a /metrics`.
+    Admin {
+        /// A node, for its proxy; `agent@NODE`, or `control`.
+        process: String,
+        /// The page.
+        path: String,
+    },
+}
+
+pub(crate) fn run(arguments: Arguments) -> anyhow::Result<i32> {
+    let state = arguments.state.clone().unwrap_or_else(StateDirectory::default_path);
+    let options = Options { state: Some(state.clone()), manifests: arguments.manifests };
+    let Some(verb) = arguments.verb else { return demo::run_foreground(options) };
+    match verb {
+        Verb::Start => {
+            demo::start(options)?;
+            say(arguments.json, "the box is up", &demo::status(&state)?);
+        }
+        Verb::Stop => anstream::println!("{}", demo::stop(&state)?),
+        Verb::Status => {
+            let status = demo::status(&state)?;
+            if arguments.json { anstream::println!("{status:#}") } else { print_status(&status) }
+        }
+        Verb::Exec { pod, node, user, privileged, command } => {
+            let place = place(pod, node)?;
+            return demo::exec(&state, &ExecOptions { place, user, privileged, command });
+        }
+        Verb::Apply { file } => print_lines(demo::apply(&state, &file)?),
+        Verb::Delete { file } => print_lines(demo::delete(&state, &file)?),
+        Verb::Admin { process, path } => anstream::print!("{}", demo::admin(&state, &process, &path)?),
+    }
+    Ok(0)
+}
+
+fn place(pod: Option<String>, node: Option<String>) -> anyhow::Result<Place> {
+    if let Some(node) = node {
+        return Ok(Place::Node(node));
+    }
+    let pod = pod.unwrap_or_default();
+    match pod.split_once('/') {
+        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => {
+            Ok(Place::Pod { namespace: namespace.to_owned(), name: name.to_owned() })
+        }
+        _ => bail!("{pod} is not a pod's name: write NAMESPACE/POD, as in `justmtls demo exec shop/client -- curl web`"),
+    }
+}
+
+fn say(json: bool, sentence: &str, status: &Value) {
+    if json {
+        anstream::println!("{status:#}");
+    } else {
+        anstream::println!("{sentence}");
+        print_status(status);
+    }
+}
+
+fn print_lines(lines: Vec<String>) {
+    for line in lines {
+        anstream::println!("{line}");
+    }
+}
+
+fn print_status(status: &Value) {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let list = |value: &Value| value.as_array().into_iter().flatten().map(text).collect::<Vec<_>>().join(" ");
+    anstream::println!("{HEAD}{:32} {:8} {:10} ADDRESSES{HEAD:#}", "POD", "NODE", "STATE");
+    for pod in status["pods"].as_array().into_iter().flatten() {
+        let state = match (pod["ready"].as_bool(), pod["ending"].as_bool()) {
+            (_, Some(true)) => "ending".to_owned(),
+            (Some(true), _) => "ready".to_owned(),
+            _ => text(&pod["phase"]).to_lowercase(),
+        };
+        let name = format!("{}/{}", text(&pod["namespace"]), text(&pod["name"]));
+        let line = format!("{name:32} {:8} {state:10} {}", text(&pod["node"]), list(&pod["addresses"]));
+        anstream::println!("{line}  {}", text(&pod["message"]));
+    }
+    anstream::println!("{HEAD}{:52} ADDRESSES{HEAD:#}", "SERVICE");
+    for service in status["services"].as_array().into_iter().flatten() {
+        let name = format!("{}.{}", text(&service["name"]), text(&service["namespace"]));
+        anstream::println!("{name:52} {}", list(&service["addresses"]));
+    }
+}
+
+const HEAD: anstyle::Style = anstyle::Style::new().bold();

@@ -1,0 +1,67 @@
+//! THE BINARY: `justmtls` and its subcommands.
+//!
+//! Every process of the product is a subcommand of this one file. Nothing here starts a thread before the
+//! subcommand is known: boxes and privileges need a process without any.
+
+#![forbid(unsafe_code)]
+
+mod app;
+mod demo;
+mod log;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// All traffic between the pods of a cluster as mutually authenticated TLS, and nothing else.
+#[derive(Debug, Parser)]
+#[command(name = "justmtls", version, propagate_version = true)]
+struct Arguments {
+    /// How the processes write their log.
+    #[arg(long, value_name = "FORMAT", default_value = "json", hide = true)]
+    log_format: log::Format,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// A two-node cluster in a box on this machine, with or without root.
+    Demo(demo::Arguments),
+    /// The control plane: from Kubernetes objects to what each node knows, and the certificates of its pods.
+    Control(control::Args),
+    /// The privileged half of a node: captures pods and makes their sockets.
+    Agent(agent::Args),
+    /// The data path of a node, without privileges.
+    Proxy(proxy::Args),
+    /// Programs of the box's default pods.
+    #[command(hide = true)]
+    DemoApp(app::Arguments),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let log = arguments.log_format;
+    let result = match arguments.command {
+        Command::Demo(arguments) => demo::run(arguments),
+        Command::Control(arguments) => process(log, || control::run(arguments)),
+        Command::Agent(arguments) => process(log, || agent::run(arguments)),
+        Command::Proxy(arguments) => process(log, || proxy::run(arguments)),
+        Command::DemoApp(arguments) => app::run(&arguments),
+    };
+    match result {
+        Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(1)),
+        Err(error) => {
+            anstream::eprintln!("{ERROR}error{ERROR:#}: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A process of the product: it says what it does in its log.
+fn process(format: log::Format, run: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<i32> {
+    log::begin(format)?;
+    run().map(|()| 0)
+}
+
+const ERROR: anstyle::Style = anstyle::AnsiColor::Red.on_default().bold();

@@ -1,0 +1,87 @@
+//! The short verbs: one request to the box, one answer.
+
+use std::fs;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use linux::sandbox;
+use serde_json::Value;
+
+use crate::conversation::Request;
+use crate::server::request;
+
+/// How everything is: nodes, processes, pods, Services. Process ids are those that the caller sees.
+pub fn status(state: &Path) -> anyhow::Result<Value> {
+    let (mut status, handles) = request(state, &Request::Status)?;
+    give_process_ids(&mut status, &handles);
+    Ok(status)
+}
+
+/// Takes the objects of a manifest file (`-` is standard input), as `kubectl apply` would. Gives a line for
+/// each object.
+pub fn apply(state: &Path, file: &Path) -> anyhow::Result<Vec<String>> {
+    let (file, text) = read(file)?;
+    lines(request(state, &Request::Apply { file, text })?.0)
+}
+
+/// Removes the objects of a manifest file, as `kubectl delete` would. Gives a line for each object.
+pub fn delete(state: &Path, file: &Path) -> anyhow::Result<Vec<String>> {
+    let (file, text) = read(file)?;
+    lines(request(state, &Request::Delete { file, text })?.0)
+}
+
+/// A page of a process' admin socket, such as `/metrics` of `node-a`.
+pub fn admin(state: &Path, process: &str, path: &str) -> anyhow::Result<String> {
+    let (process, path) = (process.to_owned(), path.to_owned());
+    match request(state, &Request::Admin { process, path })?.0 {
+        Value::String(page) => Ok(page),
+        other => Ok(other.to_string()),
+    }
+}
+
+fn read(file: &Path) -> anyhow::Result<(String, String)> {
+    let name = file.display().to_string();
+    let mut text = String::new();
+    let limit = manifests::MAX_FILE_BYTES as u64 + 1;
+    let read = if name == "-" {
+        std::io::stdin().take(limit).read_to_string(&mut text)
+    } else {
+        fs::File::open(file).and_then(|open| open.take(limit).read_to_string(&mut text))
+    };
+    read.with_context(|| format!("cannot read {name}"))?;
+    Ok((if name == "-" { "standard input".to_owned() } else { name }, text))
+}
+
+/// What was done, or an error when anything was refused.
+fn lines(answer: Value) -> anyhow::Result<Vec<String>> {
+    let list = |name: &str| -> Vec<String> {
+        let lines = answer[name].as_array().into_iter().flatten();
+        lines.filter_map(|line| line.as_str().map(str::to_owned)).collect()
+    };
+    let (done, problems) = (list("done"), list("problems"));
+    if answer["refused"].as_bool() == Some(true) {
+        let mut all = done;
+        all.extend(problems);
+        bail!("{}", all.join("\n"));
+    }
+    Ok(done.into_iter().chain(problems).collect())
+}
+
+/// Puts process ids in the place of handles: `"handle": 3` becomes `"pid": 4711`, or `null` for one that
+/// has ended. The box cannot do this, as it does not know the numbers outside.
+fn give_process_ids(value: &mut Value, handles: &[OwnedFd]) {
+    match value {
+        Value::Array(all) => all.iter_mut().for_each(|one| give_process_ids(one, handles)),
+        Value::Object(fields) => {
+            if let Some(index) = fields.remove("handle") {
+                let handle = index.as_u64().and_then(|index| handles.get(index as usize));
+                let pid = handle.and_then(|handle| sandbox::process_id(handle.as_fd()));
+                fields.insert("pid".to_owned(), pid.into());
+            }
+            fields.values_mut().for_each(|one| give_process_ids(one, handles));
+        }
+        _ => {}
+    }
+}

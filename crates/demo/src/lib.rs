@@ -1,0 +1,62 @@
+//! CLUSTER IN A BOX: two nodes, a control plane and pods out of network namespaces, on any Linux machine.
+//!
+//! It plays what is not the product: kubelet and container runtime, the API server's defaults, the
+//! controllers, DNS, and kube-proxy for pods that are not captured. Control plane, agents and proxies are
+//! the real ones, started as processes of their own, and see Kubernetes objects and nothing else.
+//!
+//! Outside of the box there is a starter (one process) and a state directory (a lock and a socket).
+//! Inside there is an init that holds everything else.
+//!
+//! Invariants, stated as absences:
+//! - no interface, mount, rule or process of a box exists outside its namespaces;
+//! - nothing of a box is written to a disk but the lock and the socket of the state directory;
+//! - neither starter nor init outlives the other, and the state directory outlives neither;
+//! - nothing here decides about traffic between captured pods.
+
+#![forbid(unsafe_code)]
+
+// Outside
+mod state;
+mod starter;
+mod conversation;
+mod client;
+mod exec;
+
+// Inside: init and what it plays
+mod boot;
+mod manifest;
+mod children;
+mod server;
+mod network;
+mod addresses;
+mod cluster;
+mod endpoints;
+mod folder;
+mod kubelet;
+mod programs;
+mod runtime;
+mod processes;
+mod kube_proxy;
+mod admin;
+mod report;
+mod dns;
+
+/// The programs of the default pods.
+pub mod app;
+
+use std::path::PathBuf;
+
+pub use client::{admin, apply, delete, status};
+pub use conversation::Place;
+pub use exec::{ExecOptions, exec};
+pub use starter::{run_foreground, start, stop};
+pub use state::{StateDirectory, StateError};
+
+/// What kind of box to make.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// The state directory; `None` is the user's default.
+    pub state: Option<PathBuf>,
+    /// A file or folder with Kubernetes objects instead of the built-in ones.
+    pub manifests: Option<PathBuf>,
+}

@@ -1,0 +1,123 @@
+//! `status`: everything of the box as one value.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use linux::sandbox::{self, Authority};
+use manifests::Object;
+use manifests::k8s_openapi::api::core::v1::Pod;
+use serde_json::{Value, json};
+
+use crate::admin;
+use crate::cluster::Cluster;
+use crate::endpoints;
+use crate::network::{Network, OUTSIDE, control_address};
+use crate::processes::{Process, Role};
+
+/// Whether nothing more is to be expected of a pod: it is ready, or has ended.
+pub(crate) fn is_settled(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    endpoints::is_ready(pod) || matches!(phase, Some("Succeeded" | "Failed"))
+}
+
+/// The status, and handles on the processes in it: their numbers outside of the box are not known here.
+pub(crate) fn status(
+    state: &Path,
+    authority: Authority,
+    cluster: &Cluster,
+    network: &Network,
+    processes: &[Process],
+) -> (Value, Vec<OwnedFd>) {
+    let mut handles = Vec::new();
+    let control: Vec<_> =
+        processes.iter().filter(|it| it.role == Role::Control).map(|it| process(it, &mut handles)).collect();
+    let nodes: Vec<_> = network
+        .nodes()
+        .map(|(plan, _)| {
+            json!({
+                "name": plan.name,
+                "addresses": plan.fabric.both(),
+                "gateway": plan.gateway.both(),
+                "processes": processes
+                    .iter()
+                    .filter(|it| it.role.node() == Some(plan.name.as_str()))
+                    .map(|it| process(it, &mut handles))
+                    .collect::<Vec<_>>(),
+                "podCIDRs": [plan.pods_v4.to_string(), plan.pods_v6.to_string()],
+            })
+        })
+        .collect();
+    let services: Vec<_> = cluster.objects().filter_map(|(_, object)| service(object)).collect();
+    let status = json!({
+        "state": state,
+        "authority": match authority { Authority::Root => "root", Authority::UserNamespace => "user" },
+        "ready": cluster.pods().all(is_settled),
+        "control": { "addresses": control_address().both(), "processes": control },
+        "outside": { "addresses": OUTSIDE.both() },
+        "nodes": nodes,
+        "pods": cluster.pods().map(pod).collect::<Vec<_>>(),
+        "services": services,
+    });
+    (status, handles)
+}
+
+fn process(process: &Process, handles: &mut Vec<OwnedFd>) -> Value {
+    let mut value = json!({
+        "name": process.role.name(),
+        "role": process.role.subcommand(),
+        "state": if process.ended.is_some() { "ended" } else { "running" },
+        "message": process.ended,
+        "admin": process.admin,
+        "pid": null,
+    });
+    if process.ended.is_none()
+        && let Ok(handle) = sandbox::process_handle(process.pid)
+    {
+        value["handle"] = handles.len().into();
+        handles.push(handle);
+    }
+    value
+}
+
+/// Adds what the control plane knows: for each pod its mode and whether it is captured, and all problems.
+pub(crate) async fn add_control_plane_view(status: &mut Value, control: PathBuf) {
+    let view = admin::json(control.clone(), "/workloads").await;
+    let workloads = &view["workloads"];
+    let of = |uid: &Value| workloads.as_array().into_iter().flatten().find(|workload| workload["pod_uid"] == *uid);
+    for pod in status["pods"].as_array_mut().into_iter().flatten() {
+        if let Some(workload) = of(&pod["uid"]) {
+            for field in ["captured", "uncaptured", "mode", "identity"] {
+                pod[field] = workload[field].clone();
+            }
+        }
+    }
+    status["problems"] = admin::json(control, "/problems").await;
+}
+
+fn pod(pod: &Pod) -> Value {
+    let status = pod.status.as_ref();
+    json!({
+        "namespace": pod.metadata.namespace,
+        "name": pod.metadata.name,
+        "uid": pod.metadata.uid,
+        "node": pod.spec.as_ref().and_then(|spec| spec.node_name.as_ref()),
+        "serviceAccount": pod.spec.as_ref().and_then(|spec| spec.service_account_name.as_ref()),
+        "addresses": endpoints::addresses(pod).collect::<Vec<_>>(),
+        "phase": status.and_then(|status| status.phase.as_ref()),
+        "ready": endpoints::is_ready(pod),
+        "message": status.and_then(|status| status.message.as_ref()),
+        "ending": pod.metadata.deletion_timestamp.is_some(),
+    })
+}
+
+fn service(object: &Object) -> Option<Value> {
+    let Object::Service(service) = object else { return None };
+    let spec = service.spec.as_ref()?;
+    let ports: Vec<_> = spec.ports.iter().flatten().map(|port| port.port).collect();
+    Some(json!({
+        "namespace": service.metadata.namespace,
+        "name": service.metadata.name,
+        "addresses": spec.cluster_ips,
+        "ports": ports,
+    }))
+}

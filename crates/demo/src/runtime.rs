@@ -1,0 +1,51 @@
+//! What the container runtime does: it asks the node's agent to capture a pod before its programs start.
+
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use linux::channel::Channel;
+use mesh::PodUid;
+use wire::pods::{CniAdd, CniRequest, CniResult, MAX_MESSAGE};
+
+use crate::cluster::PodPlan;
+use crate::processes::cni_socket;
+
+/// `CNI ADD`: returns when the node's agent has said yes, and whether the pod is captured or why it is not to be.
+pub(crate) async fn add(plan: &PodPlan, namespace: &Path) -> anyhow::Result<Result<(), String>> {
+    let request = CniRequest::Add(CniAdd {
+        pod: PodUid::from(plan.uid.as_str()),
+        namespace: plan.namespace.clone(),
+        name: plan.name.clone(),
+        netns: namespace.to_owned(),
+    });
+    match ask(plan, request).await? {
+        CniResult::Captured => Ok(Ok(())),
+        CniResult::NotCaptured(why) => Ok(Err(why)),
+        CniResult::Failed(why) => bail!("{why}"),
+        CniResult::Deleted => bail!("the agent answered another question"),
+    }
+}
+
+/// `CNI DEL`: never fails, as a pod that cannot be forgotten must still be removed (T12).
+pub(crate) async fn remove(plan: &PodPlan) {
+    if let Err(error) = ask(plan, CniRequest::Del { pod: PodUid::from(plan.uid.as_str()) }).await {
+        tracing::warn!(pod = plan.name, %error, "the agent was not told that a pod is gone");
+    }
+}
+
+async fn ask(plan: &PodPlan, request: CniRequest) -> anyhow::Result<CniResult> {
+    let socket = cni_socket(&plan.node.name);
+    let node = plan.node.name.clone();
+    // The channel blocks, for as long as the agent takes.
+    tokio::task::spawn_blocking(move || {
+        let agent = Channel::connect(&socket).with_context(|| format!("the agent of {node} does not answer"))?;
+        agent.send(&request.encode(), &[])?;
+        let mut buffer = vec![0; MAX_MESSAGE];
+        let (length, _) = agent.recv(&mut buffer)?;
+        if length == 0 {
+            bail!("the agent of {node} closed the connection");
+        }
+        Ok(CniResult::decode(&buffer[..length])?)
+    })
+    .await?
+}

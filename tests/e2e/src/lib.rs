@@ -1,0 +1,48 @@
+//! The fixture of the end-to-end tests: the real binary in network namespaces, driven as a person drives it.
+//!
+//! What it guarantees, as absences:
+//! - no wait without an end: each program and each condition has a time limit;
+//! - no leftover: a box that a test made is gone when the test is over, also when the test failed, and that is checked;
+//! - no silent skip: a test that cannot run here says its name and the reason.
+
+#![forbid(unsafe_code)]
+
+// What a test needs of the machine
+mod requirements;
+// Waiting and running
+mod wait;
+mod program;
+// The box and its pods
+mod cluster;
+mod shared;
+mod view;
+// The wire between the nodes, and what tshark says of it
+mod wiretap;
+mod streams;
+
+pub use cluster::{Cluster, OUTSIDE, Owner, binary};
+pub use program::{Finished, Program, Running};
+pub use requirements::{announce_skip, missing, name_of, postgres};
+pub use shared::Shared;
+pub use streams::{Streams, tls_records};
+pub use view::{Family, text};
+pub use wait::{PATIENCE, eventually, wait_until};
+pub use wiretap::Wiretap;
+
+/// Leaves the test, and says why, when the machine lacks one of the programs; `"root"` stands for being root.
+#[macro_export]
+macro_rules! needs {
+    ($($what:literal),* $(,)?) => {
+        fn here() {}
+        if let Some(reason) = $crate::missing(&[$($what),*]) {
+            $crate::announce_skip($crate::name_of(&here), &reason);
+            return;
+        }
+    };
+}
+
+/// The path of a program of `tests/e2e/programs`.
+#[must_use]
+pub fn script(name: &str) -> String {
+    format!("{}/programs/{name}", env!("CARGO_MANIFEST_DIR"))
+}

@@ -1,0 +1,56 @@
+//! What a test needs of the machine, and how a test that cannot have it says so.
+
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// Where xtask reads the skips.
+const SKIPS: &str = "JUSTMTLS_TEST_SKIPS";
+
+/// The first of these that is not here, as a reason. `"root"` stands for being root, `"grpc"` for Debian's Python module,
+/// and `"postgres"` for the server, which is in nobody's `PATH`.
+#[must_use]
+pub fn missing(needs: &[&str]) -> Option<String> {
+    needs.iter().find_map(|need| match *need {
+        "root" => (!nix::unistd::geteuid().is_root()).then(|| "only root can do this".to_owned()),
+        "grpc" => (!has_python_module("grpc")).then(|| "python3-grpcio is not installed".to_owned()),
+        "postgres" => postgres().is_none().then(|| "postgresql is not installed".to_owned()),
+        program => (!is_program(program)).then(|| format!("{program} is not installed")),
+    })
+}
+
+/// The folder with PostgreSQL's server and `initdb`.
+#[must_use]
+pub fn postgres() -> Option<std::path::PathBuf> {
+    let versions = std::fs::read_dir("/usr/lib/postgresql").ok()?;
+    let folders = versions.flatten().map(|version| version.path().join("bin"));
+    folders.filter(|folder| folder.join("initdb").is_file()).max()
+}
+
+fn has_python_module(name: &str) -> bool {
+    let mut python = Command::new("/usr/bin/python3");
+    python.args(["-c", &format!("import {name}")]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    python.status().is_ok_and(|status| status.success())
+}
+
+fn is_program(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let administrators = ["/usr/sbin", "/sbin"].into_iter().map(Into::into);
+    std::env::split_paths(&path).chain(administrators).any(|folder| Path::new(&folder).join(name).is_file())
+}
+
+/// Says that a test did not run, to the reader and to xtask.
+pub fn announce_skip(test: &str, reason: &str) {
+    let line = format!("SKIPPED {test}: {reason}");
+    println!("{line}");
+    let Some(file) = std::env::var_os(SKIPS) else { return };
+    let written = OpenOptions::new().append(true).create(true).open(file);
+    written.and_then(|mut file| writeln!(file, "{line}")).expect("a skip must be counted");
+}
+
+/// The path of the function that `here` is declared in.
+#[must_use]
+pub fn name_of<F: Fn()>(_here: &F) -> &'static str {
+    std::any::type_name::<F>().trim_end_matches("::here")
+}

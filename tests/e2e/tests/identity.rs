@@ -1,0 +1,96 @@
+//! Who is at the other end: proven on both sides, and whoever cannot prove it is refused by name.
+//!
+//! Certificates that a stranger could make up are tried one by one in `crates/identity/tests`; here the whole product meets a few.
+
+#![forbid(unsafe_code)]
+
+use e2e::{Cluster, Family, PATIENCE, Program, Shared, needs, text, wait_until};
+use serde_json::Value;
+
+static BOX: Shared = Shared::new(include_str!("../manifests/mesh.yaml"));
+
+const CLIENT: &str = "spiffe://cluster.local/ns/app/sa/client";
+const SERVER: &str = "spiffe://cluster.local/ns/app/sa/server";
+
+fn connections(cluster: &Cluster, node: &str, port: u16) -> Vec<Value> {
+    let all = cluster.admin(node, "/connections");
+    let to_port = |one: &&Value| text(one, "dialled").ends_with(&format!(":{port}"));
+    all.as_array().into_iter().flatten().filter(to_port).cloned().collect()
+}
+
+#[test]
+fn both_ends_know_each_other_by_identity() {
+    needs!("root");
+    let cluster = BOX.get();
+    let _server = cluster.serve("app/server", &["echo", "7000"]);
+    let server = cluster.address("app/server", Family::V4).to_string();
+    let mut client = cluster.tcp("app/client", &["hold", &server, "7000"]).spawn();
+    client.wait_for("open");
+    client.write("hello\n");
+    client.wait_for("back hello");
+    for (node, direction, own, peer) in [("node-a", "outbound", CLIENT, SERVER), ("node-b", "inbound", SERVER, CLIENT)] {
+        let found = connections(&cluster, node, 7000);
+        let [connection] = &found[..] else { panic!("{node}: {found:#?}") };
+        let shown = ["direction", "security", "identity", "peer", "tls", "group"].map(|field| text(connection, field));
+        assert_eq!(shown, [direction, "mtls", own, peer, "TLSv1.3", "X25519MLKEM768"], "{node}");
+    }
+}
+
+#[test]
+fn each_node_holds_certificates_of_its_own_pods_alone() {
+    needs!("root");
+    let cluster = BOX.get();
+    for (node, expected) in [("node-a", &[CLIENT][..]), ("node-b", &["spiffe://cluster.local/ns/app/sa/near", SERVER])] {
+        wait_until(&format!("the certificates of {node}"), PATIENCE, || {
+            let shown = cluster.admin(node, "/certificates");
+            let svids = shown["svids"].as_array().into_iter().flatten();
+            let valid: Vec<_> = svids.filter(|svid| svid["valid"] == true).map(|svid| text(svid, "identity")).collect();
+            if valid == expected { Ok(()) } else { Err(format!("{shown:#}")) }
+        });
+    }
+}
+
+/// A TLS client of the outsider that claims to speak our protocol, with its further options.
+fn stranger(cluster: &Cluster, options: &[&str]) -> Program {
+    let target = cluster.socket("app/server", Family::V4, 7010).to_string();
+    let dial = ["openssl", "s_client", "-connect", &target, "-alpn", "justmtls/1", "-ign_eof"];
+    cluster.exec("legacy/outsider", &dial).args(options).input("hello\n")
+}
+
+/// What the server's node counts of one way to fail a handshake.
+fn failures(cluster: &Cluster, reason: &str) -> u64 {
+    let metrics = cluster.page("node-b", "/metrics");
+    let is_it = |line: &&str| line.contains("direction=\"inbound\"") && line.contains(&format!("reason=\"{reason}\"")) && line.contains("handshake");
+    let values = metrics.lines().filter(is_it).filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok());
+    values.sum()
+}
+
+/// Runs a stranger and waits until its failure is counted under this name; the application never heard of it.
+fn is_refused(cluster: &Cluster, reason: &str, options: &[&str]) {
+    let before = failures(cluster, reason);
+    let said = stranger(cluster, options).run();
+    assert!(!said.stdout.contains("you are"), "a stranger was let in: {said}");
+    wait_until(&format!("{reason} to be counted"), PATIENCE, || {
+        if failures(cluster, reason) > before { Ok(()) } else { Err(format!("{said}{}", cluster.page("node-b", "/metrics"))) }
+    });
+}
+
+#[test]
+fn a_client_that_proves_nothing_or_speaks_an_old_tls_is_refused_by_name() {
+    needs!("root", "openssl");
+    let cluster = BOX.get();
+    let _server = cluster.serve("app/server", &["greet", "7010"]);
+    // The twin: the same program without our protocol's name is a plain client of the application.
+    let server = cluster.address("app/server", Family::V4).to_string();
+    assert!(cluster.tcp("legacy/outsider", &["look", &server, "7010"]).run().ok().starts_with("said you are"));
+
+    is_refused(&cluster, "no-client-certificate", &["-tls1_3"]);
+    is_refused(&cluster, "tls-version", &["-tls1_2"]);
+    let folder = cluster.data("stranger");
+    let file = |name: &str| folder.join(name).display().to_string();
+    let (key, certificate) = (file("key.pem"), file("certificate.pem"));
+    let san = format!("subjectAltName=URI:{CLIENT}");
+    let make = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/O=stranger", "-addext", &san];
+    Program::new("openssl").args(make).args(["-keyout", &key, "-out", &certificate]).run().ok();
+    is_refused(&cluster, "unknown-authority", &["-tls1_3", "-cert", &certificate, "-key", &key]);
+}
