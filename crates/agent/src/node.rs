@@ -139,7 +139,7 @@ impl Node {
     }
 
     /// Listeners and routing of a pod are made, or not.
-    pub(crate) fn prepared(&mut self, pod: &PodUid, attempt: u64, outcome: Result<Capture, Failure>) {
+    pub(crate) fn prepared(&mut self, pod: &PodUid, attempt: u64, outcome: Result<Box<Capture>, Failure>) {
         let (made, outcome) = match outcome {
             Ok(capture) => (Some(capture), Ok(())),
             Err(failure) => (None, Err(failure)),
@@ -147,7 +147,7 @@ impl Node {
         let (keep, actions) = self.pods.prepared(pod, attempt, outcome);
         if let Some(capture) = made.filter(|_| keep) {
             let listeners = capture.listeners();
-            let capture = Arc::new(Mutex::new(capture));
+            let capture = Arc::new(Mutex::new(*capture));
             self.captures.insert(pod.clone(), Captured { capture, listeners });
         }
         self.act(actions);
@@ -222,7 +222,7 @@ impl Node {
             let outcome = match (namespace, Marks::random()) {
                 (Some(Ok(namespace)), Ok(marks)) => {
                     let plan = CapturePlan { marks, addresses, excluded_in: ports.clone(), excluded_out: ports };
-                    Capture::prepare(namespace, plan, owner).map_err(Failure::from)
+                    Capture::prepare(namespace, plan, owner).map(Box::new).map_err(Failure::from)
                 }
                 (Some(Err(error)), _) | (_, Err(error)) => {
                     let sentence = format!("the namespace or random marks cannot be had: {error}");

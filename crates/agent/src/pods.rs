@@ -187,7 +187,7 @@ impl Pods {
         actions
     }
 
-    /// The runtime deletes a pod's sandbox. That always succeeds (T12).
+    /// The runtime deletes a pod's sandbox. That always succeeds: a pod that cannot be forgotten could not be deleted.
     pub(crate) fn delete(&mut self, request: Request, uid: &PodUid) -> Vec<Action> {
         let mut actions = Vec::new();
         self.leave(uid, &mut actions);

@@ -87,7 +87,7 @@ pub(crate) enum Event {
     /// The control plane says something.
     ControlPlane(Heard),
     /// Listeners and routing of a pod are made, or not.
-    Prepared(PodUid, u64, Result<Capture, Failure>),
+    Prepared(PodUid, u64, Result<Box<Capture>, Failure>),
     /// Rules of a pod were loaded, or not.
     Begun(PodUid, u64, Result<(), Failure>),
     /// Something is wrong with these captures.

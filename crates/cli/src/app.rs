@@ -31,14 +31,18 @@ enum Program {
         /// A word for every request and answer.
         #[arg(long, default_value = "hello")]
         marker: String,
+        /// All requests on one connection.
+        #[arg(long)]
+        keep: bool,
     },
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<i32> {
     match &arguments.program {
         Program::Serve { port } => serve(&ServeOptions { port: *port }).map(|()| 0)?,
-        Program::Load { to, rate, count, marker } => {
-            let options = LoadOptions { to: to.clone(), rate: *rate, count: *count, marker: marker.clone() };
+        Program::Load { to, rate, count, marker, keep } => {
+            let options =
+                LoadOptions { to: to.clone(), rate: *rate, count: *count, marker: marker.clone(), keep: *keep };
             return Ok(if load(&options)? { 0 } else { 1 });
         }
     };

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 use clap::{Args, Subcommand};
-use demo::{ExecOptions, Options, Place, StateDirectory};
+use demo::{ExecOptions, Options, Place, StateDirectory, Story};
 use serde_json::Value;
 
 #[derive(Debug, Args)]
@@ -19,6 +19,9 @@ pub(crate) struct Arguments {
     /// Machine-readable output.
     #[arg(long, global = true)]
     json: bool,
+    /// Tell the story, then end the box; fails if a step does not show what it should.
+    #[arg(long)]
+    once: bool,
     #[command(subcommand)]
     verb: Option<Verb>,
 }
@@ -72,8 +75,14 @@ enum Verb {
 
 pub(crate) fn run(arguments: Arguments) -> anyhow::Result<i32> {
     let state = arguments.state.clone().unwrap_or_else(StateDirectory::default_path);
-    let options = Options { state: Some(state.clone()), manifests: arguments.manifests };
-    let Some(verb) = arguments.verb else { return demo::run_foreground(options) };
+    let mut options = Options { state: Some(state.clone()), manifests: arguments.manifests, story: None };
+    let Some(verb) = arguments.verb else {
+        options.story = Some(Story { once: arguments.once, json: arguments.json });
+        return demo::run_foreground(options);
+    };
+    if arguments.once {
+        bail!("--once tells the story and ends the box: it goes with no verb, as in `justmtls demo --once`");
+    }
     match verb {
         Verb::Start => {
             demo::start(options)?;
@@ -104,7 +113,9 @@ fn place(pod: Option<String>, node: Option<String>) -> anyhow::Result<Place> {
         Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => {
             Ok(Place::Pod { namespace: namespace.to_owned(), name: name.to_owned() })
         }
-        _ => bail!("{pod} is not a pod's name: write NAMESPACE/POD, as in `justmtls demo exec shop/client -- curl web`"),
+        _ => {
+            bail!("{pod} is not a pod's name: write NAMESPACE/POD, as in `justmtls demo exec shop/client -- curl web`")
+        }
     }
 }
 

@@ -57,10 +57,7 @@ impl Range {
     }
 
     fn pair(&self, number: u32) -> Addresses {
-        Addresses {
-            v4: Ipv4Addr::from_bits(self.v4 + number),
-            v6: Ipv6Addr::from_bits(self.v6 + u128::from(number)),
-        }
+        Addresses { v4: Ipv4Addr::from_bits(self.v4 + number), v6: Ipv6Addr::from_bits(self.v6 + u128::from(number)) }
     }
 }
 

@@ -21,20 +21,21 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use crate::Options;
-use crate::children::Children;
 use crate::admin;
+use crate::children::Children;
 use crate::cluster::{Action, Cluster, PodPlan};
 use crate::conversation::{Answer, Place, Request};
 use crate::dns::{self, Zone};
 use crate::folder::Folder;
+use crate::kube_proxy::Services;
 use crate::kubelet::{self, Kubelet, PodNews, Rooms};
 use crate::manifest::Manifest;
-use crate::kube_proxy::Services;
 use crate::network::{Network, node_plan};
 use crate::processes::{self, Process, Role};
 use crate::report;
 use crate::server::{self, Reply};
 use crate::state::StateDirectory;
+use crate::story::{self, Scene};
 
 /// What the starter says to end the box in order.
 pub(crate) const STOP: &[u8] = b"stop\n";
@@ -53,6 +54,8 @@ pub(crate) enum Event {
     Pod { uid: String, news: PodNews },
     /// A process of the product has ended.
     ProcessEnded { role: Role, how: String },
+    /// The story has been told.
+    StoryEnded { shown: bool, once: bool },
     /// The starter wants the end.
     Stop,
 }
@@ -91,13 +94,13 @@ impl Lifeline {
 /// Runs the box; its result is init's exit status.
 pub(crate) fn run(options: Options, authority: Authority, state: Arc<StateDirectory>, lifeline: Lifeline) -> i32 {
     let (events, inbox) = mpsc::unbounded_channel();
-    let up = || -> anyhow::Result<()> {
+    let up = || -> anyhow::Result<i32> {
         lifeline.watch(state.clone(), events.clone())?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         runtime.block_on(live(&options, authority, &state, &lifeline, events, inbox))
     };
     match up() {
-        Ok(()) => 0,
+        Ok(status) => status,
         Err(error) => {
             lifeline.say(&format!("{error:#}"));
             1
@@ -112,11 +115,13 @@ async fn live(
     lifeline: &Lifeline,
     events: mpsc::UnboundedSender<Event>,
     inbox: mpsc::UnboundedReceiver<Event>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<i32> {
     // First, so that bad input costs no box.
-    let manifest = match &options.manifests {
-        Some(path) => Manifest::from_path(path)?,
-        None => Manifest::built_in(),
+    let begun = std::time::Instant::now();
+    let manifest = match (&options.manifests, options.story) {
+        (Some(path), _) => Manifest::from_path(path)?,
+        (None, None) => Manifest::built_in(),
+        (None, Some(_)) => Manifest::before_capture(),
     };
     let children = Arc::new(Children::default());
     tokio::spawn({
@@ -158,8 +163,27 @@ async fn live(
     }
     keeper.wait_until_ready().await;
     lifeline.say("ready");
-    keeper.serve().await;
-    Ok(())
+    if let Some(told) = options.story {
+        let Kubelet { events, network, children, .. } = keeper.kubelet.as_ref();
+        let scene = Scene {
+            events: events.clone(),
+            network: network.clone(),
+            children: children.clone(),
+            begun,
+            built_in: options.manifests.is_none(),
+            state: state.path().to_owned(),
+            pods: keeper.pods.values().map(|pod| format!("{}/{}", pod.plan.namespace, pod.plan.name)).collect(),
+        };
+        let events = events.clone();
+        let runtime = tokio::runtime::Handle::current();
+        // A thread of its own: a teller that waits for a wire or a pipe keeps nobody else waiting.
+        thread::Builder::new().name("story".into()).spawn(move || {
+            let shown = runtime.block_on(story::tell(told, scene));
+            // If nobody takes it the box is ending already.
+            let _ = events.send(Event::StoryEnded { shown, once: told.once });
+        })?;
+    }
+    Ok(keeper.serve().await)
 }
 
 /// `/run/justmtls/bin/justmtls`: the binary that runs, reachable for every user and every pod, even when
@@ -245,14 +269,21 @@ impl Keeper {
         }
     }
 
-    /// Until the end.
-    async fn serve(mut self) {
+    /// Until the end. Gives init's exit status: 1 where the story did not show what it should.
+    async fn serve(mut self) -> i32 {
+        let mut status = 0;
         while let Some(event) = self.inbox.recv().await {
-            if !self.handle(event) {
+            if let Event::StoryEnded { shown, once } = event {
+                status = if shown { 0 } else { 1 };
+                if once {
+                    break;
+                }
+            } else if !self.handle(event) {
                 break;
             }
         }
         self.end_pods().await;
+        status
     }
 
     /// Whether to go on.
@@ -264,6 +295,8 @@ impl Keeper {
                 return false;
             }
             Event::Pod { uid, news } => self.pod_news(&uid, news),
+            // Taken by `serve`: before it, no story is told.
+            Event::StoryEnded { .. } => {}
             Event::ProcessEnded { role, how } => {
                 tracing::error!(process = role.name(), how, "a process has ended");
                 if let Some(process) = self.processes.iter_mut().find(|process| process.role == role) {
@@ -271,11 +304,14 @@ impl Keeper {
                 }
             }
             Event::Request { request: Request::Admin { process, path }, reply } => {
-                let socket = self.processes.iter().find(|known| known.role.name() == process).map(|it| it.admin.clone());
+                let socket =
+                    self.processes.iter().find(|known| known.role.name() == process).map(|it| it.admin.clone());
                 let names = self.processes.iter().map(|known| known.role.name()).collect::<Vec<_>>().join(", ");
                 tokio::spawn(async move {
                     let page = match socket {
-                        Some(socket) => admin::page(socket, &path).await.map_err(|error| format!("{process}: {error:#}")),
+                        Some(socket) => {
+                            admin::page(socket, &path).await.map_err(|error| format!("{process}: {error:#}"))
+                        }
                         None => Err(format!("there is no process {process}; there are {names}")),
                     };
                     let _ = reply.send((page.map(Value::String), Vec::new()));
@@ -428,9 +464,8 @@ impl Keeper {
     /// The namespaces of a place, in the order that `exec` reads: pid, network, mounts, host name, IPC and,
     /// in an ordinary user's box, user.
     fn namespaces(&self, place: &Place) -> anyhow::Result<(Value, Vec<OwnedFd>)> {
-        let own = |kind: &str| -> std::io::Result<OwnedFd> {
-            Ok(fs::File::open(format!("/proc/self/ns/{kind}"))?.into())
-        };
+        let own =
+            |kind: &str| -> std::io::Result<OwnedFd> { Ok(fs::File::open(format!("/proc/self/ns/{kind}"))?.into()) };
         let ordinary = self.authority == Authority::UserNamespace;
         let (net, mounts, user) = match place {
             Place::Pod { namespace, name } => {
@@ -455,12 +490,16 @@ impl Keeper {
         let is_it = |pod: &&LivePod| pod.plan.namespace == namespace && pod.plan.name == name;
         let all: Vec<_> = self.pods.values().filter(is_it).collect();
         let Some(pod) = all.last() else {
-            let names: Vec<_> = self.pods.values().map(|pod| format!("{}/{}", pod.plan.namespace, pod.plan.name)).collect();
+            let names: Vec<_> =
+                self.pods.values().map(|pod| format!("{}/{}", pod.plan.namespace, pod.plan.name)).collect();
             anyhow::bail!("there is no pod {namespace}/{name}; there are {}", names.join(", "));
         };
         let message = self.cluster.pod(namespace, name).and_then(|pod| pod.status.as_ref()?.message.clone());
         pod.rooms.as_deref().with_context(|| {
-            format!("pod {namespace}/{name} is not ready for programs: {}", message.unwrap_or_else(|| "it is being made".into()))
+            format!(
+                "pod {namespace}/{name} is not ready for programs: {}",
+                message.unwrap_or_else(|| "it is being made".into())
+            )
         })
     }
 

@@ -295,8 +295,7 @@ impl Cluster {
             actions.extend(self.apply_pod(&pod_key, pod)?);
             wanted.push(pod_key);
         }
-        let superfluous: Vec<_> =
-            self.pods_of(key).into_iter().filter(|pod| !wanted.contains(pod)).collect();
+        let superfluous: Vec<_> = self.pods_of(key).into_iter().filter(|pod| !wanted.contains(pod)).collect();
         actions.extend(superfluous.iter().filter_map(|pod| self.delete(pod)).flatten());
         self.put(deployment.into());
         Ok(actions)
@@ -399,10 +398,8 @@ fn settings() -> ConfigMap {
         ..ObjectMeta::default()
     };
     let ranges = service_networks().map(|network| network.to_string()).join(",");
-    let data = BTreeMap::from([
-        ("trustDomain".to_owned(), "cluster.local".to_owned()),
-        ("serviceCIDRs".to_owned(), ranges),
-    ]);
+    let data =
+        BTreeMap::from([("trustDomain".to_owned(), "cluster.local".to_owned()), ("serviceCIDRs".to_owned(), ranges)]);
     ConfigMap { metadata, data: Some(data), ..ConfigMap::default() }
 }
 
@@ -450,7 +447,9 @@ fn ready_condition(ready: bool) -> PodCondition {
 }
 
 fn node_object(plan: &NodePlan) -> Node {
-    let internal = plan.fabric.both().map(|ip| NodeAddress { address: ip.to_string(), type_: "InternalIP".to_owned() });
+    // With the address that its pods see it by: probes come from there.
+    let all = [plan.fabric, plan.gateway].into_iter().flat_map(Addresses::both);
+    let internal = all.map(|ip| NodeAddress { address: ip.to_string(), type_: "InternalIP".to_owned() });
     Node {
         metadata: ObjectMeta { name: Some(plan.name.clone()), ..ObjectMeta::default() },
         spec: Some(NodeSpec {
@@ -458,7 +457,7 @@ fn node_object(plan: &NodePlan) -> Node {
             pod_cidrs: Some(vec![plan.pods_v4.to_string(), plan.pods_v6.to_string()]),
             ..NodeSpec::default()
         }),
-        status: Some(NodeStatus { addresses: Some(internal.to_vec()), ..NodeStatus::default() }),
+        status: Some(NodeStatus { addresses: Some(internal.collect()), ..NodeStatus::default() }),
     }
 }
 

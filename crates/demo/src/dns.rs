@@ -107,10 +107,13 @@ impl Zone {
     }
 
     fn add_address(&mut self, name: &str, address: IpAddr) {
-        self.add(name, match address {
-            IpAddr::V4(address) => RData::A(A(address)),
-            IpAddr::V6(address) => RData::AAAA(AAAA(address)),
-        });
+        self.add(
+            name,
+            match address {
+                IpAddr::V4(address) => RData::A(A(address)),
+                IpAddr::V6(address) => RData::AAAA(AAAA(address)),
+            },
+        );
     }
 
     fn add_port(&mut self, domain: &str, name: Option<&str>, protocol: Option<&str>, port: i32, target: &str) {

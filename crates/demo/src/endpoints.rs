@@ -6,9 +6,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use manifests::k8s_openapi::api::core::v1::{ObjectReference, Pod, Service, ServicePort};
-use manifests::k8s_openapi::api::discovery::v1::{
-    Endpoint, EndpointConditions, EndpointPort, EndpointSlice,
-};
+use manifests::k8s_openapi::api::discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice};
 use manifests::k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use manifests::k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
@@ -61,10 +59,7 @@ fn slice_metadata(service: &Service, family: &str, number: usize) -> ObjectMeta 
     ObjectMeta {
         name: Some(format!("{name}-{}-{number}", family.to_lowercase())),
         namespace: service.metadata.namespace.clone(),
-        labels: Some(BTreeMap::from([
-            (SERVICE_NAME.to_owned(), name),
-            (MANAGED_BY.to_owned(), MANAGER.to_owned()),
-        ])),
+        labels: Some(BTreeMap::from([(SERVICE_NAME.to_owned(), name), (MANAGED_BY.to_owned(), MANAGER.to_owned())])),
         ..ObjectMeta::default()
     }
 }
@@ -132,10 +127,7 @@ fn endpoint(service: &Service, pod: &Pod, address: IpAddr, despite: bool) -> End
 
 /// The addresses that a pod's status has.
 pub(crate) fn addresses(pod: &Pod) -> impl Iterator<Item = IpAddr> {
-    pod.status
-        .iter()
-        .flat_map(|status| status.pod_ips.iter().flatten())
-        .filter_map(|entry| entry.ip.parse().ok())
+    pod.status.iter().flat_map(|status| status.pod_ips.iter().flatten()).filter_map(|entry| entry.ip.parse().ok())
 }
 
 /// Whether a pod's status says that it is Ready.
@@ -213,9 +205,6 @@ mod tests {
                 (slice.address_type.as_str(), endpoint.addresses[0].as_str(), ready)
             })
             .collect();
-        assert_eq!(
-            summary,
-            [("IPv4", "10.88.16.2", Some(true)), ("IPv6", "fd88:16::3", Some(false))]
-        );
+        assert_eq!(summary, [("IPv4", "10.88.16.2", Some(true)), ("IPv6", "fd88:16::3", Some(false))]);
     }
 }

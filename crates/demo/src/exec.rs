@@ -37,9 +37,8 @@ const NOT_FOUND: i32 = 127;
 const NOT_EXECUTABLE: i32 = 126;
 
 /// Proxies of the machine cannot be reached from a pod; programs would wait for them in vain.
-const FOREIGN: [&str; 8] = [
-    "http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY",
-];
+const FOREIGN: [&str; 8] =
+    ["http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"];
 
 /// Runs a program in the box at `state` and gives its exit status; 128 and the signal's number for one
 /// that a signal ended. The caller must not have started threads.
@@ -54,8 +53,7 @@ pub fn exec(state: &Path, options: &ExecOptions) -> anyhow::Result<i32> {
         Capabilities::OF_A_CONTAINER
     };
     let directory = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
-    sandbox::enter_box(rooms.user.as_ref().map(AsFd::as_fd), rooms.pid.as_fd())
-        .context("cannot enter the box")?;
+    sandbox::enter_box(rooms.user.as_ref().map(AsFd::as_fd), rooms.pid.as_fd()).context("cannot enter the box")?;
 
     let mut command = Command::new(program);
     command.args(arguments).env("PATH", path());
@@ -205,4 +203,3 @@ impl ForwardedSignals {
 
 /// `si_code` of a signal that the kernel itself sent, such as a terminal's Ctrl-C.
 const SI_KERNEL: i32 = 0x80;
-

@@ -29,10 +29,7 @@ impl Folder {
 
     /// Makes the folder hold exactly `objects`; only what is different is touched. After an error the
     /// next call tries again.
-    pub(crate) fn hold<'a>(
-        &mut self,
-        objects: impl Iterator<Item = (&'a ObjectKey, &'a Object)>,
-    ) -> io::Result<()> {
+    pub(crate) fn hold<'a>(&mut self, objects: impl Iterator<Item = (&'a ObjectKey, &'a Object)>) -> io::Result<()> {
         let mut superfluous: Vec<_> = self.written.keys().cloned().collect();
         for (key, object) in objects {
             superfluous.retain(|present| present != key);

@@ -42,9 +42,7 @@ impl Services {
     /// Loads them on a node.
     pub(crate) fn load(&self, node: &NetNs) -> anyhow::Result<()> {
         let table = self.table();
-        node.enter(|| -> anyhow::Result<()> {
-            Ok(nft::replace(&mut Socket::open(Protocol::Netfilter)?, &table)?)
-        })?
+        node.enter(|| -> anyhow::Result<()> { Ok(nft::replace(&mut Socket::open(Protocol::Netfilter)?, &table)?) })?
     }
 
     fn table(&self) -> Table {
@@ -109,10 +107,7 @@ impl Services {
 }
 
 fn to(service: SocketAddr) -> Vec<E> {
-    vec![
-        E::Destination(Compare::Is, IpNet::from(service.ip())),
-        E::DestinationPort(Compare::Is, service.port()),
-    ]
+    vec![E::Destination(Compare::Is, IpNet::from(service.ip())), E::DestinationPort(Compare::Is, service.port())]
 }
 
 fn is_of(slice: &EndpointSlice, service: &Service) -> bool {
@@ -146,9 +141,10 @@ fn endpoints(slice: &EndpointSlice, port: Option<&str>, v4: bool) -> Vec<SocketA
         .filter(|candidate| candidate.name.as_deref().unwrap_or_default() == wanted)
         .find_map(|candidate| u16::try_from(candidate.port?).ok());
     let Some(number) = number else { return Vec::new() };
-    let ready = slice.endpoints.iter().filter(|endpoint| {
-        endpoint.conditions.as_ref().and_then(|conditions| conditions.ready).unwrap_or(true)
-    });
+    let ready = slice
+        .endpoints
+        .iter()
+        .filter(|endpoint| endpoint.conditions.as_ref().and_then(|conditions| conditions.ready).unwrap_or(true));
     ready
         .filter_map(|endpoint| endpoint.addresses.first()?.parse::<IpAddr>().ok())
         .filter(|address| address.is_ipv4() == v4)

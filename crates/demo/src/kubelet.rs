@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use linux::netns::NetNs;
-use linux::privileges::{Capabilities, User};
+use linux::privileges::User;
 use linux::sandbox::Authority;
 use manifests::k8s_openapi::api::core::v1::{Container, PodSpec};
 use nix::sys::signal::Signal;
@@ -27,6 +27,8 @@ use crate::runtime;
 
 /// How often readiness is looked at; the kernel has no event for "a port listens now".
 const LOOK: Duration = Duration::from_millis(20);
+/// The same once a pod is ready: only its end is news then.
+const LOOK_WHEN_READY: Duration = Duration::from_millis(250);
 /// How long to wait between two attempts to have a pod captured, at first and at most.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// How long programs have to end by themselves when their pod is removed.
@@ -50,7 +52,6 @@ pub(crate) struct Rooms {
     pub(crate) mounts: OwnedFd,
     /// As whom a program runs if nobody says otherwise.
     pub(crate) user: Option<User>,
-    pub(crate) capabilities: Capabilities,
 }
 
 /// News about a pod.
@@ -95,10 +96,10 @@ impl Life {
         let (kubelet, plan) = (self.kubelet.clone(), self.plan.clone());
         // Netlink and mounts block, if briefly.
         tokio::task::spawn_blocking(move || {
-            let (user, capabilities) = programs::security(&plan.spec, None, kubelet.authority)?;
+            let (user, _) = programs::security(&plan.spec, None, kubelet.authority)?;
             let mounts = programs::furnish(&plan)?;
             let network = kubelet.network.add_pod(&plan.uid, &plan.node.name, plan.addresses)?;
-            Ok(Rooms { network, mounts, user, capabilities })
+            Ok(Rooms { network, mounts, user })
         })
         .await?
     }
@@ -161,9 +162,9 @@ impl Life {
             };
             if last.as_ref() != Some(&state) {
                 self.say(state.0, state.1, state.2.clone());
-                last = Some(state);
+                last = Some(state.clone());
             }
-            sleep(LOOK).await;
+            sleep(if state.1 { LOOK_WHEN_READY } else { LOOK }).await;
         }
     }
 

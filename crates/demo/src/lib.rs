@@ -16,30 +16,34 @@
 #![forbid(unsafe_code)]
 
 // Outside
-mod state;
-mod starter;
-mod conversation;
 mod client;
+mod conversation;
 mod exec;
+mod starter;
+mod state;
 
 // Inside: init and what it plays
-mod boot;
-mod manifest;
-mod children;
-mod server;
-mod network;
 mod addresses;
+mod admin;
+mod boot;
+mod children;
 mod cluster;
 mod endpoints;
 mod folder;
+mod kube_proxy;
 mod kubelet;
+mod manifest;
+mod network;
+mod processes;
 mod programs;
 mod runtime;
-mod processes;
-mod kube_proxy;
-mod admin;
-mod report;
+mod server;
+
+// Telling
 mod dns;
+mod report;
+mod story;
+mod wiretap;
 
 /// The programs of the default pods.
 pub mod app;
@@ -51,6 +55,7 @@ pub use conversation::Place;
 pub use exec::{ExecOptions, exec};
 pub use starter::{run_foreground, start, stop};
 pub use state::{StateDirectory, StateError};
+pub use story::Story;
 
 /// What kind of box to make.
 #[derive(Clone, Debug, Default)]
@@ -59,4 +64,6 @@ pub struct Options {
     pub state: Option<PathBuf>,
     /// A file or folder with Kubernetes objects instead of the built-in ones.
     pub manifests: Option<PathBuf>,
+    /// The story to be told, in the foreground.
+    pub story: Option<Story>,
 }

@@ -23,6 +23,20 @@ impl Manifest {
         Manifest::from_text("shop.yaml", DEFAULT)
     }
 
+    /// The built-in one as it is before the shop joins the mesh: its namespace is still opted out.
+    pub(crate) fn before_capture() -> Manifest {
+        let mut manifest = Manifest::built_in();
+        for object in &mut manifest.objects {
+            if let Object::Namespace(namespace) = object
+                && namespace.metadata.name.as_deref() == Some("shop")
+            {
+                let labels = namespace.metadata.labels.get_or_insert_default();
+                labels.insert("justmtls.dev/mode".to_owned(), "off".to_owned());
+            }
+        }
+        manifest
+    }
+
     /// One text.
     pub(crate) fn from_text(file: &str, text: &str) -> Manifest {
         let mut manifest = Manifest::default();

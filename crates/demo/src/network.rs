@@ -57,24 +57,13 @@ pub(crate) fn node_plan(number: u8) -> NodePlan {
         fabric: fabric_address(10 + number),
         pods_v4: Ipv4Net::new_assert(Ipv4Addr::new(10, 88, pods, 0), 24),
         pods_v6: Ipv6Net::new_assert(Ipv6Addr::new(0xfd88, hextet, 0, 0, 0, 0, 0, 0), 64),
-        gateway: Addresses {
-            v4: Ipv4Addr::new(10, 88, pods, 1),
-            v6: Ipv6Addr::new(0xfd88, hextet, 0, 0, 0, 0, 0, 1),
-        },
+        gateway: Addresses { v4: Ipv4Addr::new(10, 88, pods, 1), v6: Ipv6Addr::new(0xfd88, hextet, 0, 0, 0, 0, 0, 1) },
     }
 }
 
 /// The control plane's address on the fabric.
 pub(crate) fn control_address() -> Addresses {
     fabric_address(2)
-}
-
-/// The pods' networks of every node that there could be, both families.
-pub(crate) fn pod_networks() -> [IpNet; 2] {
-    [
-        Ipv4Net::new_assert(Ipv4Addr::new(10, 88, 16, 0), 20).into(),
-        Ipv6Net::new_assert(Ipv6Addr::new(0xfd88, 0x10, 0, 0, 0, 0, 0, 0), 28).into(),
-    ]
 }
 
 /// The Services' networks, both families.
@@ -86,17 +75,12 @@ pub(crate) fn service_networks() -> [IpNet; 2] {
 }
 
 /// An address outside of the cluster that answers: programs run there with `exec --node outside`.
-pub(crate) const OUTSIDE: Addresses = Addresses {
-    v4: Ipv4Addr::new(203, 0, 113, 1),
-    v6: Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1),
-};
+pub(crate) const OUTSIDE: Addresses =
+    Addresses { v4: Ipv4Addr::new(203, 0, 113, 1), v6: Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1) };
 
 fn fabric_address(host: u8) -> Addresses {
     let hextet = 0x10 * u16::from(host / 10) + u16::from(host % 10);
-    Addresses {
-        v4: Ipv4Addr::new(10, 88, 0, host),
-        v6: Ipv6Addr::new(0xfd88, 0, 0, 0, 0, 0, 0, hextet),
-    }
+    Addresses { v4: Ipv4Addr::new(10, 88, 0, host), v6: Ipv6Addr::new(0xfd88, 0, 0, 0, 0, 0, 0, hextet) }
 }
 
 /// Why the network could not be made.
@@ -223,8 +207,7 @@ impl Network {
         if let Some(node) = self.node(&pod.node) {
             Links::of(node)?.remove(&pod.outer)?;
         }
-        NetNs::remove_at(&pod.path)
-            .map_err(|source| NetworkError::Directory { path: pod.path.clone(), source })
+        NetNs::remove_at(&pod.path).map_err(|source| NetworkError::Directory { path: pod.path.clone(), source })
     }
 }
 
@@ -271,12 +254,7 @@ fn outer_name(pod: Addresses) -> String {
     format!("pod-{c}-{d}")
 }
 
-fn connect(
-    fabric: &mut Links<'_>,
-    directory: &Path,
-    name: &str,
-    address: Addresses,
-) -> Result<NetNs, NetworkError> {
+fn connect(fabric: &mut Links<'_>, directory: &Path, name: &str, address: Addresses) -> Result<NetNs, NetworkError> {
     let namespace = NetNs::create_at(&directory.join(name))?;
     fabric.add_veth(name, "eth0", &namespace)?;
     fabric.attach(name, BRIDGE)?;
@@ -328,9 +306,5 @@ mod tests {
         assert_eq!(a.fabric.both().map(|ip| ip.to_string()), ["10.88.0.10", "fd88::10"]);
         assert_eq!(b.fabric.both().map(|ip| ip.to_string()), ["10.88.0.11", "fd88::11"]);
         assert_eq!(b.gateway.both().map(|ip| ip.to_string()), ["10.88.17.1", "fd88:17::1"]);
-        for plan in [a, b] {
-            assert!(pod_networks()[0].contains(&IpNet::from(plan.pods_v4)));
-            assert!(pod_networks()[1].contains(&IpNet::from(plan.pods_v6)));
-        }
     }
 }

@@ -86,19 +86,13 @@ impl Program {
     fn start(&self) -> anyhow::Result<children::Child> {
         let mut words = self.container.command.iter().flatten().chain(self.container.args.iter().flatten());
         let Some(program) = words.next() else { bail!("it has no command, and images are not read here") };
-        let (user, capabilities) =
-            security(&self.plan.spec, Some(&self.container), self.kubelet.authority)?;
+        let (user, capabilities) = security(&self.plan.spec, Some(&self.container), self.kubelet.authority)?;
         let mut command = Command::new(program);
         command.args(words).env_clear().env("PATH", PATH).env("HOSTNAME", &self.plan.name);
         for variable in self.container.env.iter().flatten() {
             command.env(&variable.name, variable.value.as_deref().unwrap_or_default());
         }
-        let output = output(log_path(
-            &self.kubelet.logs,
-            &self.plan.namespace,
-            &self.plan.name,
-            &self.container.name,
-        ))?;
+        let output = output(log_path(&self.kubelet.logs, &self.plan.namespace, &self.plan.name, &self.container.name))?;
         command.stdin(Stdio::null()).stderr(output.try_clone()?).stdout(output);
         let place = Place {
             mount: Some(self.rooms.mounts.try_clone()?),
@@ -216,7 +210,8 @@ fn hosts(plan: &PodPlan) -> String {
         text += &format!("{address}\t{}\n", plan.name);
     }
     for alias in plan.spec.host_aliases.iter().flatten() {
-        text += &format!("{}\t{}\n", alias.ip, alias.hostnames.iter().flatten().cloned().collect::<Vec<_>>().join("\t"));
+        text +=
+            &format!("{}\t{}\n", alias.ip, alias.hostnames.iter().flatten().cloned().collect::<Vec<_>>().join("\t"));
     }
     text
 }

@@ -51,13 +51,12 @@ fn serve(client: &Channel, events: &UnboundedSender<Event>) -> anyhow::Result<()
     if client.peer_credentials()?.uid != nix::unistd::geteuid().as_raw() {
         return conversation::send(client, &Answer::Err("this box belongs to another user".into()), &[]);
     }
-    let (answer, descriptors) = ask(events, request).recv().unwrap_or_else(|_| {
-        (Err("the box is ending".to_owned()), Vec::new())
-    });
+    let (answer, descriptors) =
+        ask(events, request).recv().unwrap_or_else(|_| (Err("the box is ending".to_owned()), Vec::new()));
     conversation::send(client, &answer, &descriptors)
 }
 
-fn ask(events: &UnboundedSender<Event>, request: Request) -> Receiver<Reply> {
+pub(crate) fn ask(events: &UnboundedSender<Event>, request: Request) -> Receiver<Reply> {
     let (sender, receiver): (Sender<Reply>, _) = channel();
     // If the box is ending nobody takes the event, and the receiver says so.
     let _ = events.send(Event::Request { request, reply: sender });

@@ -89,8 +89,8 @@ impl StateDirectory {
 
     /// Takes a directory for a new box: makes it, or takes over an empty or stale one.
     pub fn claim(path: &Path) -> Result<StateDirectory, StateError> {
-        let path = std::path::absolute(path)
-            .map_err(|source| StateError::Io { what: "find", path: path.into(), source })?;
+        let path =
+            std::path::absolute(path).map_err(|source| StateError::Io { what: "find", path: path.into(), source })?;
         // A box that ends removes its directory, perhaps between our opening and locking: then again.
         loop {
             if let Some(claimed) = StateDirectory::try_claim(&path)? {
@@ -142,9 +142,7 @@ impl StateDirectory {
             }
             _ => {}
         }
-        Claim { pid: std::process::id().to_string(), made }
-            .write(&mut lock)
-            .map_err(io("write", &lock_path))?;
+        Claim { pid: std::process::id().to_string(), made }.write(&mut lock).map_err(io("write", &lock_path))?;
         Ok(Some(StateDirectory { path: path.to_owned(), handle, _lock: lock, made }))
     }
 

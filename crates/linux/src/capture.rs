@@ -143,15 +143,15 @@ impl AsRawFd for Wiretap {
 
 /// Classic BPF over an Ethernet frame: `(ip proto 6) or (ip6 next-header 6)`, whole packets.
 const TCP_ONLY: [SockFilter; 9] = [
-    SockFilter::new(LOAD_HALF, 0, 0, 12),                  // 0: the ethertype
-    SockFilter::new(JUMP_IF_EQUAL, 0, 2, 0x0800),          // 1: IPv4? on to 2, else 4
-    SockFilter::new(LOAD_BYTE, 0, 0, 14 + 9),              // 2: its protocol
-    SockFilter::new(JUMP_IF_EQUAL, 3, 4, TCP),             // 3: 7 or 8
-    SockFilter::new(JUMP_IF_EQUAL, 0, 3, 0x86dd),          // 4: IPv6? on to 5, else 8
-    SockFilter::new(LOAD_BYTE, 0, 0, 14 + 6),              // 5: its next header
-    SockFilter::new(JUMP_IF_EQUAL, 0, 1, TCP),             // 6: 7 or 8
-    SockFilter::new(RETURN, 0, 0, SNAP_LENGTH as u32),     // 7: keep
-    SockFilter::new(RETURN, 0, 0, 0),                      // 8: drop
+    SockFilter::new(LOAD_HALF, 0, 0, 12),              // 0: the ethertype
+    SockFilter::new(JUMP_IF_EQUAL, 0, 2, 0x0800),      // 1: IPv4? on to 2, else 4
+    SockFilter::new(LOAD_BYTE, 0, 0, 14 + 9),          // 2: its protocol
+    SockFilter::new(JUMP_IF_EQUAL, 3, 4, TCP),         // 3: 7 or 8
+    SockFilter::new(JUMP_IF_EQUAL, 0, 3, 0x86dd),      // 4: IPv6? on to 5, else 8
+    SockFilter::new(LOAD_BYTE, 0, 0, 14 + 6),          // 5: its next header
+    SockFilter::new(JUMP_IF_EQUAL, 0, 1, TCP),         // 6: 7 or 8
+    SockFilter::new(RETURN, 0, 0, SNAP_LENGTH as u32), // 7: keep
+    SockFilter::new(RETURN, 0, 0, 0),                  // 8: drop
 ];
 
 // Operation codes of `linux/bpf_common.h`, put together.

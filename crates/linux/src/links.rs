@@ -15,9 +15,7 @@ use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, Addres
 use netlink_packet_route::link::{
     InfoBridge, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State,
 };
-use netlink_packet_route::route::{
-    RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
-};
+use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use crate::netlink::{self, Protocol, Socket};
@@ -82,10 +80,8 @@ impl<'a> Links<'a> {
     /// Makes a pair of virtual Ethernet interfaces: `name` here, `peer` in `peer_namespace`.
     pub fn add_veth(&mut self, name: &str, peer: &str, peer_namespace: &NetNs) -> Result<(), LinkError> {
         let mut other = LinkMessage::default();
-        other.attributes = vec![
-            LinkAttribute::IfName(peer.into()),
-            LinkAttribute::NetNsFd(peer_namespace.as_fd().as_raw_fd()),
-        ];
+        other.attributes =
+            vec![LinkAttribute::IfName(peer.into()), LinkAttribute::NetNsFd(peer_namespace.as_fd().as_raw_fd())];
         let data = InfoData::Veth(InfoVeth::Peer(other));
         self.add(name, "veth", vec![LinkInfo::Kind(InfoKind::Veth), LinkInfo::Data(data)])
     }
@@ -156,8 +152,7 @@ impl<'a> Links<'a> {
         if address.addr().is_ipv6() {
             message.header.flags = AddressHeaderFlags::Nodad;
         }
-        message.attributes =
-            vec![AddressAttribute::Local(address.addr()), AddressAttribute::Address(address.addr())];
+        message.attributes = vec![AddressAttribute::Local(address.addr()), AddressAttribute::Address(address.addr())];
         let what = format!("give {name} the address {address}");
         let message = RouteNetlinkMessage::NewAddress(message);
         Ok(self.socket.request(&what, message, NLM_F_CREATE | NLM_F_REPLACE)?)
@@ -194,8 +189,9 @@ impl<'a> Links<'a> {
         written.map_err(|source| LinkError::Setting { name: name.into(), value: value.into(), source })
     }
 
-    /// Waits until packets of both families pass: an interface that was only just set up drops IPv6
-    /// until the kernel has noticed its carrier.
+    /// Waits until packets of both families pass. An interface that was only just set up drops IPv6 until the kernel
+    /// has noticed its carrier, and a neighbour's first question for an address until the kernel has joined the group
+    /// that it is sent to; the neighbour asks again after a second.
     pub fn wait_operational(&mut self, name: &str) -> Result<(), LinkError> {
         let deadline = Instant::now() + OPERATIONAL_WITHIN;
         while !self.is_operational(name)? {
@@ -209,19 +205,30 @@ impl<'a> Links<'a> {
 
     fn is_operational(&mut self, name: &str) -> Result<bool, LinkError> {
         let link = self.find(name)?;
-        Ok(link.attributes.iter().any(|attribute| *attribute == LinkAttribute::OperState(State::Up)))
+        if !link.attributes.iter().any(|attribute| *attribute == LinkAttribute::OperState(State::Up)) {
+            return Ok(false);
+        }
+        let addresses = self.listed()?.into_iter().filter(|(index, _)| *index == link.header.index);
+        let wanted: Vec<_> = addresses.filter_map(|(_, address)| solicited_node_group(address)).collect();
+        let joined = self.namespace.enter(|| std::fs::read_to_string("/proc/thread-self/net/igmp6"))?;
+        // Without IPv6 in the kernel there is no such file, and no such address.
+        let joined = joined.unwrap_or_default();
+        Ok(wanted.iter().all(|group| joined.contains(group)))
     }
 
     /// All addresses of all interfaces, without those of loopback and link scope.
     pub fn addresses(&mut self) -> Result<Vec<IpAddr>, LinkError> {
+        Ok(self.listed()?.into_iter().map(|(_, address)| address).collect())
+    }
+
+    /// The same, each with the index of its interface.
+    fn listed(&mut self) -> Result<Vec<(u32, IpAddr)>, LinkError> {
         let question = RouteNetlinkMessage::GetAddress(AddressMessage::default());
         let mut all = Vec::new();
         for answer in self.socket.dump("list addresses", question)? {
             let RouteNetlinkMessage::NewAddress(message) = answer else { continue };
             // IPv4 says `Local`; IPv6 only `Address`, unless the address has a peer.
-            let found = |pick: fn(&AddressAttribute) -> Option<IpAddr>| {
-                message.attributes.iter().find_map(pick)
-            };
+            let found = |pick: fn(&AddressAttribute) -> Option<IpAddr>| message.attributes.iter().find_map(pick);
             let address = found(|attribute| match attribute {
                 AddressAttribute::Local(address) => Some(*address),
                 _ => None,
@@ -238,7 +245,7 @@ impl<'a> Links<'a> {
                 IpAddr::V6(v6) => v6.is_unicast_link_local(),
             };
             if !address.is_loopback() && !is_link_local {
-                all.push(address);
+                all.push((message.header.index, address));
             }
         }
         Ok(all)
@@ -255,9 +262,7 @@ impl<'a> Links<'a> {
         match self.socket.ask(&format!("find the interface {name}"), question, 0) {
             Ok(RouteNetlinkMessage::NewLink(link)) => Ok(link),
             Ok(_) => Err(LinkError::NoSuchLink(name.into())),
-            Err(error) if error.errno() == Some(libc::ENODEV) => {
-                Err(LinkError::NoSuchLink(name.into()))
-            }
+            Err(error) if error.errno() == Some(libc::ENODEV) => Err(LinkError::NoSuchLink(name.into())),
             Err(error) => Err(error.into()),
         }
     }
@@ -268,4 +273,10 @@ fn family(address: IpAddr) -> AddressFamily {
         IpAddr::V4(_) => AddressFamily::Inet,
         IpAddr::V6(_) => AddressFamily::Inet6,
     }
+}
+/// The group that a neighbour asks for an IPv6 address (RFC 4291, section 2.7.1), as `/proc/net/igmp6` writes it.
+fn solicited_node_group(address: IpAddr) -> Option<String> {
+    let IpAddr::V6(address) = address else { return None };
+    let [.., x, y, z] = address.octets();
+    Some(format!("ff0200000000000000000001ff{x:02x}{y:02x}{z:02x}"))
 }

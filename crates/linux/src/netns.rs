@@ -65,9 +65,10 @@ impl NetNs {
         // `unshare` moves the calling thread for good, so a thread that ends afterwards makes the
         // namespace: the caller's own threads can never be left in the wrong one.
         let made = std::thread::scope(|scope| {
-            scope.spawn(|| bind_new_namespace(path)).join().unwrap_or_else(|_| {
-                Err(io::Error::other("the thread that makes the namespace panicked"))
-            })
+            scope
+                .spawn(|| bind_new_namespace(path))
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("the thread that makes the namespace panicked")))
         });
         if let Err(source) = made {
             let _ = fs::remove_file(path);
@@ -78,8 +79,7 @@ impl NetNs {
 
     /// Opens the namespace bound at `path`, or that of a process (`/proc/PID/ns/net`).
     pub fn open(path: &Path) -> Result<NetNs, NetNsError> {
-        let file = File::open(path)
-            .map_err(|source| NetNsError::Open { path: path.to_owned(), source })?;
+        let file = File::open(path).map_err(|source| NetNsError::Open { path: path.to_owned(), source })?;
         NetNs::checked(file.into(), || path.display().to_string())
     }
 
@@ -100,10 +100,7 @@ impl NetNs {
             return Err(NetNsError::NotANetworkNamespace { what: what() });
         }
         let file = File::from(fd);
-        let inode = file
-            .metadata()
-            .map_err(|source| NetNsError::Open { path: what().into(), source })?
-            .ino();
+        let inode = file.metadata().map_err(|source| NetNsError::Open { path: what().into(), source })?.ino();
         Ok(NetNs { fd: file.into(), inode })
     }
 

@@ -107,9 +107,7 @@ pub fn keep_only(capabilities: Capabilities) -> io::Result<()> {
 /// All sets but the bounding set, which alone needs CAP_SETPCAP to shrink.
 fn limit_sets(capabilities: Capabilities) -> io::Result<()> {
     // SAFETY: plain numbers.
-    Errno::result(unsafe {
-        libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
-    })?;
+    Errno::result(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) })?;
     let mut sets = [CapabilityWords::default(); 2];
     let header = CapabilityHeader { version: CAPABILITY_VERSION_3, pid: 0 };
     // SAFETY: version 3 reads and writes exactly two elements; both outlive the call.
@@ -200,12 +198,9 @@ fn parse_status(status: &str) -> io::Result<Held> {
             .ok_or_else(|| io::Error::other(format!("/proc status has no {name}")))
     };
     let wrong = |name: &str| io::Error::other(format!("/proc status has a strange {name}"));
-    let effective_id = |name: &str| {
-        field(name)?.split_whitespace().nth(1).and_then(|id| id.parse().ok()).ok_or(wrong(name))
-    };
-    let set = |name: &str| {
-        u64::from_str_radix(field(name)?, 16).map(Capabilities).map_err(|_| wrong(name))
-    };
+    let effective_id =
+        |name: &str| field(name)?.split_whitespace().nth(1).and_then(|id| id.parse().ok()).ok_or(wrong(name));
+    let set = |name: &str| u64::from_str_radix(field(name)?, 16).map(Capabilities).map_err(|_| wrong(name));
     Ok(Held {
         uid: effective_id("Uid")?,
         gid: effective_id("Gid")?,

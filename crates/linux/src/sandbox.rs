@@ -80,14 +80,11 @@ pub enum Step {
 }
 
 impl Step {
-    const ALL: [Step; 5] =
-        [Step::ProcessNamespace, Step::Namespaces, Step::Propagation, Step::Proc, Step::Memory];
+    const ALL: [Step; 5] = [Step::ProcessNamespace, Step::Namespaces, Step::Propagation, Step::Proc, Step::Memory];
 
     fn hint(self) -> &'static str {
         match self {
-            Step::Proc => {
-                " (in a container: /proc is partly hidden there; run the container privileged)"
-            }
+            Step::Proc => " (in a container: /proc is partly hidden there; run the container privileged)",
             Step::Namespaces => {
                 " (AppArmor or another security module may restrict user namespaces: \
                  on Ubuntu set kernel.apparmor_restrict_unprivileged_userns=0, or run as root)"
@@ -186,9 +183,8 @@ pub fn end_now(status: i32) -> ! {
 
 /// By which right this process would make a box.
 pub fn authority() -> Authority {
-    let may = privileges::describe().is_ok_and(|held| {
-        held.effective.has(privileges::SYS_ADMIN) && held.effective.has(privileges::NET_ADMIN)
-    });
+    let may = privileges::describe()
+        .is_ok_and(|held| held.effective.has(privileges::SYS_ADMIN) && held.effective.has(privileges::NET_ADMIN));
     if may { Authority::Root } else { Authority::UserNamespace }
 }
 
@@ -211,9 +207,7 @@ pub fn process_id(handle: BorrowedFd<'_>) -> Option<u32> {
 
 /// Makes a mount namespace that starts as a copy of the caller's, lets `furnish` change it, and
 /// returns it. The caller's own mounts stay as they are.
-pub fn mount_namespace(
-    furnish: impl FnOnce() -> io::Result<()> + Send,
-) -> io::Result<OwnedFd> {
+pub fn mount_namespace(furnish: impl FnOnce() -> io::Result<()> + Send) -> io::Result<OwnedFd> {
     // A thread of its own: unsharing moves a thread for good.
     std::thread::scope(|scope| {
         let worker = scope.spawn(|| {
@@ -326,19 +320,14 @@ fn furnish() -> Result<(), (Step, Errno)> {
     // Its own session: Ctrl-C at the starter's terminal reaches the starter, which ends the box in
     // order, instead of killing programs at random.
     setsid().map_err(|errno| (Step::ProcessNamespace, errno))?;
-    let all = CloneFlags::CLONE_NEWNS
-        | CloneFlags::CLONE_NEWNET
-        | CloneFlags::CLONE_NEWUTS
-        | CloneFlags::CLONE_NEWIPC;
+    let all = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC;
     unshare(all).map_err(|errno| (Step::Namespaces, errno))?;
     // A slave: what the machine unmounts goes here as well, so a running box keeps no disk busy, and
     // nothing that is mounted here gets out.
     let slave = MsFlags::MS_REC | MsFlags::MS_SLAVE;
-    mount(None::<&str>, "/", None::<&str>, slave, None::<&str>)
-        .map_err(|errno| (Step::Propagation, errno))?;
+    mount(None::<&str>, "/", None::<&str>, slave, None::<&str>).map_err(|errno| (Step::Propagation, errno))?;
     let plain = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(Some("proc"), "/proc", Some("proc"), plain, None::<&str>)
-        .map_err(|errno| (Step::Proc, errno))?;
+    mount(Some("proc"), "/proc", Some("proc"), plain, None::<&str>).map_err(|errno| (Step::Proc, errno))?;
     private_memory().map_err(|error| (Step::Memory, errno_of(&error)))?;
     let name = "justmtls";
     // SAFETY: pointer and length belong to the same string.

@@ -49,12 +49,11 @@ pub(crate) struct Coverage {
 }
 
 impl Edge {
-    /// The edge that a connection is on.
-    pub(crate) fn of(connection: &Connection, end: Result<(), &EndedEarly>) -> Self {
+    /// The edge that a connection is on, with its other end's name where that is known.
+    pub(crate) fn of(connection: &Connection, end: Result<(), &EndedEarly>, other: Option<Arc<str>>) -> Self {
         let decision = connection.decision();
         let to = decision.as_ref().map(|decision| decision.to).or(connection.destination());
         let port = to.map_or(0, |to| to.port());
-        let other = decision.as_ref().and_then(|decision| decision.other.clone());
         let (security, because) = match &decision {
             Some(decision) => (decision.security.as_str(), decision.security.reason()),
             None => ("none", ""),

@@ -7,7 +7,7 @@ use tracing::Level;
 use crate::budgets::Budgets;
 use crate::certs::Certificates;
 use crate::clock::Clock;
-use crate::connections::{Connection, Registry, Security};
+use crate::connections::{Connection, Direction, Registry, Security};
 use crate::coverage::{Coverage, Edge};
 use crate::metrics::Metrics;
 use crate::reasons::EndedEarly;
@@ -53,13 +53,27 @@ impl Node {
         self.metrics.closed(connection, end);
         let load = |count: &std::sync::atomic::AtomicU64| count.load(std::sync::atomic::Ordering::Relaxed);
         let (sent, received) = (load(&connection.bytes.sent), load(&connection.bytes.received));
-        self.coverage.add(Edge::of(connection, end), sent, received, self.clock.wall());
-        log(connection, end, sent, received);
+        let other = self.other_end(connection);
+        self.coverage.add(Edge::of(connection, end, other.clone()), sent, received, self.clock.wall());
+        log(connection, end, other.as_deref(), sent, received);
+    }
+
+    /// Who is at the other end, as far as the view knows. A connection that was refused has no decision that says so, and it is
+    /// there that a person asks who it was.
+    fn other_end(&self, connection: &Connection) -> Option<Arc<str>> {
+        if let Some(decision) = connection.decision() {
+            return decision.other.clone();
+        }
+        let address = match connection.direction {
+            Direction::Inbound => connection.source.ip(),
+            Direction::Outbound => connection.destination()?.ip(),
+        };
+        self.view.read(|view| view.workload_at(address).map(|it| format!("{}/{}", it.namespace, it.name).into()))
     }
 }
 
 /// One line for each connection, when it ends; as loud as its end is.
-fn log(connection: &Connection, end: Result<(), &EndedEarly>, sent: u64, received: u64) {
+fn log(connection: &Connection, end: Result<(), &EndedEarly>, other: Option<&str>, sent: u64, received: u64) {
     let decision = connection.decision();
     let decision = decision.as_deref();
     let security = decision.map(|decision| &decision.security);
@@ -81,7 +95,7 @@ fn log(connection: &Connection, end: Result<(), &EndedEarly>, sent: u64, receive
                 dialled = connection.destination().map(display),
                 to = decision.map(|decision| display(decision.to)),
                 service = decision.and_then(|decision| decision.service.as_deref()),
-                other = decision.and_then(|decision| decision.other.as_deref()),
+                other,
                 identity = %connection.pod.identity,
                 peer = peer.map(display),
                 security = security.map_or("none", Security::as_str),

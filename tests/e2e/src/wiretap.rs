@@ -63,7 +63,8 @@ impl Wiretap<'_> {
     /// Sends a datagram through the link and waits until it is in the recording: what passed before it is in there, too.
     #[track_caller]
     fn wait_for_a_word(&self, word: &str) {
-        let word = format!("recording-{word}-{}", std::process::id());
+        // Taps of other tests may record the same link.
+        let word = format!("{word} of {}", self.file.display());
         eventually("the recording to reach now", PATIENCE, || {
             self.cluster.tcp_on(&self.node, &["datagram", &self.beyond, DISCARD, &word]).run().ok();
             self.saw(&word)

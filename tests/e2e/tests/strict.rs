@@ -86,17 +86,38 @@ fn the_narrowest_policy_decides() {
     let cluster = Cluster::start(MESH);
     let _open = cluster.serve("app/server", &["echo", "7000"]);
     let _closed = cluster.serve("app/server", &["echo", "7443"]);
+    // A client from outside the cluster: who opted out is enrolled as soon as the mesh is strict.
+    let server = cluster.address("app/server", Family::V6).to_string();
+    let wait_for = |port: &str, wanted: &str| {
+        e2e::wait_until(&format!("a client from outside to get {wanted:?}"), Duration::from_secs(5), || {
+            let got = outcome(&cluster.tcp_on("outside", &["ask", &server, port, "hello"]).run().ok());
+            if got == wanted { Ok(()) } else { Err(got) }
+        });
+    };
+    wait_for("7000", "said hello");
     cluster.apply(&peer_authentication("justmtls-system", "STRICT"));
-    wait_for_outsider(&cluster, "7000", "reset");
+    wait_for("7000", "reset");
     cluster.apply(&peer_authentication("app", "PERMISSIVE"));
-    wait_for_outsider(&cluster, "7000", "said hello");
+    wait_for("7000", "said hello");
     cluster.apply(
         "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: server, namespace: app}\n\
          spec: {selector: {matchLabels: {app: server}}, mtls: {mode: PERMISSIVE}, portLevelMtls: {\"7443\": {mode: STRICT}}}\n",
     );
-    wait_for_outsider(&cluster, "7443", "reset");
-    assert_eq!(ask(&cluster, "legacy/outsider", Family::V4, "7000"), "said hello");
+    wait_for("7443", "reset");
+    wait_for("7000", "said hello");
     assert_eq!(ask(&cluster, "app/client", Family::V4, "7443"), "said hello");
+}
+
+#[test]
+fn strict_beats_an_opt_out() {
+    needs!("root");
+    let cluster = Cluster::start(MESH);
+    let _server = cluster.serve("app/server", &["echo", "7000"]);
+    assert_eq!(ask(&cluster, "legacy/outsider", Family::V4, "7000"), "said hello");
+    cluster.wait_edge("node-b", ["inbound", "legacy/outsider", "app/server", "7000", "plaintext", "opted-out"]);
+    cluster.apply(&peer_authentication("justmtls-system", "STRICT"));
+    wait_for_outsider(&cluster, "7000", "said hello");
+    cluster.wait_edge("node-b", ["inbound", "legacy/outsider", "app/server", "7000", "mtls", ""]);
 }
 
 #[test]

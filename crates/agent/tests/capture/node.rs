@@ -290,7 +290,11 @@ fn ports_are_excluded_while_the_pod_runs() {
 #[test]
 fn the_agent_keeps_three_capabilities_and_leaves_no_core() {
     with_privilege(the_agent_keeps_three_capabilities_and_leaves_no_core, || {
-        let world = World::new(|_| ());
+        let owner = 4243;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        // A user namespace with one user has no second one.
+        let two_users = nix::unistd::chown(file.path(), Some(owner.into()), None).is_ok();
+        let world = World::new(|args| args.listener_owner = two_users.then_some(owner));
         let held = describe_process(world.agent.cast_unsigned()).unwrap();
         let kept = Capabilities(1 << NET_ADMIN | 1 << SYS_ADMIN | 1);
         assert_eq!((held.effective, held.permitted, held.bounding), (kept, kept, kept));
@@ -299,6 +303,10 @@ fn the_agent_keeps_three_capabilities_and_leaves_no_core() {
         // It works all the same.
         world.control.publish([pod("a", A)]);
         let proxy = world.proxy();
-        world.capture(&proxy, "a", &Room::of(&world.lab.a));
+        let listeners = world.capture(&proxy, "a", &Room::of(&world.lab.a));
+        let expected = if two_users { owner } else { nix::unistd::geteuid().as_raw() };
+        for listener in listeners {
+            assert_eq!(nix::sys::stat::fstat(&listener).unwrap().st_uid, expected);
+        }
     });
 }

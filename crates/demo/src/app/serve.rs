@@ -50,11 +50,8 @@ fn answer_all(mut stream: TcpStream) -> io::Result<()> {
             std::net::IpAddr::V6(v6) => v6.to_string(),
         };
         let body = format!("{path} for {client}, in clear as far as this program can tell\n");
-        write!(
-            stream,
-            "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: {}\r\n\r\n{body}",
-            body.len()
-        )?;
+        let head = format!("HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: {}\r\n\r\n", body.len());
+        stream.write_all([head, body].concat().as_bytes())?;
         if close {
             return Ok(());
         }

@@ -1,0 +1,138 @@
+//! The story that `justmtls demo` tells: each step does something, measures it, and holds it against what it should show.
+//!
+//! Nothing here is said because it should be so. A step that does not show what it should ends the story, with its name.
+
+mod scene;
+mod steps;
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use anyhow::Context;
+use serde_json::{Map, Value, json};
+
+pub(crate) use scene::Scene;
+
+/// How the story is told.
+#[derive(Clone, Copy, Debug)]
+pub struct Story {
+    /// Whether the box ends with it.
+    pub once: bool,
+    /// One JSON object for each step, instead of text.
+    pub json: bool,
+}
+
+/// What a step has found out, in the order in which it is told.
+#[derive(Debug, Default)]
+struct Facts {
+    lines: Vec<String>,
+    values: Map<String, Value>,
+}
+
+impl Facts {
+    /// A line for people, and the same as a value for programs.
+    fn say(&mut self, name: &str, value: impl Into<Value>, line: impl Into<String>) {
+        self.lines.push(line.into());
+        self.values.insert(name.to_owned(), value.into());
+    }
+}
+
+const DONE: anstyle::Style = anstyle::AnsiColor::Green.on_default().bold();
+const FAILED: anstyle::Style = anstyle::AnsiColor::Red.on_default().bold();
+const TITLE: anstyle::Style = anstyle::Style::new().bold();
+
+/// Writes what happens as it happens.
+struct Narrator {
+    story: Story,
+    number: usize,
+}
+
+impl Narrator {
+    fn begin(&mut self, title: &str) {
+        self.number += 1;
+        if !self.story.json {
+            anstream::println!("\n{TITLE}{}. {title}{TITLE:#}", self.number);
+        }
+    }
+
+    fn end(&self, name: &str, started: Instant, facts: Facts, failure: Option<&anyhow::Error>) {
+        let milliseconds = started.elapsed().as_millis() as u64;
+        let sentence = failure.map(|error| format!("{error:#}"));
+        if self.story.json {
+            let step = json!({ "step": name, "ok": failure.is_none(), "ms": milliseconds, "facts": facts.values, "error": sentence });
+            anstream::println!("{step}");
+            return;
+        }
+        for line in &facts.lines {
+            anstream::println!("   {line}");
+        }
+        match sentence {
+            None => anstream::println!("   {DONE}✓{DONE:#} shown, in {milliseconds} ms"),
+            Some(sentence) => anstream::println!("   {FAILED}✗ {sentence}{FAILED:#}"),
+        }
+    }
+}
+
+/// Tells the story of the built-in shop, or what can be told of a cluster of the user's own. Returns whether every step
+/// showed what it should.
+pub(crate) async fn tell(story: Story, scene: Scene) -> bool {
+    let mut narrator = Narrator { story, number: 0 };
+    let told = if scene.is_built_in() { shop(&mut narrator, &scene).await } else { own(&mut narrator, &scene).await };
+    if !story.json {
+        match &told {
+            Ok(()) if story.once => anstream::println!("\n{DONE}Every step showed what it should.{DONE:#}"),
+            Ok(()) => farewell(&scene),
+            Err(error) => anstream::println!("\n{FAILED}The story ends here: {error:#}{FAILED:#}"),
+        }
+    }
+    told.is_ok()
+}
+
+/// Runs one step of the story and says how it went.
+macro_rules! step {
+    ($narrator:expr, $name:literal, $title:literal, $facts:ident => $work:expr) => {{
+        $narrator.begin($title);
+        let started = Instant::now();
+        let mut $facts = Facts::default();
+        let result: anyhow::Result<_> = $work.await;
+        $narrator.end($name, started, $facts, result.as_ref().err());
+        result.context(concat!("step ", $name))?
+    }};
+}
+
+async fn shop(narrator: &mut Narrator, scene: &Scene) -> anyhow::Result<()> {
+    step!(narrator, "box", "A cluster in a box", facts => steps::the_box(scene, &mut facts));
+    let kept = step!(narrator, "before", "Before: pods talk, and a wiretap between the nodes listens",
+        facts => steps::before(scene, &mut facts));
+    step!(narrator, "capture", "Capture: the pods join the mesh while they run",
+        facts => steps::capture(scene, kept, &mut facts));
+    step!(narrator, "after", "After: the same pods, the same wiretap", facts => steps::after(scene, &mut facts));
+    step!(narrator, "outsider", "Permissive: a pod outside the mesh still gets through, by name",
+        facts => steps::outsider(scene, &mut facts));
+    step!(narrator, "strict", "Strict: the pod outside is refused, the others notice nothing",
+        facts => steps::strict(scene, &mut facts));
+    Ok(())
+}
+
+async fn own(narrator: &mut Narrator, scene: &Scene) -> anyhow::Result<()> {
+    step!(narrator, "box", "Your cluster in a box", facts => steps::the_box(scene, &mut facts));
+    step!(narrator, "wire", "What a wiretap between the nodes sees", facts => steps::wire(scene, &mut facts));
+    step!(narrator, "edges", "Who talks to whom, and how", facts => steps::edges(scene, &mut facts));
+    Ok(())
+}
+
+fn farewell(scene: &Scene) {
+    let state = scene.state_argument();
+    let pods: BTreeSet<_> = scene.pod_names().into_iter().take(1).collect();
+    let pod = pods.first().map_or("NAMESPACE/POD", String::as_str);
+    anstream::println!("\nThe box stays up until Ctrl-C. From another terminal, try:");
+    for line in [
+        format!("demo status{state}"),
+        format!("demo exec{state} {pod} -- PROGRAM ARGS…"),
+        format!("demo exec{state} --node node-a -- tcpdump -ni eth0 tcp"),
+        format!("demo admin{state} node-a /connections"),
+        format!("demo apply{state} -f FILE"),
+    ] {
+        anstream::println!("   justmtls {line}");
+    }
+}
