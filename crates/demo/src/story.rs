@@ -131,7 +131,7 @@ fn farewell(scene: &Scene) {
         format!("demo exec{state} {pod} -- PROGRAM ARGS…"),
         format!("demo exec{state} --node node-a -- tcpdump -ni eth0 tcp"),
         format!("demo admin{state} node-a /connections"),
-        format!("demo apply{state} -f FILE"),
+        format!("demo apply{state} -f FILE, and delete{state} -f FILE, with Kubernetes YAML"),
     ] {
         anstream::println!("   justmtls {line}");
     }

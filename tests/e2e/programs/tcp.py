@@ -10,7 +10,8 @@ import struct
 import sys
 import time
 
-NAMES = {errno.ECONNREFUSED: "refused", errno.ECONNRESET: "reset", errno.EPIPE: "reset"}
+# What follows a reset is no second kind of failure.
+NAMES = {errno.ECONNREFUSED: "refused", errno.ECONNRESET: "reset", errno.EPIPE: "reset", errno.ENOTCONN: "reset"}
 
 
 def say(*words):

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use crate::program::{Finished, Program, Running};
 use crate::script;
 use crate::view::{Family, text};
-use crate::wait::{PATIENCE, wait_until};
+use crate::wait::{PATIENCE, pause, wait_until};
 
 /// The place outside the cluster that answers, as `exec --node outside` reaches it.
 pub const OUTSIDE: [&str; 2] = ["203.0.113.1", "2001:db8::1"];
@@ -197,9 +197,9 @@ impl Cluster {
     #[track_caller]
     pub fn find_pod(&self, pod: &str) -> Option<Value> {
         let status = self.status();
-        let all = status["pods"].as_array().into_iter().flatten();
+        let mut all = status["pods"].as_array().into_iter().flatten();
         let is_it = |one: &&Value| format!("{}/{}", text(one, "namespace"), text(one, "name")) == pod;
-        all.filter(is_it).last().cloned()
+        all.rfind(is_it).cloned()
     }
 
     /// A pod's address.
@@ -252,7 +252,10 @@ impl Cluster {
         let coverage = self.admin(node, "/coverage");
         let all = coverage.as_array().into_iter().flatten().map(|entry| &entry["edge"]);
         let plain = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        all.map(|edge| ["direction", "source", "destination", "port", "security", "reason"].map(|field| plain(&edge[field]))).collect()
+        all.map(|edge| {
+            ["direction", "source", "destination", "port", "security", "reason"].map(|field| plain(&edge[field]))
+        })
+        .collect()
     }
 
     /// The process id of a running process of the product, by the name that `admin` takes: `node-a` is that node's proxy.
@@ -262,7 +265,8 @@ impl Cluster {
             let status = self.status();
             let of_nodes = status["nodes"].as_array().into_iter().flatten();
             let lists = of_nodes.chain([&status["control"]]).filter_map(|place| place["processes"].as_array());
-            let found = lists.flatten().find(|process| text(process, "name") == name && text(process, "state") == "running");
+            let found =
+                lists.flatten().find(|process| text(process, "name") == name && text(process, "state") == "running");
             let pid = found.and_then(|process| i32::try_from(process["pid"].as_i64()?).ok());
             pid.map(Pid::from_raw).ok_or_else(|| format!("{:#} {:#}", status["nodes"], status["control"]))
         })
@@ -301,7 +305,7 @@ impl Drop for Cluster {
         // The starter's last act is to end; who stopped the box need not have seen that.
         let deadline = Instant::now() + Duration::from_secs(2);
         while is_alive(self.traces.starter) && Instant::now() < deadline {
-            std::thread::yield_now();
+            pause();
         }
         let state = self.state();
         let left = [
@@ -335,7 +339,8 @@ impl Traces {
     #[track_caller]
     fn of(state: &Path) -> Traces {
         let lock = fs::read_to_string(state.join("lock")).expect("a box holds its lock");
-        let starter = lock.split_whitespace().next().and_then(|pid| pid.parse().ok()).expect("the lock names the starter");
+        let starter =
+            lock.split_whitespace().next().and_then(|pid| pid.parse().ok()).expect("the lock names the starter");
         let children = fs::read_to_string(format!("/proc/{starter}/task/{starter}/children")).unwrap_or_default();
         let init = children.split_whitespace().next().expect("the starter has one child, init").to_owned();
         let namespace = fs::read_link(format!("/proc/{init}/ns/pid")).expect("init lives");
@@ -345,7 +350,8 @@ impl Traces {
     fn processes(&self) -> Vec<u32> {
         let all = fs::read_dir("/proc").expect("/proc").flatten();
         let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-        pids.filter(|pid| fs::read_link(format!("/proc/{pid}/ns/pid")).is_ok_and(|link| link == self.namespace)).collect()
+        pids.filter(|pid| fs::read_link(format!("/proc/{pid}/ns/pid")).is_ok_and(|link| link == self.namespace))
+            .collect()
     }
 }
 

@@ -10,15 +10,15 @@
 // What a test needs of the machine
 mod requirements;
 // Waiting and running
-mod wait;
 mod program;
+mod wait;
 // The box and its pods
 mod cluster;
 mod shared;
 mod view;
 // The wire between the nodes, and what tshark says of it
-mod wiretap;
 mod streams;
+mod wiretap;
 
 pub use cluster::{Cluster, OUTSIDE, Owner, binary};
 pub use program::{Finished, Program, Running};

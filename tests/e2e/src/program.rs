@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::wait::{PATIENCE, wait_until};
+use crate::wait::{PATIENCE, pause, wait_until};
 
 /// A program that has not been started yet.
 #[derive(Debug)]
@@ -258,7 +258,7 @@ impl Collector {
     fn all(&self, within: Duration) -> String {
         let deadline = Instant::now() + within;
         while !self.reader.is_finished() && Instant::now() < deadline {
-            std::thread::yield_now();
+            pause();
         }
         self.so_far()
     }

@@ -62,7 +62,8 @@ impl Streams {
     /// The same, of connections between two addresses only.
     #[must_use]
     pub fn between(&self, one: IpAddr, other: IpAddr) -> Streams {
-        let ends = |it: &&Direction| [it.from.ip(), it.to.ip()] == [one, other] || [it.from.ip(), it.to.ip()] == [other, one];
+        let ends =
+            |it: &&Direction| [it.from.ip(), it.to.ip()] == [one, other] || [it.from.ip(), it.to.ip()] == [other, one];
         Streams { directions: self.directions.iter().filter(ends).cloned().collect(), port: self.port }
     }
 
@@ -73,7 +74,10 @@ impl Streams {
         for direction in &self.directions {
             let shown = format!("{} -> {}", direction.from, direction.to);
             if let Err(problem) = tls_records(&direction.bytes) {
-                panic!("{shown}: {problem}; it begins {:?}", String::from_utf8_lossy(&direction.bytes[..direction.bytes.len().min(64)]));
+                panic!(
+                    "{shown}: {problem}; it begins {:?}",
+                    String::from_utf8_lossy(&direction.bytes[..direction.bytes.len().min(64)])
+                );
             }
         }
     }
@@ -131,7 +135,8 @@ fn socket(v4: &str, v6: &str, port: &str) -> SocketAddr {
 }
 
 fn from_hex(text: &str) -> Vec<u8> {
-    let digits: Vec<u8> = text.bytes().filter_map(|digit| char::from(digit).to_digit(16)).map(|digit| digit as u8).collect();
+    let digits: Vec<u8> =
+        text.bytes().filter_map(|digit| char::from(digit).to_digit(16)).map(|digit| digit as u8).collect();
     digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect()
 }
 
@@ -167,7 +172,8 @@ mod tests {
         let line = |from: &str, sequence: &str, payload: &str| {
             ["0", "10.0.0.1", "", from, "10.0.0.2", "", "80", sequence, payload].map(str::to_owned).to_vec()
         };
-        let lines = [line("7", "4", "64656667"), line("7", "1", "616263"), line("7", "4", "6465"), line("7", "6", "66676869")];
+        let lines =
+            [line("7", "4", "64656667"), line("7", "1", "616263"), line("7", "4", "6465"), line("7", "6", "66676869")];
         let streams = Streams::from_segments(80, &lines);
         assert_eq!(streams.from_clients().map(|it| it.bytes.clone()).collect::<Vec<_>>(), [b"abcdefghi"]);
     }

@@ -8,6 +8,11 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 /// How often a condition is looked at. Most of them start a process; less often would make tests slow, more often the machine.
 const LOOK: Duration = Duration::from_millis(5);
 
+/// The time between two looks: the one place where the tests let time pass without a condition.
+pub(crate) fn pause() {
+    std::thread::park_timeout(LOOK);
+}
+
 /// Waits until `look` gives a value. After `within`, panics and says what was waited for and what was there instead.
 #[track_caller]
 pub fn wait_until<T>(what: &str, within: Duration, mut look: impl FnMut() -> Result<T, String>) -> T {
@@ -18,7 +23,7 @@ pub fn wait_until<T>(what: &str, within: Duration, mut look: impl FnMut() -> Res
             Err(found) => found,
         };
         assert!(Instant::now() < deadline, "waited {within:?} for {what}; instead: {found}");
-        std::thread::sleep(LOOK);
+        pause();
     }
 }
 

@@ -111,7 +111,17 @@ impl Wiretap<'_> {
     #[track_caller]
     pub fn streams(&self, port: u16) -> Streams {
         let filter = format!("tcp.port == {port}");
-        let fields = ["tcp.stream", "ip.src", "ipv6.src", "tcp.srcport", "ip.dst", "ipv6.dst", "tcp.dstport", "tcp.seq", "tcp.payload"];
+        let fields = [
+            "tcp.stream",
+            "ip.src",
+            "ipv6.src",
+            "tcp.srcport",
+            "ip.dst",
+            "ipv6.dst",
+            "tcp.dstport",
+            "tcp.seq",
+            "tcp.payload",
+        ];
         Streams::from_segments(port, &self.fields(port, &filter, &fields))
     }
 }

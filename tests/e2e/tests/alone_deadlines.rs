@@ -25,7 +25,10 @@ fn outcome(program: Program) -> (String, f64) {
 /// The shortest of a few attempts, which must all begin so and take `at_least` milliseconds.
 fn shortest(expected: &str, at_least: f64, program: impl Fn() -> Program) -> f64 {
     let all: Vec<_> = (0..5).map(|_| outcome(program())).collect();
-    assert!(all.iter().all(|(said, time)| said.starts_with(expected) && *time >= at_least), "{expected} {at_least}: {all:?}");
+    assert!(
+        all.iter().all(|(said, time)| said.starts_with(expected) && *time >= at_least),
+        "{expected} {at_least}: {all:?}"
+    );
     all.iter().map(|(_, time)| *time).fold(f64::MAX, f64::min)
 }
 
@@ -48,7 +51,8 @@ fn a_server_that_speaks_first_is_heard_without_a_stall() {
         let opted_out = shortest("said you are", 50.0, || cluster.tcp("legacy/outsider", &["look", &address, "7000"]));
         assert!(opted_out < 50.0 + SLACK, "{family:?} from a pod that is known not to be captured: {opted_out} ms");
     }
-    let unknown = shortest("said you are", 300.0, || cluster.tcp_on("node-a", &["look-from", "10.88.16.200", &v4, "7000"]));
+    let unknown =
+        shortest("said you are", 300.0, || cluster.tcp_on("node-a", &["look-from", "10.88.16.200", &v4, "7000"]));
     assert!(unknown < 300.0 + SLACK, "from an unknown address inside: {unknown} ms");
 }
 
@@ -103,13 +107,16 @@ fn a_change_of_the_folder_reaches_the_nodes_within_100_milliseconds() {
         for _ in 0..3 {
             for wanted in ["strict", "permissive"] {
                 let started = Instant::now();
-                if wanted == "strict" { cluster.apply(STRICT) } else { cluster.delete(STRICT) }
+                if wanted == "strict" {
+                    cluster.apply(STRICT)
+                } else {
+                    cluster.delete(STRICT)
+                }
                 e2e::eventually(&format!("{node} to hear of it"), Duration::from_secs(5), || mode(node) == wanted);
                 times.push(started.elapsed());
             }
         }
-        let best = times.iter().min().expect("six changes");
-        assert!(*best < Duration::from_millis(100), "{node}: {times:?}");
-        println!("{node}: {times:?}");
+        println!("{node}: {times:.0?}");
+        assert!(times.iter().all(|time| *time < Duration::from_millis(100)), "{node}: {times:?}");
     }
 }

@@ -25,13 +25,16 @@ fn has_all(complaint: &str, parts: &[&str]) {
 fn each_mistake_of_a_manifest_is_one_sentence_with_file_object_field_and_remedy() {
     needs!("root");
     let cluster = BOX.get();
-    let service = |spec: &str| format!("apiVersion: v1\nkind: Service\nmetadata: {{name: wrong, namespace: app}}\nspec: {spec}\n");
+    let service = |spec: &str| {
+        format!("apiVersion: v1\nkind: Service\nmetadata: {{name: wrong, namespace: app}}\nspec: {spec}\n")
+    };
     has_all(&complaint(&cluster, "broken.yaml", "apiVersion: v1\nkind: [\n"), &["broken.yaml"]);
     let kind = "apiVersion: v1\nkind: Podd\nmetadata: {name: wrong, namespace: app}\n";
     has_all(&complaint(&cluster, "kind.yaml", kind), &["kind.yaml", "Podd"]);
     for port in ["0", "70000"] {
         let file = format!("port-{port}.yaml");
-        let said = complaint(&cluster, &file, &service(&format!("{{selector: {{app: server}}, ports: [{{port: {port}}}]}}")));
+        let said =
+            complaint(&cluster, &file, &service(&format!("{{selector: {{app: server}}, ports: [{{port: {port}}}]}}")));
         has_all(&said, &[&file, "Service app/wrong", "spec.ports[0].port", port, "65535"]);
     }
     let twice = format!("{0}---\n{0}", service("{selector: {app: server}, ports: [{port: 80}]}"));
@@ -39,7 +42,10 @@ fn each_mistake_of_a_manifest_is_one_sentence_with_file_object_field_and_remedy(
     let node = "apiVersion: v1\nkind: Pod\nmetadata: {name: wrong, namespace: app}\nspec: {nodeName: node-z, containers: [{name: x, command: [sleep, '1']}]}\n";
     has_all(&complaint(&cluster, "node.yaml", node), &["Pod app/wrong", "spec.nodeName", "node-z", "node-a"]);
     let mode = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: wrong, namespace: app}\nspec: {mtls: {mode: STRICTLY}}\n";
-    has_all(&complaint(&cluster, "mode.yaml", mode), &["mode.yaml", "PeerAuthentication app/wrong", "spec.mtls.mode", "STRICT"]);
+    has_all(
+        &complaint(&cluster, "mode.yaml", mode),
+        &["mode.yaml", "PeerAuthentication app/wrong", "spec.mtls.mode", "STRICT"],
+    );
     assert!(cluster.verb(&["apply", "-f", "/no/such/file.yaml"]).run().fails().contains("/no/such/file.yaml"));
 }
 
@@ -59,7 +65,9 @@ fn what_is_right_in_the_same_file_is_taken_and_the_last_good_state_stays() {
     let cluster = BOX.get();
     let _server = cluster.serve("app/server", &["name", "7000", "served"]);
     let service = |name: &str, port: &str| {
-        format!("apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: app}}\nspec: {{selector: {{app: server}}, ports: [{{port: {port}, targetPort: 7000}}]}}\n")
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: app}}\nspec: {{selector: {{app: server}}, ports: [{{port: {port}, targetPort: 7000}}]}}\n"
+        )
     };
     cluster.apply(&service("kept", "81"));
     let both = format!("{}---\n{}", service("kept", "70000"), service("new", "82"));
@@ -86,20 +94,23 @@ fn wrong_command_lines_say_what_is_wrong_and_what_there_is() {
     let nowhere = Program::new(binary()).args(["demo", "--state", "/no/such/box", "status"]).run().fails();
     has_all(&nowhere, &["/no/such/box", "justmtls demo start"]);
     let empty = cluster.data("empty");
-    let start = ["demo", "--state", "/tmp/justmtls-e2e-never", "--manifests", empty.to_str().unwrap(), "start"];
+    let never = cluster.folder().join("never");
+    let start = ["demo", "--state", never.to_str().unwrap(), "--manifests", empty.to_str().unwrap(), "start"];
     has_all(&Program::new(binary()).args(start).run().fails(), &["empty", ".yaml"]);
+    assert!(!never.exists());
 }
 
 #[test]
 fn a_machine_that_allows_no_namespaces_is_told_in_one_sentence() {
     needs!("root", "unshare");
-    let state = format!("/tmp/justmtls-e2e-forbidden-{}", std::process::id());
+    let state = std::env::temp_dir().join(format!("justmtls-e2e-forbidden-{}", std::process::id()));
     // In a user namespace of its own the limit is this test's, and not the machine's.
     let forbid = format!(
-        "for kind in net mnt pid user; do echo 0 > /proc/sys/user/max_${{kind}}_namespaces; done; exec {} demo --state {state} start",
-        binary().display()
+        "for kind in net mnt pid user; do echo 0 > /proc/sys/user/max_${{kind}}_namespaces; done; exec {} demo --state {} start",
+        binary().display(),
+        state.display()
     );
     let refusal = Program::new("unshare").args(["--user", "--map-root-user", "sh", "-c", &forbid]).run().fails();
     assert!(refusal.contains("namespace") && refusal.trim().lines().count() == 1, "{refusal}");
-    assert!(!std::path::Path::new(&state).exists());
+    assert!(!state.exists());
 }

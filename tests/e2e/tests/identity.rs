@@ -4,6 +4,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::path::Path;
+
 use e2e::{Cluster, Family, PATIENCE, Program, Shared, needs, text, wait_until};
 use serde_json::Value;
 
@@ -28,11 +30,12 @@ fn both_ends_know_each_other_by_identity() {
     client.wait_for("open");
     client.write("hello\n");
     client.wait_for("back hello");
-    for (node, direction, own, peer) in [("node-a", "outbound", CLIENT, SERVER), ("node-b", "inbound", SERVER, CLIENT)] {
+    for (node, direction, own, peer) in [("node-a", "outbound", CLIENT, SERVER), ("node-b", "inbound", SERVER, CLIENT)]
+    {
         let found = connections(&cluster, node, 7000);
         let [connection] = &found[..] else { panic!("{node}: {found:#?}") };
         let shown = ["direction", "security", "identity", "peer", "tls", "group"].map(|field| text(connection, field));
-        assert_eq!(shown, [direction, "mtls", own, peer, "TLSv1.3", "X25519MLKEM768"], "{node}");
+        assert_eq!(shown, [direction, "mtls", own, peer, "TLSv1_3", "X25519MLKEM768"], "{node}");
     }
 }
 
@@ -40,7 +43,8 @@ fn both_ends_know_each_other_by_identity() {
 fn each_node_holds_certificates_of_its_own_pods_alone() {
     needs!("root");
     let cluster = BOX.get();
-    for (node, expected) in [("node-a", &[CLIENT][..]), ("node-b", &["spiffe://cluster.local/ns/app/sa/near", SERVER])] {
+    for (node, expected) in [("node-a", &[CLIENT][..]), ("node-b", &["spiffe://cluster.local/ns/app/sa/near", SERVER])]
+    {
         wait_until(&format!("the certificates of {node}"), PATIENCE, || {
             let shown = cluster.admin(node, "/certificates");
             let svids = shown["svids"].as_array().into_iter().flatten();
@@ -60,7 +64,11 @@ fn stranger(cluster: &Cluster, options: &[&str]) -> Program {
 /// What the server's node counts of one way to fail a handshake.
 fn failures(cluster: &Cluster, reason: &str) -> u64 {
     let metrics = cluster.page("node-b", "/metrics");
-    let is_it = |line: &&str| line.contains("direction=\"inbound\"") && line.contains(&format!("reason=\"{reason}\"")) && line.contains("handshake");
+    let is_it = |line: &&str| {
+        line.contains("direction=\"inbound\"")
+            && line.contains(&format!("reason=\"{reason}\""))
+            && line.contains("handshake")
+    };
     let values = metrics.lines().filter(is_it).filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok());
     values.sum()
 }
@@ -71,7 +79,11 @@ fn is_refused(cluster: &Cluster, reason: &str, options: &[&str]) {
     let said = stranger(cluster, options).run();
     assert!(!said.stdout.contains("you are"), "a stranger was let in: {said}");
     wait_until(&format!("{reason} to be counted"), PATIENCE, || {
-        if failures(cluster, reason) > before { Ok(()) } else { Err(format!("{said}{}", cluster.page("node-b", "/metrics"))) }
+        if failures(cluster, reason) > before {
+            Ok(())
+        } else {
+            Err(format!("{said}{}", cluster.page("node-b", "/metrics")))
+        }
     });
 }
 
@@ -86,11 +98,46 @@ fn a_client_that_proves_nothing_or_speaks_an_old_tls_is_refused_by_name() {
 
     is_refused(&cluster, "no-client-certificate", &["-tls1_3"]);
     is_refused(&cluster, "tls-version", &["-tls1_2"]);
-    let folder = cluster.data("stranger");
-    let file = |name: &str| folder.join(name).display().to_string();
-    let (key, certificate) = (file("key.pem"), file("certificate.pem"));
-    let san = format!("subjectAltName=URI:{CLIENT}");
-    let make = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/O=stranger", "-addext", &san];
-    Program::new("openssl").args(make).args(["-keyout", &key, "-out", &certificate]).run().ok();
-    is_refused(&cluster, "unknown-authority", &["-tls1_3", "-cert", &certificate, "-key", &key]);
+    let certificate = Impostor::of(&cluster.data("stranger"), CLIENT);
+    is_refused(&cluster, "unknown-issuer", &["-tls1_3", "-cert", &certificate.chain, "-key", &certificate.key]);
+}
+
+/// A certificate with everything right but who signed it.
+struct Impostor {
+    chain: String,
+    key: String,
+}
+
+impl Impostor {
+    fn of(folder: &Path, identity: &str) -> Impostor {
+        let file = |name: &str| folder.join(name).display().to_string();
+        let make = |name: &str, extensions: &[&str], signed_by: &[&str]| {
+            let new = [
+                "req",
+                "-config",
+                "/dev/null",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:P-256",
+                "-nodes",
+            ];
+            let extensions = extensions.iter().flat_map(|extension| ["-addext", extension]);
+            let files =
+                ["-keyout".to_owned(), file(&format!("{name}.key")), "-out".to_owned(), file(&format!("{name}.pem"))];
+            let program = Program::new("openssl").args(new).args(["-subj", &format!("/O={name}")]).args(extensions);
+            program.args(signed_by).args(files).run().ok();
+        };
+        make("authority", &["basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign"], &[]);
+        let name = format!("subjectAltName=critical,URI:{identity}");
+        let usage = [
+            "basicConstraints=critical,CA:FALSE",
+            "keyUsage=critical,digitalSignature",
+            "extendedKeyUsage=clientAuth,serverAuth",
+        ];
+        let signed_by = ["-CA".to_owned(), file("authority.pem"), "-CAkey".to_owned(), file("authority.key")];
+        make("leaf", &[usage[0], usage[1], usage[2], &name], &signed_by.each_ref().map(String::as_str));
+        Impostor { chain: file("leaf.pem"), key: file("leaf.key") }
+    }
 }

@@ -70,7 +70,8 @@ fn redis_keeps_what_it_is_given() {
     cluster.wait_listening("app/server", 6379);
     for family in Family::BOTH {
         let address = cluster.address("app/server", family).to_string();
-        let client = |arguments: &[&str]| cluster.exec("app/client", &["redis-cli", "-h", &address]).args(arguments).run().ok();
+        let client =
+            |arguments: &[&str]| cluster.exec("app/client", &["redis-cli", "-h", &address]).args(arguments).run().ok();
         let (key, value) = (format!("key-{family:?}"), "v".repeat(100_000));
         assert_eq!(client(&["set", &key, &value]).trim(), "OK");
         assert_eq!(client(&["get", &key]).trim(), value);

@@ -35,7 +35,9 @@ fn only(answer: &str, count: u32) -> BTreeMap<String, u32> {
 }
 
 fn is_spread(answers: &BTreeMap<String, u32>, count: u32) -> bool {
-    answers.keys().eq(["one", "two"]) && answers.values().sum::<u32>() == count && answers.values().all(|each| *each >= count / 8)
+    answers.keys().eq(["one", "two"])
+        && answers.values().sum::<u32>() == count
+        && answers.values().all(|each| *each >= count / 8)
 }
 
 #[test]

@@ -106,10 +106,16 @@ fn a_closed_port_stays_closed() {
         let address = server(&cluster, family);
         for node in ["node-a", "node-b", "outside"] {
             let (said, time) = outcomes(|| cluster.tcp_on(node, &["look", &address, port]));
-            assert!(said == "refused" && time < AT_ONCE, "a probe from {node} to {address} {port}: {said} after {time} ms");
+            assert!(
+                said == "refused" && time < AT_ONCE,
+                "a probe from {node} to {address} {port}: {said} after {time} ms"
+            );
         }
         let (said, time) = outcomes(|| cluster.tcp("legacy/outsider", &["look", &address, port]));
-        assert!(said == "refused" && time < AT_ONCE, "from outside the mesh to {address} {port}: {said} after {time} ms");
+        assert!(
+            said == "refused" && time < AT_ONCE,
+            "from outside the mesh to {address} {port}: {said} after {time} ms"
+        );
         for client in CLIENTS {
             let (said, time) = outcomes(|| cluster.tcp(client, &["look", &address, port]));
             assert!(said == "reset" && time < AT_ONCE, "{client} to {address} {port}: {said} after {time} ms");
@@ -138,12 +144,24 @@ fn an_applications_own_tls_passes_untouched() {
     let folder = cluster.data("own-tls");
     let file = |name: &str| folder.join(name).display().to_string();
     let (key, certificate) = (file("key.pem"), file("certificate.pem"));
-    let make = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=the-application"];
+    let make = [
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-subj",
+        "/CN=the-application",
+    ];
     Program::new("openssl").args(make).args(["-keyout", &key, "-out", &certificate]).run().ok();
     let serve = ["openssl", "s_server", "-accept", "7040", "-key", &key, "-cert", &certificate, "-alpn", "h2", "-www"];
     let _server = cluster.exec("app/server", &serve).spawn();
     cluster.wait_listening("app/server", 7040);
-    for (client, family) in CLIENTS.iter().chain(&["legacy/outsider"]).flat_map(|client| Family::BOTH.map(|family| (client, family))) {
+    for (client, family) in
+        CLIENTS.iter().chain(&["legacy/outsider"]).flat_map(|client| Family::BOTH.map(|family| (client, family)))
+    {
         let target = cluster.socket("app/server", family, 7040).to_string();
         for version in ["-tls1_3", "-tls1_2"] {
             let dial = ["openssl", "s_client", "-connect", &target, "-alpn", "h2", "-CAfile", &certificate, version];
@@ -178,12 +196,16 @@ fn a_reader_that_stops_stops_its_writer_and_nothing_in_between_grows() {
             (stalled, writer)
         })
         .collect();
-    let blocked = |writer: &Running| writer.stdout().lines().find_map(|line| line.strip_prefix("blocked ")?.parse::<u64>().ok());
+    let blocked =
+        |writer: &Running| writer.stdout().lines().find_map(|line| line.strip_prefix("blocked ")?.parse::<u64>().ok());
     for (_, writer) in &pairs {
-        let taken = wait_until("the writer to block", Duration::from_secs(20), || blocked(writer).ok_or_else(|| writer.stdout()));
+        let taken = wait_until("the writer to block", Duration::from_secs(20), || {
+            blocked(writer).ok_or_else(|| writer.stdout())
+        });
         assert!(taken < 64 << 20, "{taken} bytes were taken from a writer whose reader reads nothing");
     }
-    let grown: Vec<_> = proxies.map(resident).iter().zip(before).map(|(now, before)| now.saturating_sub(before)).collect();
+    let grown: Vec<_> =
+        proxies.map(resident).iter().zip(before).map(|(now, before)| now.saturating_sub(before)).collect();
     assert!(grown.iter().all(|grown| *grown < GROWTH), "the proxies grew by {grown:?} bytes");
     for (stalled, writer) in &mut pairs {
         stalled.write("go on\n");
@@ -245,7 +267,10 @@ fn its_own_node_and_the_world_outside_are_reached_as_ever() {
     for address in node.chain(OUTSIDE) {
         let (said, _) = outcome(cluster.tcp("app/client", &["look", address, "7090"]));
         let family = if address.contains(':') { Family::V6 } else { Family::V4 };
-        assert!(said.starts_with(&format!("said you are {} ", cluster.address("app/client", family))), "{address}: {said}");
+        assert!(
+            said.starts_with(&format!("said you are {} ", cluster.address("app/client", family))),
+            "{address}: {said}"
+        );
     }
 }
 

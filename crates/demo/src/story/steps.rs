@@ -271,7 +271,9 @@ fn tell_wire(seen: &Seen, facts: &mut Facts) {
         format!("in TLS:   {} bytes, {} records, {} handshakes{followed}", seen.tls, seen.records, seen.groups.len()),
     );
     facts.say("tls_records", seen.records, sample(&seen.sample));
-    facts.values.insert("groups".to_owned(), json!(seen.groups));
+    let mut groups = std::collections::BTreeMap::<u16, u64>::new();
+    seen.groups.iter().for_each(|group| *groups.entry(*group).or_default() += 1);
+    facts.values.insert("handshakes_by_group".to_owned(), json!(groups));
 }
 
 /// As a hex dump has it.
