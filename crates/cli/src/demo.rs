@@ -137,21 +137,42 @@ fn print_lines(lines: Vec<String>) {
 fn print_status(status: &Value) {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let list = |value: &Value| value.as_array().into_iter().flatten().map(text).collect::<Vec<_>>().join(" ");
-    anstream::println!("{HEAD}{:32} {:8} {:10} ADDRESSES{HEAD:#}", "POD", "NODE", "STATE");
+    anstream::println!("{HEAD}{:14} {:10} {:8} {:9} ADDRESSES{HEAD:#}", "NODE", "PROCESS", "PID", "STATE");
+    let control = [("control", &status["control"])];
+    let nodes = status["nodes"].as_array().into_iter().flatten();
+    let nodes = nodes.map(|node| (node["name"].as_str().unwrap_or_default(), node));
+    for (name, place) in control.into_iter().chain(nodes) {
+        for process in place["processes"].as_array().into_iter().flatten() {
+            let (role, state) = (text(&process["role"]), text(&process["state"]));
+            let pid = process["pid"].as_u64().map_or_else(String::new, |pid| pid.to_string());
+            let end = text(&process["message"]);
+            anstream::println!("{name:14} {role:10} {pid:8} {state:9} {} {end}", list(&place["addresses"]));
+        }
+    }
+    anstream::println!("{HEAD}{:26} {:8} {:10} {:17} {:10} ADDRESSES{HEAD:#}", "POD", "NODE", "STATE", "MESH", "MODE");
     for pod in status["pods"].as_array().into_iter().flatten() {
         let state = match (pod["ready"].as_bool(), pod["ending"].as_bool()) {
             (_, Some(true)) => "ending".to_owned(),
             (Some(true), _) => "ready".to_owned(),
             _ => text(&pod["phase"]).to_lowercase(),
         };
+        let mesh = match pod["captured"].as_bool() {
+            Some(true) => "captured".to_owned(),
+            Some(false) => text(&pod["uncaptured"]),
+            None => "unknown".to_owned(),
+        };
         let name = format!("{}/{}", text(&pod["namespace"]), text(&pod["name"]));
-        let line = format!("{name:32} {:8} {state:10} {}", text(&pod["node"]), list(&pod["addresses"]));
+        let (node, mode) = (text(&pod["node"]), text(&pod["mode"]));
+        let line = format!("{name:26} {node:8} {state:10} {mesh:17} {mode:10} {}", list(&pod["addresses"]));
         anstream::println!("{line}  {}", text(&pod["message"]));
     }
     anstream::println!("{HEAD}{:52} ADDRESSES{HEAD:#}", "SERVICE");
     for service in status["services"].as_array().into_iter().flatten() {
         let name = format!("{}.{}", text(&service["name"]), text(&service["namespace"]));
         anstream::println!("{name:52} {}", list(&service["addresses"]));
+    }
+    for problem in status["problems"].as_array().into_iter().flatten() {
+        anstream::println!("{}: {}", text(&problem["severity"]), text(&problem["sentence"]));
     }
 }
 
