@@ -15,6 +15,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context;
 use linux::sandbox::{self, Authority, RUN};
 use manifests::k8s_openapi::jiff::Timestamp;
+use manifests::{ObjectKey, Problem};
 use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
@@ -24,6 +25,7 @@ use crate::Options;
 use crate::admin;
 use crate::children::Children;
 use crate::cluster::{Action, Cluster, PodPlan};
+use crate::complaints::{Complaints, Refused};
 use crate::conversation::{Answer, Place, Request};
 use crate::dns::{self, Zone};
 use crate::folder::Folder;
@@ -32,6 +34,7 @@ use crate::kubelet::{self, Kubelet, PodNews, Rooms};
 use crate::manifest::Manifest;
 use crate::network::{Network, node_plan};
 use crate::processes::{self, Process, Role};
+use crate::programs;
 use crate::report;
 use crate::server::{self, Reply};
 use crate::state::StateDirectory;
@@ -97,7 +100,10 @@ pub(crate) fn run(options: Options, authority: Authority, state: Arc<StateDirect
     let up = || -> anyhow::Result<i32> {
         lifeline.watch(state.clone(), events.clone())?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-        runtime.block_on(live(&options, authority, &state, &lifeline, events, inbox))
+        let status = runtime.block_on(live(&options, authority, &state, &lifeline, events, inbox));
+        // Not shut down: the story's thread may wait on it, and would panic. It ends with this process, which is init.
+        std::mem::forget(runtime);
+        status
     };
     match up() {
         Ok(status) => status,
@@ -153,14 +159,12 @@ async fn live(
         kubelet: Arc::new(kubelet),
         processes: Vec::new(),
         pods: BTreeMap::new(),
+        complaints: Complaints::default(),
         inbox,
     };
     keeper.publish();
     keeper.start_processes().await?;
-    let problems = keeper.begin(manifest);
-    for problem in &problems {
-        eprintln!("{problem}");
-    }
+    keeper.begin(manifest);
     keeper.wait_until_ready().await;
     lifeline.say("ready");
     if let Some(told) = options.story {
@@ -183,7 +187,7 @@ async fn live(
             let _ = events.send(Event::StoryEnded { shown, once: told.once });
         })?;
     }
-    Ok(keeper.serve().await)
+    Ok(keeper.serve(options.story.is_some_and(|story| story.once)).await)
 }
 
 /// `/run/justmtls/bin/justmtls`: the binary that runs, reachable for every user and every pod, even when
@@ -229,6 +233,7 @@ struct Keeper {
     processes: Vec<Process>,
     /// The pods that live, by uid.
     pods: BTreeMap<String, LivePod>,
+    complaints: Complaints,
     inbox: mpsc::UnboundedReceiver<Event>,
 }
 
@@ -239,6 +244,38 @@ struct LivePod {
     rooms: Option<Arc<Rooms>>,
 }
 
+/// What became of a manifest.
+struct Taken {
+    done: Vec<String>,
+    refused: Vec<Refused>,
+    /// About what was taken.
+    notes: Vec<String>,
+}
+
+impl Taken {
+    fn of(problems: Vec<Problem>) -> Taken {
+        let mut taken = Taken { done: Vec::new(), refused: Vec::new(), notes: Vec::new() };
+        for problem in problems {
+            let sentence = problem.to_string();
+            if problem.is_error() {
+                taken.refused.push(Refused { object: problem.object, sentence });
+            } else {
+                taken.notes.push(sentence);
+            }
+        }
+        taken
+    }
+
+    fn refuse(&mut self, key: ObjectKey, sentence: String) {
+        self.refused.push(Refused { object: Some(key.to_string()), sentence });
+    }
+
+    fn answer(self) -> Value {
+        let refused = self.refused.into_iter().map(|one| one.sentence);
+        json!({ "done": self.done, "refused": refused.collect::<Vec<_>>(), "notes": self.notes })
+    }
+}
+
 impl Keeper {
     async fn start_processes(&mut self) -> anyhow::Result<()> {
         let Kubelet { network, children, events, .. } = self.kubelet.as_ref();
@@ -246,17 +283,33 @@ impl Keeper {
         Ok(())
     }
 
-    /// Takes the first manifest; what is wrong with it is returned.
-    fn begin(&mut self, manifest: Manifest) -> Vec<String> {
-        let mut problems = manifest.problems;
-        for object in manifest.objects {
+    /// Takes the first manifest. What is wrong with it is said to who sits in front, and `status` remembers it.
+    fn begin(&mut self, manifest: Manifest) {
+        let Taken { refused, notes, .. } = self.take(manifest);
+        for sentence in refused.iter().map(|one| &one.sentence).chain(&notes) {
+            anstream::eprintln!("{sentence}");
+        }
+        self.complaints.remember(refused);
+    }
+
+    /// Takes what can be taken of a manifest.
+    fn take(&mut self, manifest: Manifest) -> Taken {
+        let (mut taken, mut keys) = (Taken::of(manifest.problems), Vec::new());
+        for (object, place) in manifest.objects {
+            let key = object.key();
             match self.cluster.apply(object) {
-                Ok(actions) => self.act(actions),
-                Err(refusal) => problems.push(refusal.to_string()),
+                Ok(actions) => {
+                    self.act(actions);
+                    taken.done.push(format!("{key} applied"));
+                    self.complaints.taken(key.clone(), place);
+                    keys.push(key);
+                }
+                Err(refusal) => taken.refuse(key, format!("{place}: {refusal}")),
             }
         }
         self.publish();
-        problems
+        taken.notes.extend(self.complaints.about(&keys, self.cluster.objects()));
+        taken
     }
 
     async fn wait_until_ready(&mut self) {
@@ -269,9 +322,10 @@ impl Keeper {
         }
     }
 
-    /// Until the end. Gives init's exit status: 1 where the story did not show what it should.
-    async fn serve(mut self) -> i32 {
-        let mut status = 0;
+    /// Until the end. Gives init's exit status: 1 where the story did not show what it should, and where it was for the
+    /// story alone (`once`) and ended before that was told: who stops it half-way has not seen it succeed.
+    async fn serve(mut self, once: bool) -> i32 {
+        let mut status = i32::from(once);
         while let Some(event) = self.inbox.recv().await {
             if let Event::StoryEnded { shown, once } = event {
                 status = if shown { 0 } else { 1 };
@@ -304,12 +358,14 @@ impl Keeper {
                 }
             }
             Event::Request { request: Request::Admin { process, path }, reply } => {
-                let socket =
-                    self.processes.iter().find(|known| known.role.name() == process).map(|it| it.admin.clone());
+                let known = self.processes.iter().find(|known| known.role.name() == process);
+                let known = known.map(|known| (known.admin.clone(), known.log.clone()));
                 let names = self.processes.iter().map(|known| known.role.name()).collect::<Vec<_>>().join(", ");
                 tokio::spawn(async move {
-                    let page = match socket {
-                        Some(socket) => {
+                    let page = match known {
+                        // By the box, as a process that has ended can show nothing any more.
+                        Some((_, log)) if path == "/log" => Ok(programs::recent_output(&log)),
+                        Some((socket, _)) => {
                             admin::page(socket, &path).await.map_err(|error| format!("{process}: {error:#}"))
                         }
                         None => Err(format!("there is no process {process}; there are {names}")),
@@ -319,8 +375,9 @@ impl Keeper {
             }
             Event::Request { request: Request::Status, reply } => {
                 let network = &self.kubelet.network;
+                let complaints = self.complaints.all(self.cluster.objects());
                 let (mut status, handles) =
-                    report::status(&self.state, self.authority, &self.cluster, network, &self.processes);
+                    report::status(&self.state, self.authority, &self.cluster, network, &self.processes, complaints);
                 let control = self.processes.iter().find(|it| it.role == Role::Control).map(|it| it.admin.clone());
                 tokio::spawn(async move {
                     if let Some(control) = control {
@@ -414,51 +471,32 @@ impl Keeper {
                 Ok((value, namespaces)) => (Ok(value), namespaces),
                 Err(error) => without(Err(format!("{error:#}"))),
             },
-            Request::Apply { file, text } => without(Ok(self.apply(Manifest::from_text(&file, &text)))),
-            Request::Delete { file, text } => without(Ok(self.delete(Manifest::from_text(&file, &text)))),
+            Request::Apply { file, text } => without(Ok(self.take(Manifest::from_text(&file, &text)).answer())),
+            Request::Delete { file, text } => without(Ok(self.delete(Manifest::from_text(&file, &text)).answer())),
             // Answered where the event is taken.
             Request::Status | Request::Admin { .. } | Request::Stop => without(Ok(Value::Null)),
         }
     }
 
-    fn apply(&mut self, manifest: Manifest) -> Value {
-        let (mut done, mut problems) = (Vec::new(), manifest.problems);
-        let mut refused = !problems.is_empty();
-        for object in manifest.objects {
-            let key = object.key();
-            match self.cluster.apply(object) {
-                Ok(actions) => {
-                    self.act(actions);
-                    done.push(format!("{key} applied"));
-                }
-                Err(refusal) => {
-                    refused = true;
-                    problems.push(refusal.to_string());
-                }
-            }
-        }
-        self.publish();
-        json!({ "done": done, "problems": problems, "refused": refused })
-    }
-
-    fn delete(&mut self, manifest: Manifest) -> Value {
-        let (mut done, mut problems) = (Vec::new(), manifest.problems);
-        let mut refused = !problems.is_empty();
-        for object in manifest.objects {
+    fn delete(&mut self, manifest: Manifest) -> Taken {
+        let mut taken = Taken::of(manifest.problems);
+        for (object, place) in manifest.objects {
             let key = object.key();
             match self.cluster.delete(&key) {
                 Some(actions) => {
                     self.act(actions);
-                    done.push(format!("{key} deleted"));
+                    taken.done.push(format!("{key} deleted"));
+                    self.complaints.deleted(&key);
                 }
                 None => {
-                    refused = true;
-                    problems.push(format!("{key}: there is no such object"));
+                    let sentence =
+                        format!("{place}: {key}: there is no such object; `justmtls demo status` shows what there is");
+                    taken.refuse(key, sentence);
                 }
             }
         }
         self.publish();
-        json!({ "done": done, "problems": problems, "refused": refused })
+        taken
     }
 
     /// The namespaces of a place, in the order that `exec` reads: pid, network, mounts, host name, IPC and,

@@ -60,13 +60,13 @@ fn lines(answer: Value) -> anyhow::Result<Vec<String>> {
         let lines = answer[name].as_array().into_iter().flatten();
         lines.filter_map(|line| line.as_str().map(str::to_owned)).collect()
     };
-    let (done, problems) = (list("done"), list("problems"));
-    if answer["refused"].as_bool() == Some(true) {
-        let mut all = done;
-        all.extend(problems);
-        bail!("{}", all.join("\n"));
+    let (mut all, refused) = (list("done"), list("refused"));
+    all.extend(list("notes"));
+    if refused.is_empty() {
+        return Ok(all);
     }
-    Ok(done.into_iter().chain(problems).collect())
+    all.extend(refused);
+    bail!("{}", all.join("\n"))
 }
 
 /// Puts process ids in the place of handles: `"handle": 3` becomes `"pid": 4711`, or `null` for one that

@@ -28,6 +28,7 @@ mod admin;
 mod boot;
 mod children;
 mod cluster;
+mod complaints;
 mod endpoints;
 mod folder;
 mod kube_proxy;

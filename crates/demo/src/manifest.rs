@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use manifests::{Object, Parsed, validate_for_box};
+use manifests::{Location, Object, Parsed, Problem, Set, validate_for_box};
 
 /// The cluster that one gets without saying anything.
 const DEFAULT: &str = include_str!("shop.yaml");
@@ -12,9 +12,10 @@ const DEFAULT: &str = include_str!("shop.yaml");
 /// Objects in the order of their text, and what is wrong with others.
 #[derive(Debug, Default)]
 pub(crate) struct Manifest {
-    pub(crate) objects: Vec<Object>,
-    /// One sentence each.
-    pub(crate) problems: Vec<String>,
+    pub(crate) objects: Vec<(Object, Location)>,
+    pub(crate) problems: Vec<Problem>,
+    /// To find what is written twice.
+    seen: Set,
 }
 
 impl Manifest {
@@ -26,7 +27,7 @@ impl Manifest {
     /// The built-in one as it is before the shop joins the mesh: its namespace is still opted out.
     pub(crate) fn before_capture() -> Manifest {
         let mut manifest = Manifest::built_in();
-        for object in &mut manifest.objects {
+        for (object, _) in &mut manifest.objects {
             if let Object::Namespace(namespace) = object
                 && namespace.metadata.name.as_deref() == Some("shop")
             {
@@ -55,13 +56,14 @@ impl Manifest {
     }
 
     fn take(&mut self, parsed: Parsed) {
-        self.problems.extend(parsed.problems.iter().map(ToString::to_string));
+        self.problems.extend(parsed.problems);
         for (object, location) in parsed.objects {
-            let found = validate_for_box(&object, &location);
-            self.problems.extend(found.iter().map(ToString::to_string));
-            if !found.iter().any(manifests::Problem::is_error) {
-                self.objects.push(object);
+            let mut found = validate_for_box(&object, &location);
+            found.extend(self.seen.insert(object.clone(), location.clone()));
+            if !found.iter().any(Problem::is_error) {
+                self.objects.push((object, location));
             }
+            self.problems.extend(found);
         }
     }
 }
@@ -91,7 +93,7 @@ mod tests {
     #[test]
     fn the_built_in_manifest_has_no_problem() {
         let manifest = Manifest::built_in();
-        assert_eq!(manifest.problems, [""; 0]);
+        assert_eq!(manifest.problems, []);
         assert!(manifest.objects.len() > 5);
     }
 
@@ -102,8 +104,26 @@ mod tests {
              {apiVersion: v1, kind: Pod, metadata: {name: web, namespace: shop}, spec: {containers: [{name: web, image: nginx}]}}";
         let manifest = Manifest::from_text("mine.yaml", text);
         assert_eq!(manifest.objects.len(), 1);
-        assert!(manifest.problems.iter().any(|one| one.contains("70000")), "{:?}", manifest.problems);
-        assert!(manifest.problems.iter().any(|one| one.contains("command")), "{:?}", manifest.problems);
+        let said: Vec<_> = manifest.problems.iter().map(ToString::to_string).collect();
+        assert!(said.iter().any(|one| one.contains("70000")), "{said:?}");
+        assert!(said.iter().any(|one| one.contains("command")), "{said:?}");
+    }
+
+    #[test]
+    fn of_two_files_with_the_same_object_the_first_counts_and_both_are_named() {
+        let place = tempfile::tempdir().unwrap();
+        let service = |port: u16| {
+            format!(
+                "{{apiVersion: v1, kind: Service, metadata: {{name: web, namespace: shop}}, spec: {{ports: [{{port: {port}}}]}}}}"
+            )
+        };
+        fs::write(place.path().join("a.yaml"), service(80)).unwrap();
+        fs::write(place.path().join("b.yaml"), service(81)).unwrap();
+        let manifest = Manifest::from_path(place.path()).unwrap();
+        assert_eq!(manifest.objects.len(), 1);
+        assert!(manifest.objects[0].1.file.ends_with("a.yaml"));
+        let said = manifest.problems[0].to_string();
+        assert!(said.contains("a.yaml") && said.contains("b.yaml"), "{said}");
     }
 
     #[test]

@@ -83,6 +83,8 @@ pub(crate) struct Process {
     pub(crate) pid: u32,
     /// Its socket for dumps.
     pub(crate) admin: PathBuf,
+    /// What it wrote.
+    pub(crate) log: PathBuf,
     /// How it ended, once it has.
     pub(crate) ended: Option<String>,
 }
@@ -247,7 +249,8 @@ impl Starter<'_> {
             // Who does not listen any more has ended the box.
             let _ = events.send(Event::ProcessEnded { role: of, how });
         });
-        Ok(Process { role, pid, admin, ended: None })
+        let log = self.log(&role);
+        Ok(Process { role, pid, admin, log, ended: None })
     }
 
     fn log(&self, role: &Role) -> PathBuf {
@@ -255,8 +258,7 @@ impl Starter<'_> {
     }
 
     fn last_words(&self, role: &Role) -> String {
-        let text = fs::read_to_string(self.log(role)).unwrap_or_default();
-        text.lines().last().unwrap_or("it said nothing").to_owned()
+        programs::recent_output(&self.log(role)).lines().last().unwrap_or("it said nothing").to_owned()
     }
 }
 

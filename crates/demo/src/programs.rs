@@ -25,7 +25,7 @@ const FIRST_RESTART: Duration = Duration::from_millis(250);
 const LAST_RESTART: Duration = Duration::from_secs(30);
 /// A program that ran this long is not crash-looping.
 const RECOVERED: Duration = Duration::from_secs(10);
-/// Beyond this a program's output is thrown away: the box's files are memory.
+/// Of a program's output so much is kept at most, in two halves of which the older one goes: the box's files are memory.
 const LOG_LIMIT: u64 = 1 << 20;
 /// What a program of a pod finds without being told more.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/run/justmtls/bin";
@@ -108,12 +108,12 @@ impl Program {
     }
 }
 
-/// Where a program's output goes: a pipe whose other end keeps the first part in a file.
+/// Where a program's output goes: a pipe whose other end keeps the last part in files.
 pub(crate) fn output(path: PathBuf) -> io::Result<OwnedFd> {
-    let file = File::options().create(true).append(true).open(path)?;
+    let file = File::options().create(true).append(true).open(&path)?;
     let (reader, writer) = io::pipe()?;
     // A pipe and a thread, as a file in memory without bound could fill the machine.
-    std::thread::Builder::new().name("log".into()).spawn(move || keep_first_part(reader, file))?;
+    std::thread::Builder::new().name("log".into()).spawn(move || keep_last_part(reader, file, &path))?;
     Ok(writer.into())
 }
 
@@ -122,15 +122,32 @@ fn log_path(logs: &Path, namespace: &str, pod: &str, container: &str) -> PathBuf
     logs.join(format!("{namespace}_{pod}_{container}.log"))
 }
 
-fn keep_first_part(mut reader: io::PipeReader, mut file: File) {
+fn keep_last_part(mut reader: io::PipeReader, mut file: File, path: &Path) {
     use std::io::Read;
     let mut buffer = [0; 8192];
+    // To the end whatever happens: a program whose output nobody reads would stand still.
     while let Ok(length @ 1..) = reader.read(&mut buffer) {
-        let written = file.metadata().map_or(LOG_LIMIT, |found| found.len());
-        if written + length as u64 <= LOG_LIMIT {
-            let _ = file.write_all(&buffer[..length]);
+        let present = file.metadata().map_or(0, |found| found.len());
+        if present + length as u64 > LOG_LIMIT / 2 && fs::rename(path, older_half(path)).is_ok() {
+            let Ok(fresh) = File::create(path) else { continue };
+            file = fresh;
         }
+        let _ = file.write_all(&buffer[..length]);
     }
+}
+
+/// What is kept of a program's output.
+pub(crate) fn recent_output(path: &Path) -> String {
+    let halves = [older_half(path), path.to_owned()];
+    halves
+        .iter()
+        .filter_map(|half| fs::read(half).ok())
+        .map(|half| String::from_utf8_lossy(&half).into_owned())
+        .collect()
+}
+
+fn older_half(path: &Path) -> PathBuf {
+    path.with_added_extension("older")
 }
 
 /// As whom a container runs, and with what.
@@ -214,4 +231,27 @@ fn hosts(plan: &PodPlan) -> String {
             &format!("{}\t{}\n", alias.ip, alias.hostnames.iter().flatten().cloned().collect::<Vec<_>>().join("\t"));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_long_output_the_last_part_is_kept() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("pod.log");
+        let mut writer = File::from(output(path.clone()).unwrap());
+        let line = "x".repeat(1023) + "\n";
+        for _ in 0..4096 {
+            writer.write_all(line.as_bytes()).unwrap();
+        }
+        writer.write_all(b"the end\n").unwrap();
+        drop(writer);
+        while !recent_output(&path).ends_with("the end\n") {
+            std::thread::yield_now();
+        }
+        let kept = recent_output(&path).len() as u64;
+        assert!((LOG_LIMIT / 2..=LOG_LIMIT).contains(&kept), "{kept}");
+    }
 }

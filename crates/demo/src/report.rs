@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::admin;
 use crate::cluster::Cluster;
+use crate::complaints::problem;
 use crate::endpoints;
 use crate::network::{Network, OUTSIDE, control_address};
 use crate::processes::{Process, Role};
@@ -27,6 +28,7 @@ pub(crate) fn status(
     cluster: &Cluster,
     network: &Network,
     processes: &[Process],
+    complaints: Vec<Value>,
 ) -> (Value, Vec<OwnedFd>) {
     let mut handles = Vec::new();
     let control: Vec<_> =
@@ -47,6 +49,13 @@ pub(crate) fn status(
             })
         })
         .collect();
+    let ended = processes.iter().filter_map(|it| Some((it.role.name(), it.ended.as_ref()?)));
+    let ended = ended.map(|(name, how)| {
+        problem(
+            "error",
+            &format!("the process {name} has ended ({how}); `justmtls demo admin {name} /log` shows its last words"),
+        )
+    });
     let services: Vec<_> = cluster.objects().filter_map(|(_, object)| service(object)).collect();
     let status = json!({
         "state": state,
@@ -57,6 +66,7 @@ pub(crate) fn status(
         "nodes": nodes,
         "pods": cluster.pods().map(pod).collect::<Vec<_>>(),
         "services": services,
+        "problems": ended.chain(complaints).collect::<Vec<_>>(),
     });
     (status, handles)
 }
@@ -79,7 +89,7 @@ fn process(process: &Process, handles: &mut Vec<OwnedFd>) -> Value {
     value
 }
 
-/// Adds what the control plane knows: for each pod its mode and whether it is captured, and all problems.
+/// Adds what the control plane knows: for each pod its mode and whether it is captured, and further problems.
 pub(crate) async fn add_control_plane_view(status: &mut Value, control: PathBuf) {
     let view = admin::json(control.clone(), "/workloads").await;
     let workloads = &view["workloads"];
@@ -91,7 +101,11 @@ pub(crate) async fn add_control_plane_view(status: &mut Value, control: PathBuf)
             }
         }
     }
-    status["problems"] = admin::json(control, "/problems").await;
+    if let (Some(problems), Value::Array(more)) =
+        (status["problems"].as_array_mut(), admin::json(control, "/problems").await)
+    {
+        problems.extend(more);
+    }
 }
 
 fn pod(pod: &Pod) -> Value {

@@ -10,8 +10,8 @@ use wire::pods::{CniAdd, CniRequest, CniResult, MAX_MESSAGE};
 use crate::cluster::PodPlan;
 use crate::processes::cni_socket;
 
-/// `CNI ADD`: returns when the node's agent has said yes, and whether the pod is captured or why it is not to be.
-pub(crate) async fn add(plan: &PodPlan, namespace: &Path) -> anyhow::Result<Result<(), String>> {
+/// `CNI ADD`: returns when the node's agent has captured the pod, or has said that it is not to be captured.
+pub(crate) async fn add(plan: &PodPlan, namespace: &Path) -> anyhow::Result<()> {
     let request = CniRequest::Add(CniAdd {
         pod: PodUid::from(plan.uid.as_str()),
         namespace: plan.namespace.clone(),
@@ -19,14 +19,17 @@ pub(crate) async fn add(plan: &PodPlan, namespace: &Path) -> anyhow::Result<Resu
         netns: namespace.to_owned(),
     });
     match ask(plan, request).await? {
-        CniResult::Captured => Ok(Ok(())),
-        CniResult::NotCaptured(why) => Ok(Err(why)),
+        CniResult::Captured => Ok(()),
+        CniResult::NotCaptured(why) => {
+            tracing::info!(pod = plan.name, why, "not captured");
+            Ok(())
+        }
         CniResult::Failed(why) => bail!("{why}"),
         CniResult::Deleted => bail!("the agent answered another question"),
     }
 }
 
-/// `CNI DEL`: never fails, as a pod that cannot be forgotten must still be removed (T12).
+/// `CNI DEL`: never fails, as a pod that cannot be forgotten must still be removed.
 pub(crate) async fn remove(plan: &PodPlan) {
     if let Err(error) = ask(plan, CniRequest::Del { pod: PodUid::from(plan.uid.as_str()) }).await {
         tracing::warn!(pod = plan.name, %error, "the agent was not told that a pod is gone");

@@ -40,7 +40,7 @@ pub enum StateError {
         why: String,
     },
     /// The file system refused.
-    #[error("cannot {what} {path}: {source}")]
+    #[error("cannot {what} {path}")]
     Io {
         /// The deed.
         what: &'static str,
@@ -74,7 +74,7 @@ pub struct StateDirectory {
 }
 
 impl StateDirectory {
-    /// The user's own: `/run/justmtls` for root, else below the user's runtime directory, else in `/tmp`.
+    /// The user's own: `/run/justmtls` for root, else below the user's runtime directory, else in the folder for temporary files.
     pub fn default_path() -> PathBuf {
         let uid = nix::unistd::geteuid();
         if uid.is_root() && Path::new("/run").is_dir() {
@@ -83,7 +83,7 @@ impl StateDirectory {
         let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
         match runtime.filter(|path| fs::metadata(path).is_ok_and(|found| found.uid() == uid.as_raw())) {
             Some(runtime) => runtime.join("justmtls-demo"),
-            None => format!("/tmp/justmtls-demo-{uid}").into(),
+            None => std::env::temp_dir().join(format!("justmtls-demo-{uid}")),
         }
     }
 

@@ -6,7 +6,7 @@ mod scene;
 mod steps;
 
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use serde_json::{Map, Value, json};
@@ -22,18 +22,29 @@ pub struct Story {
     pub json: bool,
 }
 
-/// What a step has found out, in the order in which it is told.
-#[derive(Debug, Default)]
+/// How long a step may take: one that hangs ends the story like one that shows something else.
+const STEP: Duration = Duration::from_secs(30);
+
+/// What a step finds out.
+#[derive(Debug)]
 struct Facts {
-    lines: Vec<String>,
+    /// Whether people read along.
+    told: bool,
     values: Map<String, Value>,
 }
 
 impl Facts {
-    /// A line for people, and the same as a value for programs.
-    fn say(&mut self, name: &str, value: impl Into<Value>, line: impl Into<String>) {
-        self.lines.push(line.into());
+    /// A line for people, at once, and the same as a value for programs.
+    fn say(&mut self, name: &str, value: impl Into<Value>, line: impl AsRef<str>) {
+        self.hint(line);
         self.values.insert(name.to_owned(), value.into());
+    }
+
+    /// A line that only people need.
+    fn hint(&mut self, line: impl AsRef<str>) {
+        if self.told {
+            anstream::println!("   {}", line.as_ref());
+        }
     }
 }
 
@@ -48,23 +59,32 @@ struct Narrator {
 }
 
 impl Narrator {
-    fn begin(&mut self, title: &str) {
+    fn begin(&mut self, title: &str) -> Facts {
         self.number += 1;
-        if !self.story.json {
+        let told = !self.story.json;
+        if told {
             anstream::println!("\n{TITLE}{}. {title}{TITLE:#}", self.number);
+        }
+        Facts { told, values: Map::new() }
+    }
+
+    /// Names a step that says nothing about this cluster.
+    fn skip(&self, name: &str) {
+        const WHY: &str = "it is about the built-in shop";
+        if self.story.json {
+            anstream::println!("{}", json!({ "step": name, "skipped": WHY }));
+        } else {
+            anstream::println!("   step {name} skipped: {WHY}");
         }
     }
 
-    fn end(&self, name: &str, started: Instant, facts: Facts, failure: Option<&anyhow::Error>) {
+    fn end(&self, name: &str, started: Instant, facts: &Facts, failure: Option<&anyhow::Error>) {
         let milliseconds = started.elapsed().as_millis() as u64;
         let sentence = failure.map(|error| format!("{error:#}"));
         if self.story.json {
             let step = json!({ "step": name, "ok": failure.is_none(), "ms": milliseconds, "facts": facts.values, "error": sentence });
             anstream::println!("{step}");
             return;
-        }
-        for line in &facts.lines {
-            anstream::println!("   {line}");
         }
         match sentence {
             None => anstream::println!("   {DONE}✓{DONE:#} shown, in {milliseconds} ms"),
@@ -91,11 +111,13 @@ pub(crate) async fn tell(story: Story, scene: Scene) -> bool {
 /// Runs one step of the story and says how it went.
 macro_rules! step {
     ($narrator:expr, $name:literal, $title:literal, $facts:ident => $work:expr) => {{
-        $narrator.begin($title);
+        let mut $facts = $narrator.begin($title);
         let started = Instant::now();
-        let mut $facts = Facts::default();
-        let result: anyhow::Result<_> = $work.await;
-        $narrator.end($name, started, $facts, result.as_ref().err());
+        let result = match tokio::time::timeout(STEP, $work).await {
+            Ok(result) => result,
+            Err(_) => Err(anyhow::anyhow!("this was not done within {} seconds", STEP.as_secs())),
+        };
+        $narrator.end($name, started, &$facts, result.as_ref().err());
         result.context(concat!("step ", $name))?
     }};
 }
@@ -116,8 +138,10 @@ async fn shop(narrator: &mut Narrator, scene: &Scene) -> anyhow::Result<()> {
 
 async fn own(narrator: &mut Narrator, scene: &Scene) -> anyhow::Result<()> {
     step!(narrator, "box", "Your cluster in a box", facts => steps::the_box(scene, &mut facts));
+    step!(narrator, "pods", "Your pods", facts => steps::pods(scene, &mut facts));
     step!(narrator, "wire", "What a wiretap between the nodes sees", facts => steps::wire(scene, &mut facts));
     step!(narrator, "edges", "Who talks to whom, and how", facts => steps::edges(scene, &mut facts));
+    ["before", "capture", "after", "outsider", "strict"].into_iter().for_each(|name| narrator.skip(name));
     Ok(())
 }
 
@@ -126,13 +150,22 @@ fn farewell(scene: &Scene) {
     let pods: BTreeSet<_> = scene.pod_names().into_iter().take(1).collect();
     let pod = pods.first().map_or("NAMESPACE/POD", String::as_str);
     anstream::println!("\nThe box stays up until Ctrl-C. From another terminal, try:");
+    let exec = if scene.is_built_in() {
+        format!("demo exec{state} {} -- curl -s http://web/", steps::CLIENT)
+    } else {
+        format!("demo exec{state} {pod} -- PROGRAM ARGS…")
+    };
     for line in [
         format!("demo status{state}"),
-        format!("demo exec{state} {pod} -- PROGRAM ARGS…"),
+        exec,
         format!("demo exec{state} --node node-a -- tcpdump -ni eth0 tcp"),
         format!("demo admin{state} node-a /connections"),
         format!("demo apply{state} -f FILE, and delete{state} -f FILE, with Kubernetes YAML"),
     ] {
         anstream::println!("   justmtls {line}");
+    }
+    if scene.is_built_in() {
+        anstream::println!("Strict is still on. To let {} in again:", steps::OUTSIDER);
+        anstream::println!("   echo '{}' | justmtls demo delete{state} -f -", steps::STRICT);
     }
 }

@@ -4,7 +4,7 @@
 //! recognised by their place in the stream and not by their looks. What it cannot follow it counts as such, and never as
 //! encrypted.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
@@ -33,9 +33,9 @@ pub(crate) struct Seen {
     pub(crate) not_followed: u64,
     /// TLS records.
     pub(crate) records: u64,
-    /// The key exchange of each finished ServerHello, as its number in the IANA registry.
-    pub(crate) groups: Vec<u16>,
-    /// How often the marker passed by in clear.
+    /// How many handshakes agreed on which key exchange, by its number in the IANA registry, as each ServerHello says.
+    pub(crate) groups: BTreeMap<u16, u64>,
+    /// How often the marker passed by in clear, in whatever connection.
     pub(crate) markers: u64,
     /// The first bytes of the first connection.
     pub(crate) sample: Vec<u8>,
@@ -45,6 +45,8 @@ pub(crate) struct Seen {
 
 /// One direction of a connection.
 struct Flow {
+    /// The sequence number of its SYN.
+    first: u32,
     /// The sequence number of the next byte.
     next: u32,
     state: State,
@@ -99,9 +101,12 @@ impl Analysis {
             if !tcp.ack() {
                 self.seen.ports.insert(to.port());
             }
-            if self.flows.len() < MOST_FLOWS {
-                let next = tcp.sequence_number().wrapping_add(1);
-                self.flows.insert((from, to), Flow { next, state: State::Fresh, hello: None });
+            let first = tcp.sequence_number();
+            // A SYN that is sent again must not set back a connection whose bytes are followed already.
+            let again = self.flows.get(&(from, to)).is_some_and(|flow| flow.first == first);
+            if !again && self.flows.len() < MOST_FLOWS {
+                let flow = Flow { first, next: first.wrapping_add(1), state: State::Fresh, hello: None };
+                self.flows.insert((from, to), flow);
             }
             return;
         }
@@ -120,6 +125,7 @@ impl Analysis {
         let Some(flow) = self.flows.get_mut(&key) else {
             seen.payload += payload.len() as u64;
             seen.not_followed += payload.len() as u64;
+            seen.markers += occurrences(&self.marker, payload);
             return;
         };
         // What was seen already is sent again now and then.
@@ -137,11 +143,17 @@ impl Analysis {
         if seen.sample.is_empty() {
             seen.sample = fresh[..fresh.len().min(SAMPLE)].to_vec();
         }
-        if !self.marker.is_empty() {
-            seen.markers += fresh.windows(self.marker.len()).filter(|window| *window == self.marker).count() as u64;
-        }
+        seen.markers += occurrences(&self.marker, fresh);
         flow.take(fresh, seen);
     }
+}
+
+/// How often the marker is in these bytes; an empty one is nowhere.
+fn occurrences(marker: &[u8], bytes: &[u8]) -> u64 {
+    if marker.is_empty() {
+        return 0;
+    }
+    bytes.windows(marker.len()).filter(|window| *window == marker).count() as u64
 }
 
 impl Flow {
@@ -189,8 +201,8 @@ impl Flow {
                 && hello.len() + part <= HELLO
             {
                 hello.extend_from_slice(&bytes[..part]);
-                if ended {
-                    seen.groups.extend(server_hello_group(hello));
+                if ended && let Some(group) = server_hello_group(hello) {
+                    *seen.groups.entry(group).or_default() += 1;
                 }
             }
             bytes = &bytes[part..];
@@ -198,28 +210,42 @@ impl Flow {
     }
 }
 
-/// The group of the key share in a ServerHello (RFC 8446, sections 4.1.3 and 4.2.8); `None` for every other message, and
-/// for one that has no key share, as TLS 1.2.
+/// What a HelloRetryRequest has in the place of its random (RFC 8446, section 4.1.3).
+const RETRY: [u8; 32] = [
+    0xcf, 0x21, 0xad, 0x74, 0xe5, 0x9a, 0x61, 0x11, 0xbe, 0x1d, 0x8c, 0x02, 0x1e, 0x65, 0xb8, 0x91, 0xc2, 0xa2, 0x11,
+    0x16, 0x7a, 0xbb, 0x8c, 0x5e, 0x07, 0x9e, 0x09, 0xe2, 0xc8, 0xa8, 0x33, 0x9c,
+];
+
+/// The group of the key share in a ServerHello of TLS 1.3 (RFC 8446, sections 4.1.3, 4.2.1 and 4.2.8); `None` for every
+/// other message. A HelloRetryRequest agrees on nothing yet: its handshake counts by the ServerHello that follows.
 fn server_hello_group(message: &[u8]) -> Option<u16> {
     const SERVER_HELLO: u8 = 2;
     const KEY_SHARE: u16 = 51;
+    const SUPPORTED_VERSIONS: u16 = 43;
+    const TLS_1_3: u16 = 0x0304;
     let number = |bytes: &[u8]| Some(u16::from_be_bytes(bytes.get(..2)?.try_into().ok()?));
     if *message.first()? != SERVER_HELLO {
         return None;
     }
     // Type and length, version, random; then the session, suite and compression.
+    if *message.get(4 + 2..)?.first_chunk::<32>()? == RETRY {
+        return None;
+    }
     let session = message.get(4 + 2 + 32..)?;
     let rest = session.get(1 + usize::from(*session.first()?) + 2 + 1..)?;
-    let mut extensions = rest.get(2..)?;
+    let mut extensions = rest.get(2..2 + usize::from(number(rest)?))?;
+    let (mut group, mut version) = (None, None);
     while extensions.len() >= 4 {
         let (kind, length) = (number(extensions)?, usize::from(number(&extensions[2..])?));
         let body = extensions.get(4..4 + length)?;
-        if kind == KEY_SHARE {
-            return number(body);
+        match kind {
+            KEY_SHARE => group = number(body),
+            SUPPORTED_VERSIONS => version = number(body),
+            _ => {}
         }
         extensions = &extensions[4 + length..];
     }
-    None
+    group.filter(|_| version == Some(TLS_1_3))
 }
 
 #[cfg(test)]
@@ -277,7 +303,7 @@ mod tests {
             }
             let seen = analysis(&packets);
             assert_eq!((seen.records, seen.tls, seen.clear), (3, stream.len() as u64, 0), "{size}");
-            assert_eq!(seen.groups, [4588], "{size}");
+            assert_eq!(seen.groups, [(4588, 1)].into(), "{size}");
         }
     }
 
@@ -292,11 +318,45 @@ mod tests {
 
     #[test]
     fn a_segment_that_is_sent_again_counts_once_and_a_gap_is_not_followed() {
-        let again = analysis(&[frame(9, None), frame(10, Some(b"abcd")), frame(10, Some(b"abcdef"))]);
-        assert_eq!((again.payload, again.clear), (6, 6));
+        let again = analysis(&[frame(9, None), frame(10, Some(b"abcd")), frame(9, None), frame(10, Some(b"abcdef"))]);
+        assert_eq!((again.payload, again.clear, again.not_followed), (6, 6, 0));
         let gap = analysis(&[frame(9, None), frame(10, Some(b"abcd")), frame(20, Some(b"xy"))]);
         assert_eq!((gap.clear, gap.not_followed), (4, 2));
-        let unknown = analysis(&[frame(10, Some(b"abcd"))]);
-        assert_eq!((unknown.clear, unknown.not_followed), (0, 4));
+        let unknown = analysis(&[frame(10, Some(b"a secret"))]);
+        assert_eq!((unknown.clear, unknown.not_followed, unknown.markers), (0, 8, 1));
+    }
+
+    #[test]
+    fn only_a_server_hello_of_tls_1_3_that_agrees_counts_as_a_handshake() {
+        assert_eq!(server_hello_group(&server_hello(29)), Some(29));
+        let mut retry = server_hello(4588);
+        retry[6..38].copy_from_slice(&RETRY);
+        assert_eq!(server_hello_group(&retry), None);
+        let mut older = server_hello(4588);
+        let version = older.windows(6).position(|window| window == [0, 43, 0, 2, 3, 4]).unwrap();
+        older[version + 5] = 3;
+        assert_eq!(server_hello_group(&older), None);
+        let hello = server_hello(4588);
+        assert!((0..hello.len()).all(|length| server_hello_group(&hello[..length]).is_none()), "cut off");
+    }
+
+    #[test]
+    fn connections_over_ipv6_count_and_those_of_others_do_not() {
+        let (client, server) = ([0xfd; 16], [0xfc; 16]);
+        let builder = |syn: bool, to: [u8; 16]| {
+            let tcp =
+                PacketBuilder::ethernet2([0; 6], [1; 6]).ipv6(client, to, 64).tcp(40_000, 8080, 9 + u32::from(!syn), 9);
+            let (tcp, payload) = if syn { (tcp.syn(), &b""[..]) } else { (tcp.ack(1), &b"hello"[..]) };
+            let mut bytes = Vec::new();
+            tcp.write(&mut bytes, payload).unwrap();
+            bytes
+        };
+        let mut analysis = Analysis::new([client.into(), server.into()].into(), "");
+        for to in [server, [0xfb; 16]] {
+            analysis.packet(&builder(true, to));
+            analysis.packet(&builder(false, to));
+        }
+        let seen = analysis.seen();
+        assert_eq!((seen.payload, seen.clear, seen.markers), (5, 5, 0));
     }
 }

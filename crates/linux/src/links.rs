@@ -205,7 +205,7 @@ impl<'a> Links<'a> {
 
     fn is_operational(&mut self, name: &str) -> Result<bool, LinkError> {
         let link = self.find(name)?;
-        if !link.attributes.iter().any(|attribute| *attribute == LinkAttribute::OperState(State::Up)) {
+        if !link.attributes.contains(&LinkAttribute::OperState(State::Up)) {
             return Ok(false);
         }
         let addresses = self.listed()?.into_iter().filter(|(index, _)| *index == link.header.index);

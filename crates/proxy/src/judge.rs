@@ -36,8 +36,12 @@ fn refused_now(view: &View, connection: &Connection) -> Option<RefuseReason> {
             mesh::authorize(view, incoming).err()?.because
         }
         Direction::Outbound => match &decision.security {
-            // The other end decides about its own connections; ours is still to whom it was made to.
-            Security::Mtls(_) => return None,
+            // The other end decides about its own connections. But a pod that is gone says nothing any more: its
+            // farewell may have been lost with its wire, and without a word its peers would wait for their keepalives.
+            Security::Mtls(peer) => {
+                let there = view.workload_at(decision.to.ip()).is_some_and(|it| it.identity == *peer.id());
+                return (!there).then_some(RefuseReason::UnknownDestination);
+            }
             Security::Plaintext(_) => in_clear_no_longer(view, connection, decision.to)?,
         },
     };

@@ -11,6 +11,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::program::{Finished, Program, Running};
+use crate::requirements::as_ordinary_user;
 use crate::script;
 use crate::view::{Family, text};
 use crate::wait::{PATIENCE, pause, wait_until};
@@ -20,8 +21,6 @@ pub const OUTSIDE: [&str; 2] = ["203.0.113.1", "2001:db8::1"];
 
 /// How long a box may take to come up on a busy machine, its certificates included.
 const START: Duration = Duration::from_secs(40);
-/// The user that a test's ordinary box belongs to.
-const NOBODY: u32 = 65534;
 
 /// The product's binary: what xtask names, or what cargo built beside the tests.
 #[must_use]
@@ -326,11 +325,8 @@ impl Drop for Cluster {
 /// A command line about the box at `state`.
 fn verb(owner: Owner, binary: &Path, state: &Path, arguments: &[&str]) -> Program {
     let program = match owner {
-        Owner::Ordinary if nix::unistd::geteuid().is_root() => {
-            let id = NOBODY.to_string();
-            Program::new("setpriv").args(["--reuid", &id, "--regid", &id, "--clear-groups", "--"]).args([binary])
-        }
-        _ => Program::new(binary),
+        Owner::Caller => Program::new(binary),
+        Owner::Ordinary => as_ordinary_user(binary),
     };
     program.args(["demo", "--state"]).args([state]).args(arguments)
 }

@@ -22,7 +22,7 @@ mod wiretap;
 
 pub use cluster::{Cluster, OUTSIDE, Owner, binary};
 pub use program::{Finished, Program, Running};
-pub use requirements::{announce_skip, missing, name_of, postgres};
+pub use requirements::{announce_skip, as_ordinary_user, missing, name_of, postgres};
 pub use shared::Shared;
 pub use streams::{Streams, tls_records};
 pub use view::{Family, text};

@@ -5,15 +5,23 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use crate::program::Program;
+
+/// The user that root becomes for a test of an ordinary user's box.
+const NOBODY: u32 = 65534;
 /// Where xtask reads the skips.
 const SKIPS: &str = "JUSTMTLS_TEST_SKIPS";
 
-/// The first of these that is not here, as a reason. `"root"` stands for being root, `"grpc"` for Debian's Python module,
+/// The first of these that is not here, as a reason. `"root"` stands for being root, `"user-namespaces"` for an ordinary user's
+/// right to make them, `"grpc"` for Debian's Python module,
 /// and `"postgres"` for the server, which is in nobody's `PATH`.
 #[must_use]
 pub fn missing(needs: &[&str]) -> Option<String> {
     needs.iter().find_map(|need| match *need {
         "root" => (!nix::unistd::geteuid().is_root()).then(|| "only root can do this".to_owned()),
+        "user-namespaces" => {
+            (!has_user_namespaces()).then(|| "an ordinary user may not make namespaces here".to_owned())
+        }
         "grpc" => (!has_python_module("grpc")).then(|| "python3-grpcio is not installed".to_owned()),
         "postgres" => postgres().is_none().then(|| "postgresql is not installed".to_owned()),
         program => (!is_program(program)).then(|| format!("{program} is not installed")),
@@ -26,6 +34,20 @@ pub fn postgres() -> Option<std::path::PathBuf> {
     let versions = std::fs::read_dir("/usr/lib/postgresql").ok()?;
     let folders = versions.flatten().map(|version| version.path().join("bin"));
     folders.filter(|folder| folder.join("initdb").is_file()).max()
+}
+
+fn has_user_namespaces() -> bool {
+    as_ordinary_user(Path::new("unshare")).args(["--user", "--map-root-user", "--net", "true"]).run().success()
+}
+
+/// A program as an ordinary user: the caller, or the user that root becomes for it.
+#[must_use]
+pub fn as_ordinary_user(program: &Path) -> Program {
+    if !nix::unistd::geteuid().is_root() {
+        return Program::new(program);
+    }
+    let id = NOBODY.to_string();
+    Program::new("setpriv").args(["--reuid", &id, "--regid", &id, "--clear-groups", "--"]).args([program])
 }
 
 fn has_python_module(name: &str) -> bool {

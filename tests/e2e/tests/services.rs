@@ -68,7 +68,8 @@ fn a_service_without_an_endpoint_and_a_port_that_it_has_not_are_refused_at_once(
     for (address, port, reason) in [(&empty, "80", "no-endpoint"), (&web, "81", "no-such-port")] {
         let before = Instant::now();
         assert_eq!(answers(&cluster, "app/client", 10, address, port), only("reset", 10), "{address} {port}");
-        assert!(before.elapsed() < Duration::from_secs(1), "ten refusals took {:?}", before.elapsed());
+        // Somebody who waited for an answer about the address would have waited for longer ten times.
+        assert!(before.elapsed() < Duration::from_millis(2500), "ten refusals took {:?}", before.elapsed());
         cluster.wait_edge("node-a", ["outbound", "app/client", address, port, "none", reason]);
     }
     assert_eq!(answers(&cluster, "legacy/outsider", 10, &empty, "80"), only("refused", 10));

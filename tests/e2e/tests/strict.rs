@@ -60,6 +60,30 @@ fn strict_refuses_the_outside_pod_and_nobody_else() {
 }
 
 #[test]
+fn the_mesh_notices_no_switch_to_strict_and_back() {
+    needs!("root");
+    const COUNT: &str = "1500";
+    let cluster = Cluster::start(MESH);
+    let _server = cluster.serve("app/server", &["echo", "7000"]);
+    let server = cluster.address("app/server", Family::V4).to_string();
+    let flood = |pod: &str| cluster.tcp(pod, &["flood", &server, "7000", COUNT, "4"]).spawn();
+    let mut floods = [flood("app/client"), flood("app/near")];
+    let mut switches = 0;
+    while floods.iter_mut().any(|flood| flood.is_alive()) {
+        cluster.apply(&peer_authentication("app", "STRICT"));
+        wait_for_outsider(&cluster, "7000", "reset");
+        cluster.delete(&peer_authentication("app", "STRICT"));
+        wait_for_outsider(&cluster, "7000", "said hello");
+        switches += 1;
+    }
+    assert!(switches >= 3, "the load spans only {switches} switches");
+    for flood in floods {
+        let said = flood.finish(Duration::from_secs(1)).ok();
+        assert!(said.starts_with(&format!("good {COUNT} of {COUNT} ")), "{said}");
+    }
+}
+
+#[test]
 fn strict_ends_open_plaintext_within_a_second() {
     needs!("root");
     let cluster = Cluster::start(MESH);
@@ -152,6 +176,37 @@ fn permissive_plaintext_has_its_reason() {
     for reason in ["opted-out", "outside", "node"] {
         assert!(metrics.contains(&format!("reason=\"{reason}\"")), "no number for {reason}:\n{metrics}");
     }
+}
+
+#[test]
+fn a_policy_lets_in_whom_it_names_and_one_that_cannot_be_enforced_nobody() {
+    needs!("root");
+    let cluster = Cluster::start(MESH);
+    let _server = cluster.serve("app/server", &["echo", "7000"]);
+    let policy = |rule: &str| {
+        format!(
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: server, namespace: app}}\n\
+             spec: {{selector: {{matchLabels: {{app: server}}}}, action: ALLOW, rules: [{rule}]}}\n"
+        )
+    };
+    let wait_for = |client: &str, near: &str| {
+        e2e::wait_until(&format!("the clients to get {client:?} and {near:?}"), Duration::from_secs(5), || {
+            let got = ["app/client", "app/near"].map(|pod| ask(&cluster, pod, Family::V4, "7000"));
+            if got == [client, near] { Ok(()) } else { Err(format!("{got:?}")) }
+        });
+    };
+    wait_for("said hello", "said hello");
+    cluster.apply(&policy("{from: [{source: {principals: [cluster.local/ns/app/sa/client]}}]}"));
+    wait_for("said hello", "reset");
+    cluster.wait_edge("node-b", ["inbound", "app/near", "app/server", "7000", "none", "policy-no-allow"]);
+    // A condition on HTTP, which nobody here looks into.
+    let unreadable = policy("{to: [{operation: {methods: [GET]}}]}");
+    cluster.apply(&unreadable);
+    wait_for("reset", "reset");
+    let problems = cluster.page("control", "/problems");
+    assert!(problems.contains("AuthorizationPolicy app/server"), "{problems}");
+    cluster.delete(&unreadable);
+    wait_for("said hello", "said hello");
 }
 
 #[test]

@@ -16,7 +16,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("proxy", &["identity", "mesh", "wire", "linux"]),
     ("agent", &["identity", "mesh", "wire", "linux"]),
     ("control", &["identity", "mesh", "wire", "linux", "manifests"]),
-    ("demo", &["identity", "wire", "linux", "manifests"]),
+    ("demo", &["identity", "mesh", "wire", "linux", "manifests"]),
     ("cli", &["identity", "mesh", "wire", "linux", "manifests", "proxy", "agent", "control", "demo"]),
     ("e2e", &["identity", "mesh", "wire", "linux", "manifests"]),
     ("xtask", &[]),

@@ -89,8 +89,8 @@ impl Scene {
     /// As `demo apply`.
     pub(crate) async fn apply(&self, text: &str) -> anyhow::Result<()> {
         let (answer, _) = self.ask(Request::Apply { file: "the story".to_owned(), text: text.to_owned() }).await?;
-        if answer["refused"].as_bool() == Some(true) {
-            bail!("the box refused an object: {}", answer["problems"]);
+        if let Some(sentence) = answer["refused"][0].as_str() {
+            bail!("the box refused an object: {sentence}");
         }
         Ok(())
     }
@@ -241,9 +241,10 @@ impl Load {
 
     /// Waits for its end, and gives its last report.
     pub(crate) async fn end(mut self) -> anyhow::Result<Counts> {
-        if let Some(child) = self.child.take() {
-            child.ended.await.context("a client was lost")?;
+        if let Some(child) = &mut self.child {
+            (&mut child.ended).await.context("a client was lost")?;
         }
+        self.child = None;
         if let Some(reader) = self.reader.take() {
             let _ = tokio::task::spawn_blocking(move || reader.join()).await?;
         }

@@ -6,7 +6,7 @@ use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
 use super::Facts;
-use super::scene::{Load, Scene};
+use super::scene::{Counts, Load, Scene};
 use crate::boot::random_uuid;
 use crate::wiretap::Seen;
 
@@ -14,7 +14,9 @@ use crate::wiretap::Seen;
 const HYBRID: u16 = 4588;
 /// How many requests a picture of the wire is made of.
 const PICTURE: u64 = 100;
-/// Requests of the load that spans the switch to strict, at least.
+/// The part of the bytes, one in so many, that connections from before the wiretap may have sent.
+const UNKNOWN: u64 = 20;
+/// Requests of the load that spans the switch to strict, at least; half of them after it.
 const SPAN: u64 = 1_000;
 /// How soon a new mode must count for what is open already.
 const SOON: Duration = Duration::from_secs(1);
@@ -23,35 +25,55 @@ const PATIENCE: Duration = Duration::from_secs(15);
 /// How long the wire of a cluster of the user's own is listened to.
 const LISTEN: Duration = Duration::from_secs(3);
 
-const CLIENT: &str = "shop/client";
+pub(super) const CLIENT: &str = "shop/client";
 const NEIGHBOUR: &str = "shop/neighbour";
 const WEB: &str = "shop/web";
-const OUTSIDER: &str = "legacy/outsider";
+pub(super) const OUTSIDER: &str = "legacy/outsider";
 /// Where the shop's web server listens.
 const WEB_PORT: u16 = 8080;
 
 const IN_THE_MESH: &str = "{apiVersion: v1, kind: Namespace, metadata: {name: shop}}";
-const STRICT: &str = "{apiVersion: security.istio.io/v1, kind: PeerAuthentication, \
-                      metadata: {name: default, namespace: shop}, spec: {mtls: {mode: STRICT}}}";
+pub(super) const STRICT: &str = "{apiVersion: security.istio.io/v1, kind: PeerAuthentication, \
+                                 metadata: {name: default, namespace: shop}, spec: {mtls: {mode: STRICT}}}";
 
 /// Nodes, processes and pods, and how long they took.
 pub(super) async fn the_box(scene: &Scene, facts: &mut Facts) -> anyhow::Result<()> {
     let status = scene.status().await?;
     let pods = status["pods"].as_array().map_or(0, Vec::len);
-    let unready: Vec<_> = status["pods"].as_array().into_iter().flatten().filter(|pod| pod["ready"] != true).collect();
-    for node in status["nodes"].as_array().into_iter().flatten() {
-        let processes = node["processes"].as_array().into_iter().flatten();
-        let running: Vec<_> = processes
-            .map(|it| format!("{} {}", it["role"].as_str().unwrap_or(""), it["state"].as_str().unwrap_or("")))
-            .collect();
-        let name = node["name"].as_str().unwrap_or("");
-        facts.say(name, json!(running), format!("{name}: {}", running.join(", ")));
+    let unready: Vec<_> = each(&status["pods"]).filter(|pod| pod["ready"] != true).map(name_of).collect();
+    let mut ended = Vec::new();
+    let places = each(&status["nodes"]).map(|node| (text(&node["name"]), &node["processes"]));
+    for (place, processes) in std::iter::once(("control plane", &status["control"]["processes"])).chain(places) {
+        let states: Vec<_> =
+            each(processes).map(|it| format!("{} {}", text(&it["role"]), text(&it["state"]))).collect();
+        facts.say(place, json!(states), format!("{place}: {}", states.join(", ")));
+        ensure!(!states.is_empty(), "{place} has no process");
+        ended.extend(each(processes).filter(|it| it["state"] != "running").map(|it| text(&it["name"])));
     }
     let took = scene.begun.elapsed().as_millis() as u64;
-    facts.say("pods", pods, format!("control plane, and {pods} pods in network namespaces of their own"));
+    facts.say("pods", pods, format!("{pods} pods in network namespaces of their own"));
     facts.say("up_after_ms", took, format!("up after {took} ms"));
+    ensure!(ended.is_empty(), "a process has ended: {}", ended.join(", "));
     ensure!(pods > 0, "the box has no pods");
-    ensure!(unready.is_empty(), "a pod is not ready: {}", unready[0]);
+    ensure!(unready.is_empty(), "a pod is not ready: {}", unready.join(", "));
+    Ok(())
+}
+
+/// Every pod of a cluster of the user's own, and whether it is captured.
+pub(super) async fn pods(scene: &Scene, facts: &mut Facts) -> anyhow::Result<()> {
+    let status = scene.status().await?;
+    for pod in each(&status["pods"]) {
+        let addresses: Vec<_> = each(&pod["addresses"]).map(text).collect();
+        let (capture, line) = if pod["captured"] == true {
+            ("captured", "captured".to_owned())
+        } else {
+            let because = text(&pod["uncaptured"]);
+            (because, format!("not captured: {}", if because.is_empty() { "not yet" } else { because }))
+        };
+        let name = name_of(pod);
+        let line = format!("{name} on {}, {}: {line}", text(&pod["node"]), addresses.join(" "));
+        facts.say(&name, json!({ "node": pod["node"], "addresses": addresses, "capture": capture }), line);
+    }
     Ok(())
 }
 
@@ -74,7 +96,7 @@ pub(super) async fn capture(scene: &Scene, mut kept: Load, facts: &mut Facts) ->
     scene
         .until("the shop's pods are captured", PATIENCE, async || {
             let status = scene.status().await?;
-            let mut shop = status["pods"].as_array().into_iter().flatten().filter(|pod| pod["namespace"] == "shop");
+            let mut shop = each(&status["pods"]).filter(|pod| pod["namespace"] == "shop");
             Ok(shop.all(|pod| pod["captured"] == true).then_some(()))
         })
         .await?;
@@ -104,27 +126,40 @@ pub(super) async fn after(scene: &Scene, facts: &mut Facts) -> anyhow::Result<()
     ensure!(seen.clear == 0, "{} bytes went in clear", seen.clear);
     ensure!(seen.records > 0 && !seen.groups.is_empty(), "there was no TLS handshake to be seen");
     ensure!(
-        seen.groups.iter().all(|group| *group == HYBRID),
+        seen.groups.keys().all(|group| *group == HYBRID),
         "a handshake used another key exchange: {:?}",
         seen.groups
     );
+    ensure!(
+        seen.not_followed <= seen.payload / UNKNOWN,
+        "{} of {} bytes went in connections that could not be followed",
+        seen.not_followed,
+        seen.payload
+    );
     ensure!(seen.ports == [WEB_PORT].into(), "connections were made to other ports: {:?}", seen.ports);
-    let load = scene.load(CLIENT, &["--to", "web:80", "--rate", "100", "--keep"]).await?;
-    let (client, server) = scene
+    // What passes within a node is on no wire between them: its proxy has to say.
+    for (pod, fact) in [(CLIENT, "identities"), (NEIGHBOUR, "identities_one_node")] {
+        let (client, server) = identities(scene, pod).await?;
+        let line = format!("{pod} proved {}, and {WEB} {}", text(&client), text(&server));
+        facts.say(fact, json!({ "client": client, "server": server }), line);
+        ensure!(client == "spiffe://cluster.local/ns/shop/sa/client", "another client than expected: {client}");
+        ensure!(server == "spiffe://cluster.local/ns/shop/sa/web", "another server than expected: {server}");
+    }
+    Ok(())
+}
+
+/// Whom both ends of a tunnel from a pod to the web server have proved to be, as the server's node lists it.
+async fn identities(scene: &Scene, pod: &str) -> anyhow::Result<(Value, Value)> {
+    let _open = scene.load(pod, &["--to", "web:80", "--rate", "100", "--keep"]).await?;
+    scene
         .until("a tunnel is listed", PATIENCE, async || {
             let connections = scene.admin("node-b", "/connections").await?;
-            let tunnel = connections.as_array().into_iter().flatten().find(|it| {
-                it["direction"] == "inbound" && it["security"] == "mtls" && it["other"] == CLIENT && it["pod"] == WEB
+            let tunnel = each(&connections).find(|it| {
+                it["direction"] == "inbound" && it["security"] == "mtls" && it["other"] == pod && it["pod"] == WEB
             });
             Ok(tunnel.map(|it| (it["peer"].clone(), it["identity"].clone())))
         })
-        .await?;
-    drop(load);
-    facts.say("client", client.clone(), format!("the server's node saw    {}", text(&client)));
-    facts.say("server", server.clone(), format!("and proved that it is    {}", text(&server)));
-    ensure!(client == "spiffe://cluster.local/ns/shop/sa/client", "another client than expected: {client}");
-    ensure!(server == "spiffe://cluster.local/ns/shop/sa/web", "another server than expected: {server}");
-    Ok(())
+        .await
 }
 
 /// The pod that nobody encrypts for.
@@ -161,6 +196,7 @@ pub(super) async fn strict(scene: &Scene, facts: &mut Facts) -> anyhow::Result<(
 
     let switched = Instant::now();
     scene.apply(STRICT).await?;
+    let before = (mesh.counts(), neighbour.counts());
     scene.until("what is open in clear has ended", SOON, async || Ok((open.counts().failed > 0).then_some(()))).await?;
     let took = switched.elapsed().as_millis() as u64;
     facts.say("open_ended_after_ms", took, format!("its open connection was ended {took} ms after the switch"));
@@ -175,23 +211,28 @@ pub(super) async fn strict(scene: &Scene, facts: &mut Facts) -> anyhow::Result<(
     facts.say("reason", reason.clone(), format!("reason: {}", text(&reason)));
     ensure!(reason == "strict", "another reason than expected");
 
-    let both = scene
-        .until("a load that spans the switch", PATIENCE, async || {
+    // A report is as old as the time between two: what the next one holds may still be from before the switch.
+    let mut counts = async |what, enough: &dyn Fn(Counts, Counts) -> bool| {
+        let question = async || {
             let (one, two) = (mesh.counts(), neighbour.counts());
-            Ok((one.ok + two.ok >= SPAN || one.failed + two.failed > 0).then_some((one, two)))
-        })
-        .await?;
-    let (ok, failed) = (both.0.ok + both.1.ok, both.0.failed + both.1.failed);
-    facts.say(
-        "mesh_requests",
-        ok,
-        format!("the pods of the mesh asked {} times meanwhile, {failed} failed", ok + failed),
-    );
-    facts.say(
-        "mesh_failures",
-        failed,
-        "to undo: justmtls demo delete -f FILE, with PeerAuthentication shop/default in it",
-    );
+            Ok((enough(one, two) || one.failed + two.failed > 0).then_some((one, two)))
+        };
+        scene.until(what, PATIENCE, question).await
+    };
+    let (one, two) = counts("the load goes on", &|one, two| one.ok > before.0.ok && two.ok > before.1.ok).await?;
+    let from = (one.ok, two.ok);
+    let spans = |one: Counts, two: Counts| {
+        let since = (one.ok - from.0, two.ok - from.1);
+        one.ok + two.ok >= SPAN && since.0 + since.1 >= SPAN / 2 && since.0 > 0 && since.1 > 0
+    };
+    let (one, two) = counts("a load that spans the switch", &spans).await?;
+    let (ok, failed) = (one.ok + two.ok, one.failed + two.failed);
+    let (earlier, later) = (before.0.ok + before.1.ok, ok - from.0 - from.1);
+    let line = format!("{CLIENT} and {NEIGHBOUR} asked {} times meanwhile, {failed} failed", ok + failed);
+    facts.say("mesh_requests", ok, line);
+    facts.say("mesh_requests_before", earlier, format!("of these at least {earlier} before the switch"));
+    facts.say("mesh_requests_after", later, format!("and {later} after it"));
+    facts.values.insert("mesh_failures".to_owned(), failed.into());
     ensure!(failed == 0, "a pod of the mesh noticed the switch");
     Ok(())
 }
@@ -208,11 +249,14 @@ pub(super) async fn wire(scene: &Scene, facts: &mut Facts) -> anyhow::Result<()>
 pub(super) async fn edges(scene: &Scene, facts: &mut Facts) -> anyhow::Result<()> {
     let status = scene.status().await?;
     let mut all = Vec::new();
-    for node in status["nodes"].as_array().into_iter().flatten() {
+    for node in each(&status["nodes"]) {
         let coverage = scene.admin(text(&node["name"]), "/coverage").await?;
         all.extend(coverage.as_array().cloned().unwrap_or_default());
     }
     let inbound = all.iter().filter(|it| it["edge"]["direction"] == "inbound");
+    if inbound.clone().next().is_none() {
+        facts.say("edges", 0, "nobody has talked to anybody yet");
+    }
     for (number, it) in inbound.enumerate() {
         let edge = &it["edge"];
         let reason = if edge["reason"] == "" { String::new() } else { format!(" ({})", text(&edge["reason"])) };
@@ -224,9 +268,6 @@ pub(super) async fn edges(scene: &Scene, facts: &mut Facts) -> anyhow::Result<()
             text(&edge["security"])
         );
         facts.say(&format!("edge_{number}"), edge.clone(), line);
-    }
-    if facts.lines.is_empty() {
-        facts.say("edges", 0, "nobody has talked to anybody yet");
     }
     Ok(())
 }
@@ -268,23 +309,50 @@ fn tell_wire(seen: &Seen, facts: &mut Facts) {
     facts.say(
         "tls_bytes",
         seen.tls,
-        format!("in TLS:   {} bytes, {} records, {} handshakes{followed}", seen.tls, seen.records, seen.groups.len()),
+        format!(
+            "in TLS:   {} bytes, {} records, {} handshakes{followed}",
+            seen.tls,
+            seen.records,
+            seen.groups.values().sum::<u64>()
+        ),
     );
-    facts.say("tls_records", seen.records, sample(&seen.sample));
-    let mut groups = std::collections::BTreeMap::<u16, u64>::new();
-    seen.groups.iter().for_each(|group| *groups.entry(*group).or_default() += 1);
-    facts.values.insert("handshakes_by_group".to_owned(), json!(groups));
+    facts.values.insert("tls_records".to_owned(), seen.records.into());
+    facts.values.insert("not_followed_bytes".to_owned(), seen.not_followed.into());
+    if !seen.groups.is_empty() {
+        let groups: Vec<_> =
+            seen.groups.iter().map(|(group, count)| format!("{} {count}×", group_name(*group))).collect();
+        facts.hint(format!("key exchange: {}", groups.join(", ")));
+    }
+    facts.values.insert("handshakes_by_group".to_owned(), json!(seen.groups));
+    if !seen.sample.is_empty() {
+        facts.say("sample", hex(&seen.sample), sample(&seen.sample));
+    }
+}
+
+/// A key exchange as people know it, with its number in the IANA registry.
+fn group_name(group: u16) -> String {
+    let name = match group {
+        HYBRID => "X25519MLKEM768",
+        23 => "secp256r1",
+        24 => "secp384r1",
+        29 => "x25519",
+        _ => "group",
+    };
+    format!("{name} ({group})")
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(" ")
 }
 
 /// As a hex dump has it.
 fn sample(bytes: &[u8]) -> String {
     let shown = &bytes[..bytes.len().min(24)];
-    let hex: Vec<_> = shown.iter().map(|byte| format!("{byte:02x}")).collect();
     let letters: String = shown
         .iter()
         .map(|byte| if byte.is_ascii_graphic() || *byte == b' ' { char::from(*byte) } else { '.' })
         .collect();
-    format!("sample: {}  |{letters}|", hex.join(" "))
+    format!("sample: {}  |{letters}|", hex(shown))
 }
 
 /// The edge from the pod outside to the web server, as the server's node has counted it.
@@ -304,6 +372,16 @@ async fn edge_of(scene: &Scene, security: &str) -> anyhow::Result<Value> {
         })
         .await
         .context("coverage of node-b")
+}
+
+/// What is in a list of the status, or nothing.
+fn each(list: &Value) -> impl Iterator<Item = &Value> {
+    list.as_array().into_iter().flatten()
+}
+
+/// `namespace/name` of a pod of the status.
+fn name_of(pod: &Value) -> String {
+    format!("{}/{}", text(&pod["namespace"]), text(&pod["name"]))
 }
 
 fn text(value: &Value) -> &str {
