@@ -1,7 +1,7 @@
 //! THE REPOSITORY'S OWN HAND: `cargo xtask test | ci | tidy`.
 //!
 //! - `tidy`: the repository checks its own shape ([`tidy`]).
-//! - `test`: the tests in groups, the programs they need, one summary ([`test`]).
+//! - `test`: the tests in groups, the programs they need, one summary ([`mod@test`]).
 //! - `ci`: everything that must hold before a change is taken, with the seconds of each stage ([`ci`]).
 //!
 //! Invariants, stated as absences: no other crate of the workspace is linked in, so that this builds in seconds and

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 use clap::{Args, Subcommand};
-use demo::{ExecOptions, Options, Place, StateDirectory, Story};
+use demo::{ExecOptions, Options, Outcome, Place, StateDirectory, Story};
 use serde_json::Value;
+
+use crate::ERROR;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
@@ -64,7 +66,7 @@ enum Verb {
         #[arg(short, long = "filename", value_name = "FILE")]
         file: PathBuf,
     },
-    /// Print a page of a process' admin socket, such as `node-a /metrics`.
+    /// Print a page of a process' admin socket, such as `node-a /metrics`, or what it wrote: `/log`.
     Admin {
         /// A node, for its proxy; `agent@NODE`, or `control`.
         process: String,
@@ -97,8 +99,8 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<i32> {
             let place = place(pod, node)?;
             return demo::exec(&state, &ExecOptions { place, user, privileged, command });
         }
-        Verb::Apply { file } => print_lines(demo::apply(&state, &file)?),
-        Verb::Delete { file } => print_lines(demo::delete(&state, &file)?),
+        Verb::Apply { file } => return Ok(print_outcome(&demo::apply(&state, &file)?)),
+        Verb::Delete { file } => return Ok(print_outcome(&demo::delete(&state, &file)?)),
         Verb::Admin { process, path } => anstream::print!("{}", demo::admin(&state, &process, &path)?),
     }
     Ok(0)
@@ -128,10 +130,18 @@ fn say(json: bool, sentence: &str, status: &Value) {
     }
 }
 
-fn print_lines(lines: Vec<String>) {
-    for line in lines {
+/// Gives the exit status: 1 where something was refused.
+fn print_outcome(outcome: &Outcome) -> i32 {
+    for line in &outcome.done {
         anstream::println!("{line}");
     }
+    for sentence in &outcome.notes {
+        anstream::eprintln!("warning: {sentence}");
+    }
+    for sentence in &outcome.refused {
+        anstream::eprintln!("{ERROR}error{ERROR:#}: {sentence}");
+    }
+    i32::from(!outcome.refused.is_empty())
 }
 
 fn print_status(status: &Value) {

@@ -15,7 +15,6 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context;
 use linux::sandbox::{self, Authority, RUN};
 use manifests::k8s_openapi::jiff::Timestamp;
-use manifests::{ObjectKey, Problem};
 use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
@@ -25,7 +24,7 @@ use crate::Options;
 use crate::admin;
 use crate::children::Children;
 use crate::cluster::{Action, Cluster, PodPlan};
-use crate::complaints::{Complaints, Refused};
+use crate::complaints::{Complaints, Taken};
 use crate::conversation::{Answer, Place, Request};
 use crate::dns::{self, Zone};
 use crate::folder::Folder;
@@ -242,38 +241,6 @@ struct LivePod {
     stop: watch::Sender<bool>,
     /// Once programs can be run in it.
     rooms: Option<Arc<Rooms>>,
-}
-
-/// What became of a manifest.
-struct Taken {
-    done: Vec<String>,
-    refused: Vec<Refused>,
-    /// About what was taken.
-    notes: Vec<String>,
-}
-
-impl Taken {
-    fn of(problems: Vec<Problem>) -> Taken {
-        let mut taken = Taken { done: Vec::new(), refused: Vec::new(), notes: Vec::new() };
-        for problem in problems {
-            let sentence = problem.to_string();
-            if problem.is_error() {
-                taken.refused.push(Refused { object: problem.object, sentence });
-            } else {
-                taken.notes.push(sentence);
-            }
-        }
-        taken
-    }
-
-    fn refuse(&mut self, key: ObjectKey, sentence: String) {
-        self.refused.push(Refused { object: Some(key.to_string()), sentence });
-    }
-
-    fn answer(self) -> Value {
-        let refused = self.refused.into_iter().map(|one| one.sentence);
-        json!({ "done": self.done, "refused": refused.collect::<Vec<_>>(), "notes": self.notes })
-    }
 }
 
 impl Keeper {

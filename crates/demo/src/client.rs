@@ -5,8 +5,9 @@ use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use linux::sandbox;
+use serde::Deserialize;
 use serde_json::Value;
 
 use crate::conversation::Request;
@@ -19,17 +20,27 @@ pub fn status(state: &Path) -> anyhow::Result<Value> {
     Ok(status)
 }
 
-/// Takes the objects of a manifest file (`-` is standard input), as `kubectl apply` would. Gives a line for
-/// each object.
-pub fn apply(state: &Path, file: &Path) -> anyhow::Result<Vec<String>> {
-    let (file, text) = read(file)?;
-    lines(request(state, &Request::Apply { file, text })?.0)
+/// What became of a manifest, a sentence each.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct Outcome {
+    /// What was applied or deleted.
+    pub done: Vec<String>,
+    /// What is probably a mistake in it.
+    pub notes: Vec<String>,
+    /// What was not taken, and what to do about it.
+    pub refused: Vec<String>,
 }
 
-/// Removes the objects of a manifest file, as `kubectl delete` would. Gives a line for each object.
-pub fn delete(state: &Path, file: &Path) -> anyhow::Result<Vec<String>> {
+/// Takes the objects of a manifest file (`-` is standard input), as `kubectl apply` would.
+pub fn apply(state: &Path, file: &Path) -> anyhow::Result<Outcome> {
     let (file, text) = read(file)?;
-    lines(request(state, &Request::Delete { file, text })?.0)
+    Ok(serde_json::from_value(request(state, &Request::Apply { file, text })?.0)?)
+}
+
+/// Removes the objects of a manifest file, as `kubectl delete` would.
+pub fn delete(state: &Path, file: &Path) -> anyhow::Result<Outcome> {
+    let (file, text) = read(file)?;
+    Ok(serde_json::from_value(request(state, &Request::Delete { file, text })?.0)?)
 }
 
 /// A page of a process' admin socket, such as `/metrics` of `node-a`.
@@ -52,21 +63,6 @@ fn read(file: &Path) -> anyhow::Result<(String, String)> {
     };
     read.with_context(|| format!("cannot read {name}"))?;
     Ok((if name == "-" { "standard input".to_owned() } else { name }, text))
-}
-
-/// What was done, or an error when anything was refused.
-fn lines(answer: Value) -> anyhow::Result<Vec<String>> {
-    let list = |name: &str| -> Vec<String> {
-        let lines = answer[name].as_array().into_iter().flatten();
-        lines.filter_map(|line| line.as_str().map(str::to_owned)).collect()
-    };
-    let (mut all, refused) = (list("done"), list("refused"));
-    all.extend(list("notes"));
-    if refused.is_empty() {
-        return Ok(all);
-    }
-    all.extend(refused);
-    bail!("{}", all.join("\n"))
 }
 
 /// Puts process ids in the place of handles: `"handle": 3` becomes `"pid": 4711`, or `null` for one that

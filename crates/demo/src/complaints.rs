@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use manifests::k8s_openapi::api::core::v1::PodSpec;
-use manifests::{Location, Object, ObjectKey, Set};
+use manifests::{Location, Object, ObjectKey, Problem, Set};
 use serde_json::{Value, json};
 
 /// Where objects were written, and what was refused.
@@ -25,6 +25,42 @@ pub(crate) struct Refused {
     pub(crate) object: Option<String>,
     /// Where, what and what to do.
     pub(crate) sentence: String,
+}
+
+/// What became of a manifest.
+#[derive(Debug)]
+pub(crate) struct Taken {
+    pub(crate) done: Vec<String>,
+    pub(crate) refused: Vec<Refused>,
+    /// About what was taken.
+    pub(crate) notes: Vec<String>,
+}
+
+impl Taken {
+    /// What was wrong before anything was taken.
+    pub(crate) fn of(problems: Vec<Problem>) -> Taken {
+        let mut taken = Taken { done: Vec::new(), refused: Vec::new(), notes: Vec::new() };
+        for problem in problems {
+            let sentence = problem.to_string();
+            if problem.is_error() {
+                taken.refused.push(Refused { object: problem.object, sentence });
+            } else {
+                taken.notes.push(sentence);
+            }
+        }
+        taken
+    }
+
+    /// An object was not taken.
+    pub(crate) fn refuse(&mut self, key: ObjectKey, sentence: String) {
+        self.refused.push(Refused { object: Some(key.to_string()), sentence });
+    }
+
+    /// For who asked.
+    pub(crate) fn answer(self) -> Value {
+        let refused = self.refused.into_iter().map(|one| one.sentence);
+        json!({ "done": self.done, "refused": refused.collect::<Vec<_>>(), "notes": self.notes })
+    }
 }
 
 impl Complaints {
@@ -116,7 +152,7 @@ mod tests {
     use super::*;
 
     const MANIFEST: &str = "{apiVersion: v1, kind: Namespace, metadata: {name: shop}}\n---\n\
-         {apiVersion: v1, kind: Service, metadata: {name: lonely, namespace: shop}, spec: {selector: {app: no}, ports: [{port: 80}]}}\n---\n\
+         {apiVersion: v1, kind: Service, metadata: {name: lonely, namespace: shop}, spec: {selector: {app: nobody}, ports: [{port: 80}]}}\n---\n\
          {apiVersion: v1, kind: Pod, metadata: {name: web, namespace: shop}, spec: {containers: [{name: web, image: nginx}]}}";
 
     fn taken(complaints: &mut Complaints) -> BTreeMap<ObjectKey, Object> {

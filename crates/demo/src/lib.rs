@@ -51,7 +51,7 @@ pub mod app;
 
 use std::path::PathBuf;
 
-pub use client::{admin, apply, delete, status};
+pub use client::{Outcome, admin, apply, delete, status};
 pub use conversation::Place;
 pub use exec::{ExecOptions, exec};
 pub use starter::{run_foreground, start, stop};

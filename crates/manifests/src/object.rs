@@ -108,7 +108,7 @@ impl Object {
         }
     }
 
-    /// The object as YAML that [`crate::parse`], kubectl and any other reader of YAML 1.1 or 1.2 take for the same object.
+    /// The object as YAML that [`crate::parse()`], kubectl and any other reader of YAML 1.1 or 1.2 take for the same object.
     pub fn to_yaml(&self) -> String {
         serde_saphyr::to_string(&self.to_json()).expect("JSON is a subset of YAML")
     }

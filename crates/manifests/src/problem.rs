@@ -6,7 +6,7 @@ use std::sync::Arc;
 /// Where something was written: a label of a text, usually a file's name, and a line in it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Location {
-    /// The label that was given to [`crate::parse`].
+    /// The label that was given to [`crate::parse()`].
     pub file: Arc<str>,
     /// Counted from 1; none where the text as a whole is meant.
     pub line: Option<usize>,

@@ -29,7 +29,7 @@ pub struct Incoming<'a> {
     pub security: Security<'a>,
 }
 
-/// The proof that a connection may reach a pod. Only [`authorize`] makes one, and it is good for that pod, address
+/// The proof that a connection may reach a pod. Only [`authorize()`] makes one, and it is good for that pod, address
 /// and port alone.
 #[derive(Debug)]
 pub struct Allowed {

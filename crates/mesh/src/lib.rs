@@ -1,13 +1,13 @@
 //! WHAT MAY HAPPEN: the nouns of the mesh and every decision about a connection.
 //!
-//! A node knows a [`View`]; from it [`route`] says where an outgoing connection goes and how,
-//! [`expect`] says how long an incoming one may keep us waiting for its TLS hello, and
-//! [`authorize`] says whether it may reach the pod. All three are pure functions over values.
+//! A node knows a [`View`]; from it [`route()`] says where an outgoing connection goes and how,
+//! [`expect()`] says how long an incoming one may keep us waiting for its TLS hello, and
+//! [`authorize()`] says whether it may reach the pod. All three are pure functions over values.
 //!
 //! Invariants, stated as absences:
 //! - no clock, socket, file, runtime, protobuf or Kubernetes type;
 //! - no principal is ever derived from an address: only a [`identity::VerifiedPeer`] names one;
-//! - nothing but [`authorize`] makes an [`Allowed`];
+//! - nothing but [`authorize()`] makes an [`Allowed`];
 //! - plaintext is never a default: each is a [`PlaintextReason`].
 
 #![forbid(unsafe_code)]

@@ -1,13 +1,13 @@
 //! THE DATA PATH: every byte between a captured pod and the rest of the world.
 //!
-//! A connection's life is one function: [`outbound`]'s `serve` for what a pod makes, [`inbound`]'s for what it is to
+//! A connection's life is one function: `outbound`'s `serve` for what a pod makes, `inbound`'s for what it is to
 //! accept. Each reads from top to bottom: what the connection is, what may happen to it, the two legs, and the bytes.
 //!
 //! Invariants, stated as absences:
 //! - no privileged call: sockets of pods come from the agent, ready made;
 //! - no byte reaches a pod without an [`mesh::Allowed`], and none leaves it in clear without a named reason;
 //! - no task serves a connection on two cores, and nothing of it is locked while bytes are copied;
-//! - no connection ends early without a name ([`reasons`]), and none that died looks as if it had ended in order;
+//! - no connection ends early without a name (`reasons`), and none that died looks as if it had ended in order;
 //! - nothing that a stranger sends is queued without a bound;
 //! - no private key leaves this process, or is shown by it.
 

@@ -15,7 +15,7 @@ use crate::problem::{Location, Problem};
 use crate::tree::Node;
 use checker::Checker;
 
-/// What is wrong with an object. [`crate::parse`] has done this already; it is for objects that were made by a program.
+/// What is wrong with an object. [`crate::parse()`] has done this already; it is for objects that were made by a program.
 pub fn validate(object: &Object, location: &Location) -> Vec<Problem> {
     problems(object, location, findings(object, None))
 }
