@@ -7,7 +7,8 @@
 
 #![forbid(unsafe_code)]
 
-// What a test needs of the machine
+// What a test needs of the machine, and what it must leave as it was
+mod machine;
 mod requirements;
 // Waiting and running
 mod program;
@@ -21,6 +22,7 @@ mod streams;
 mod wiretap;
 
 pub use cluster::{Cluster, OUTSIDE, Owner, binary};
+pub use machine::Machine;
 pub use program::{Finished, Program, Running};
 pub use requirements::{announce_skip, as_ordinary_user, missing, name_of, postgres};
 pub use shared::Shared;

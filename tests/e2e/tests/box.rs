@@ -4,42 +4,17 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use e2e::{
-    Cluster, Family, Owner, PATIENCE, Program, Running, as_ordinary_user, binary, eventually, needs, wait_until,
-};
+use e2e::{Cluster, Family, Machine, Owner, PATIENCE, Program, Running, binary, eventually, needs, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 const MESH: &str = include_str!("../manifests/mesh.yaml");
-/// What one command is promised to take at most, on a machine of its own.
-const A_MINUTE: Duration = Duration::from_secs(60);
-
-/// What the machine has that a box could leave behind.
-#[derive(Debug, PartialEq, Eq)]
-struct Machine {
-    links: BTreeSet<String>,
-    mounts: BTreeSet<String>,
-    files: BTreeSet<PathBuf>,
-}
-
-impl Machine {
-    fn now() -> Machine {
-        let names = |folder: &str| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-        let mounts = fs::read_to_string("/proc/self/mountinfo").expect("/proc");
-        // Mounts and files of other programs come and go.
-        let ours = |text: &str| text.contains("justmtls") && !text.contains("justmtls-e2e-");
-        let files = ["/run", "/run/netns", "/tmp", "/var/tmp", "/var/lib", "/dev/shm"].into_iter().flat_map(names);
-        Machine {
-            links: names("/sys/class/net").map(|path| path.display().to_string()).collect(),
-            mounts: mounts.lines().filter(|line| ours(line)).map(str::to_owned).collect(),
-            files: files.filter(|path| ours(&path.display().to_string())).collect(),
-        }
-    }
-}
+/// How long a box may take to end.
+const STOPPED: Duration = Duration::from_secs(60);
 
 /// A box in the foreground, as a person starts it.
 struct Foreground {
@@ -155,7 +130,7 @@ fn what_is_killed_altogether_is_cleaned_by_the_next_start_or_stop() {
         kill(starter, Signal::SIGKILL).unwrap();
         eventually("all its processes to be gone", Duration::from_secs(10), || foreground.is_gone());
         assert!(foreground.state().exists(), "somebody cleaned up who should be dead");
-        demo(&foreground.state(), verb).within(A_MINUTE).run().ok();
+        demo(&foreground.state(), verb).within(STOPPED).run().ok();
         demo(&foreground.state(), &["stop"]).run().ok();
         assert!(!foreground.state().exists());
         foreground.assert_nothing_is_left(&before);
@@ -180,38 +155,6 @@ fn two_boxes_live_side_by_side_and_a_directory_in_use_is_refused() {
         }
     }
     assert_eq!(Machine::now(), before);
-}
-
-/// Lets the story be told, and reads it; the whole of it is within the promised time.
-fn tell_story(program: impl Fn(&Path) -> Program) {
-    let before = Machine::now();
-    let folder = tempfile::Builder::new().prefix("justmtls-e2e-").tempdir().unwrap();
-    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    // Cargo's folder may lie where only its owner can go.
-    let copy = folder.path().join("justmtls");
-    fs::copy(binary(), &copy).unwrap();
-    let state = folder.path().join("state");
-    let told = program(&copy).args(["demo", "--once", "--json", "--state"]).args([&state]).within(A_MINUTE).run();
-    println!("told in {:.1?}", told.took);
-    let steps: Vec<serde_json::Value> = told.ok().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert!(steps.len() >= 5 && steps.iter().all(|step| step["ok"] == true), "{steps:#?}");
-    let of = |name: &str| &steps.iter().find(|step| step["step"] == name).expect("a step of the story")["facts"];
-    // The wiretap sees the secret before capture, and not afterwards.
-    assert!(of("before")["secret_found"].as_u64() > Some(0) && of("after")["secret_found"] == 0, "{steps:#?}");
-    assert!(!state.exists());
-    assert_eq!(Machine::now(), before);
-}
-
-#[test]
-fn the_story_succeeds_for_root() {
-    needs!("root");
-    tell_story(|binary| Program::new(binary));
-}
-
-#[test]
-fn the_story_succeeds_for_an_ordinary_user() {
-    needs!("user-namespaces");
-    tell_story(as_ordinary_user);
 }
 
 #[test]
