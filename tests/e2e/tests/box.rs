@@ -182,8 +182,9 @@ fn exec_passes_input_output_status_and_signals_through() {
         (copied.status.code(), copied.stdout.as_str(), copied.stderr.trim()),
         (Some(7), "some input", "complaint")
     );
+    // A shell cannot trap a signal that was ignored when it began, as it is below a job in the background.
     let trap = "trap 'echo interrupted; exit 3' INT; echo ready; while true; do sleep 0.1; done";
-    let mut trapped = cluster.exec("app/client", &["sh", "-c", trap]).spawn();
+    let mut trapped = cluster.exec("app/client", &["env", "--default-signal=INT", "sh", "-c", trap]).spawn();
     trapped.wait_for("ready");
     trapped.signal(Signal::SIGINT);
     let ended = trapped.finish(PATIENCE);

@@ -9,8 +9,8 @@ use std::collections::BTreeSet;
 const SPECIFICATION: &str = "SPECIFICATION.md";
 const ARCHITECTURE: &str = "ARCHITECTURE.md";
 
-/// A promise without a test is a hope: each row `| P<n> |` names tests, each row `| T<n> |` names tests or says that
-/// it is a limit, and each test named anywhere exists.
+/// A promise without a test is a hope: each row `| P<n> |` names tests, each row `| T<n> |` or `| D<n> |` names tests or
+/// says that it is a limit, and each test named anywhere exists.
 pub(crate) fn promises_name_tests(tree: &Tree) -> Vec<Violation> {
     let mut violations = Vec::new();
     for (index, line) in tree.text(SPECIFICATION).lines().enumerate() {
@@ -19,9 +19,10 @@ pub(crate) fn promises_name_tests(tree: &Tree) -> Vec<Violation> {
             let remedy = "add the test as `path/file.rs::function`, or move the row to what is not promised yet";
             violations.push(Violation::new(SPECIFICATION, index + 1, "a promise that no test holds", remedy));
         }
-        if row_id(line).is_some_and(|id| id.starts_with('T')) && tests.is_empty() && !line.contains("**Limit**") {
+        if row_id(line).is_some_and(|id| id.starts_with(['T', 'D'])) && tests.is_empty() && !line.contains("**Limit**")
+        {
             let remedy = "add the test, or say in the row what the **Limit** is";
-            violations.push(Violation::new(SPECIFICATION, index + 1, "a trap that nothing holds shut", remedy));
+            violations.push(Violation::new(SPECIFICATION, index + 1, "a trap or decision that nothing holds", remedy));
         }
         for (file, function) in tests {
             let exists = Declarations::of(tree.text(file)).tests.iter().any(|(name, _)| name == function);
@@ -237,9 +238,13 @@ mod tests {
             ("tests/e2e/tests/a.rs", "#[test]\nfn works() {}\nfn not_a_test() {}\n"),
         ]);
         assert_eq!(promises_name_tests(&tree), []);
-        for wrong in
-            ["| P1 | No change. | none |", "| P1 | x | `tests/e2e/tests/a.rs::not_a_test` |", "see `b.rs::gone`"]
-        {
+        for wrong in [
+            "| P1 | No change. | none |",
+            "| T1 | No lies. | |",
+            "| D1 | One way. |",
+            "| P1 | x | `tests/e2e/tests/a.rs::not_a_test` |",
+            "see `b.rs::gone`",
+        ] {
             tree.files.insert(SPECIFICATION.into(), wrong.into());
             assert_eq!(promises_name_tests(&tree).len(), 1, "{wrong}");
         }
