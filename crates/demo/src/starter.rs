@@ -1,8 +1,8 @@
 //! The starter: the process outside the box that made it, waits for it and cleans up after it.
 //!
-//! Starter and init watch each other through a pair of sockets. When init ends, however, the starter
-//! removes the state directory. When the starter ends, however, init does, and ends the box. Neither
-//! needs the other to be in good order.
+//! Starter and init watch each other through a pair of sockets. In whatever way init ends, the starter removes the state
+//! directory. In whatever way the starter ends, init removes it and ends the box. Neither needs the other to be in good
+//! order.
 
 use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, Read, Write};
