@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::bail;
 use clap::{Args, Subcommand};
@@ -18,6 +19,9 @@ pub(crate) struct Arguments {
     /// Kubernetes objects of your own, instead of the built-in ones.
     #[arg(long, global = true, value_name = "DIR")]
     manifests: Option<PathBuf>,
+    /// Longest life of a pod's certificate, such as 20s: what takes a day is then seen in seconds.
+    #[arg(long, global = true, value_name = "TIME", value_parser = control::lifetime)]
+    leaf_lifetime: Option<Duration>,
     /// Machine-readable output.
     #[arg(long, global = true)]
     json: bool,
@@ -77,7 +81,12 @@ enum Verb {
 
 pub(crate) fn run(arguments: Arguments) -> anyhow::Result<i32> {
     let state = arguments.state.clone().unwrap_or_else(StateDirectory::default_path);
-    let mut options = Options { state: Some(state.clone()), manifests: arguments.manifests, story: None };
+    let mut options = Options {
+        state: Some(state.clone()),
+        manifests: arguments.manifests,
+        leaf_lifetime: arguments.leaf_lifetime,
+        story: None,
+    };
     let Some(verb) = arguments.verb else {
         options.story = Some(Story { once: arguments.once, json: arguments.json });
         return demo::run_foreground(options);

@@ -75,8 +75,11 @@ pub struct Args {
     pub leaf_validity: Duration,
 }
 
-/// A whole number of seconds, minutes, hours or days.
-fn lifetime(text: &str) -> Result<Duration, String> {
+/// A whole number of seconds, minutes, hours or days, as a command line says it.
+///
+/// # Errors
+/// What to write instead.
+pub fn lifetime(text: &str) -> Result<Duration, String> {
     const WRONG: &str = "write a whole number with s, m, h or d behind it, such as 24h";
     let unit = text.chars().next_back().ok_or(WRONG)?;
     let seconds = match unit {

@@ -150,6 +150,7 @@ async fn live(
     let kubelet = Kubelet { authority, network, children, events, logs };
     let mut keeper = Keeper {
         authority,
+        leaf_lifetime: options.leaf_lifetime,
         state: state.path().to_owned(),
         cluster: Cluster::new(plans, random_uuid, now),
         folder: Folder::create(Path::new(RUN).join("objects"))?,
@@ -222,6 +223,7 @@ fn now() -> Timestamp {
 /// Who keeps everything together: the only one that changes the cluster's objects.
 struct Keeper {
     authority: Authority,
+    leaf_lifetime: Option<Duration>,
     state: PathBuf,
     cluster: Cluster,
     folder: Folder,
@@ -246,7 +248,9 @@ struct LivePod {
 impl Keeper {
     async fn start_processes(&mut self) -> anyhow::Result<()> {
         let Kubelet { network, children, events, .. } = self.kubelet.as_ref();
-        self.processes = processes::start(self.authority, network, self.folder.path(), children, events).await?;
+        let objects = self.folder.path();
+        self.processes =
+            processes::start(self.authority, network, objects, self.leaf_lifetime, children, events).await?;
         Ok(())
     }
 

@@ -50,6 +50,7 @@ mod wiretap;
 pub mod app;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 pub use client::{Outcome, admin, apply, delete, status};
 pub use conversation::Place;
@@ -65,6 +66,8 @@ pub struct Options {
     pub state: Option<PathBuf>,
     /// A file or folder with Kubernetes objects instead of the built-in ones.
     pub manifests: Option<PathBuf>,
+    /// The longest life of a pod's certificate; `None` is the control plane's own.
+    pub leaf_lifetime: Option<Duration>,
     /// The story to be told, in the foreground.
     pub story: Option<Story>,
 }

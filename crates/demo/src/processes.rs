@@ -103,10 +103,11 @@ pub(crate) async fn start(
     authority: Authority,
     network: &Network,
     objects: &Path,
+    leaf_lifetime: Option<Duration>,
     children: &Arc<Children>,
     events: &mpsc::UnboundedSender<Event>,
 ) -> anyhow::Result<Vec<Process>> {
-    let starter = Starter { authority, objects, children, events, logs: Path::new(RUN).join("logs") };
+    let starter = Starter { authority, objects, leaf_lifetime, children, events, logs: Path::new(RUN).join("logs") };
     let mut tokens = String::new();
     let mut nodes = Vec::new();
     for (plan, namespace) in network.nodes() {
@@ -123,6 +124,7 @@ pub(crate) async fn start(
 struct Starter<'a> {
     authority: Authority,
     objects: &'a Path,
+    leaf_lifetime: Option<Duration>,
     children: &'a Arc<Children>,
     events: &'a mpsc::UnboundedSender<Event>,
     logs: PathBuf,
@@ -172,6 +174,9 @@ impl Starter<'_> {
         command.arg("--listen").arg(format!("{}:{CONTROL_PORT}", control_address().v4));
         command.arg("--tokens").arg(directory.join("tokens")).arg("--ca").arg(directory.join("ca"));
         command.arg("--publish-bundle").arg(bundle()).arg("--admin").arg(&admin);
+        if let Some(lifetime) = self.leaf_lifetime {
+            command.arg("--leaf-validity").arg(format!("{}s", lifetime.as_secs()));
+        }
         let process = self.spawn(Role::Control, command, namespace, None, Capabilities::NONE, admin.clone())?;
         // Its socket is there once it has listed every object.
         let deadline = Instant::now() + PATIENCE;

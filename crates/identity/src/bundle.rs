@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use aws_lc_rs::digest;
-use rustls_pki_types::{CertificateDer, TrustAnchor};
+use rustls_pki_types::{CertificateDer, TrustAnchor, UnixTime};
 use thiserror::Error;
 
 use crate::certificate;
@@ -134,6 +134,12 @@ impl TrustBundle {
     /// The roots as webpki takes them.
     pub(crate) fn anchors(&self) -> &[TrustAnchor<'static>] {
         &self.0.anchors
+    }
+
+    /// Until when, after `now`, none of the roots expires.
+    pub(crate) fn constant_until(&self, now: UnixTime) -> UnixTime {
+        let ends = self.0.validities.iter().map(|validity| validity.not_after());
+        ends.filter(|end| *end >= now).min().unwrap_or(now)
     }
 
     /// When the root behind `anchor` is valid; where several roots share its name and key, one answer for each.

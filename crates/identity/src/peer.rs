@@ -6,14 +6,17 @@
 //! What a finished connection does not show is which verifier judged it. That is why [`crate::tls`] is the only place
 //! that gives rustls a verifier; a configuration made elsewhere would make this proof worthless.
 
-use rustls::{CipherSuite, CommonState, NamedGroup, ProtocolVersion};
-use rustls_pki_types::UnixTime;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use rustls::{CipherSuite, CommonState, NamedGroup, ProtocolVersion};
+use rustls_pki_types::{CertificateDer, UnixTime};
+
+use crate::bundle::{Digest, TrustBundle};
 use crate::certificate;
 use crate::refusal::Refusal;
 use crate::spiffe::SpiffeId;
 use crate::validity::Validity;
-use crate::verify::{self, VerifyError};
+use crate::verify::{self, Role, VerifyError, verify};
 
 /// The other side of a finished, mutually checked TLS 1.3 handshake.
 ///
@@ -23,6 +26,16 @@ pub struct VerifiedPeer {
     id: SpiffeId,
     validity: Validity,
     handshake: Handshake,
+    kept: Arc<Kept>,
+}
+
+/// What the peer showed, for the day on which the trust bundle changes. Shared by all clones of a peer.
+#[derive(Debug)]
+struct Kept {
+    chain: Vec<CertificateDer<'static>>,
+    /// The last bundle that the chain was found good under by [`VerifiedPeer::still_valid`], the role, and until when that
+    /// finding holds.
+    good: Mutex<Option<(Digest, Role, UnixTime)>>,
 }
 
 impl VerifiedPeer {
@@ -47,7 +60,29 @@ impl VerifiedPeer {
         let facts = certificate::read(leaf).ok_or(VerifyError::BadEncoding)?;
         let id = verify::identity_of(&facts)?;
         let validity = certificate::validity_of(chain).ok_or(VerifyError::BadEncoding)?;
-        Ok(VerifiedPeer { id, validity, handshake })
+        let kept = Arc::new(Kept { chain: chain.to_vec(), good: Mutex::new(None) });
+        Ok(VerifiedPeer { id, validity, handshake, kept })
+    }
+
+    /// Whether the chain that the peer showed still proves who it is, under the bundle of today (T45): a connection that
+    /// outlives a change of the roots, or waits for its next use, is judged by what it once showed, and not dialled anew.
+    ///
+    /// `role` is the peer's in the handshake. Under the bundle of the last call this costs comparisons alone; under another
+    /// one, the signatures are verified again.
+    ///
+    /// # Errors
+    /// As [`verify`]: what a new handshake with the same certificates would be refused for.
+    pub fn still_valid(&self, role: Role, bundle: &TrustBundle, now: UnixTime) -> Result<(), VerifyError> {
+        let mut good = self.kept.good.lock().unwrap_or_else(PoisonError::into_inner);
+        let known =
+            good.is_some_and(|(under, as_whom, until)| (under, as_whom) == (bundle.digest(), role) && now <= until);
+        if known && self.validity.contains(now) {
+            return Ok(());
+        }
+        let [leaf, intermediates @ ..] = &self.kept.chain[..] else { return Err(VerifyError::BadEncoding) };
+        verify(bundle, leaf, intermediates, role, now)?;
+        *good = Some((bundle.digest(), role, bundle.constant_until(now)));
+        Ok(())
     }
 
     /// Who the peer is.

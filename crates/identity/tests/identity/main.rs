@@ -6,6 +6,7 @@ mod handshakes;
 mod issuing;
 mod mesh;
 mod requests;
+mod standing;
 mod strangers;
 mod svids;
 mod wire;
