@@ -8,10 +8,13 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::registry::Registry;
+use prometheus_client::registry::{Metric, Registry};
 use wire::pods::{CniResult, SocketKind};
 
 use crate::failure::Failure;
+
+/// What all names begin with.
+const PREFIX: &str = "justmtls_agent";
 
 #[derive(Clone, PartialEq, Eq, Hash, EncodeLabelSet, Debug)]
 struct Answer {
@@ -30,7 +33,7 @@ struct Kind {
 
 /// The metrics of the agent.
 pub(crate) struct Metrics {
-    registry: Mutex<Registry>,
+    registry: Mutex<Names>,
     answers: Family<Answer, Counter>,
     failures: Family<Reason, Counter>,
     sockets: Family<Kind, Counter>,
@@ -51,6 +54,24 @@ pub(crate) struct Metrics {
     pub(crate) proxy: Gauge,
 }
 
+/// What is registered, and under which names.
+struct Names {
+    registry: Registry,
+    names: Vec<String>,
+}
+
+impl Names {
+    fn counter(&mut self, name: &str, help: &str, counter: impl Metric) {
+        self.names.push(format!("{PREFIX}_{name}_total"));
+        self.registry.register(name, help, counter);
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, gauge: impl Metric) {
+        self.names.push(format!("{PREFIX}_{name}"));
+        self.registry.register(name, help, gauge);
+    }
+}
+
 impl fmt::Debug for Metrics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Metrics")
@@ -60,7 +81,7 @@ impl fmt::Debug for Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         let metrics = Self {
-            registry: Mutex::new(Registry::with_prefix("justmtls_agent")),
+            registry: Mutex::new(Names { registry: Registry::with_prefix(PREFIX), names: Vec::new() }),
             answers: Family::default(),
             failures: Family::default(),
             sockets: Family::default(),
@@ -80,20 +101,20 @@ impl Default for Metrics {
 
 impl Metrics {
     fn register(&self) {
-        let mut registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
-        registry.register("cni_answers", "Answers to the runtime", self.answers.clone());
-        registry.register("failures", "Failures to capture a pod, by reason", self.failures.clone());
-        registry.register("sockets", "Sockets made for the proxy, by kind", self.sockets.clone());
-        registry.register("socket_failures", "Batches that could not be made, by kind", self.socket_failures.clone());
-        registry.register("repairs", "Captures that were changed by others and made anew", self.repairs.clone());
+        let mut all = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        all.counter("cni_answers", "Answers to the runtime", self.answers.clone());
+        all.counter("failures", "Failures to capture a pod, by reason", self.failures.clone());
+        all.counter("sockets", "Sockets made for the proxy, by kind", self.sockets.clone());
+        all.counter("socket_failures", "Batches that could not be made, by kind", self.socket_failures.clone());
+        all.counter("repairs", "Captures that were changed by others and made anew", self.repairs.clone());
         let help = "Captures that could not be verified or made anew";
-        registry.register("repair_failures", help, self.repair_failures.clone());
-        registry.register("pods", "Pods of this node", self.pods.clone());
-        registry.register("captured_pods", "Pods whose rules stand", self.captured.clone());
+        all.counter("repair_failures", help, self.repair_failures.clone());
+        all.gauge("pods", "Pods of this node", self.pods.clone());
+        all.gauge("captured_pods", "Pods whose rules stand", self.captured.clone());
         let help = "Captured pods that the control plane has confirmed";
-        registry.register("confirmed_pods", help, self.confirmed.clone());
-        registry.register("control_plane_connected", "1 while the stream is up", self.control_plane.clone());
-        registry.register("proxy_connected", "1 while a proxy is connected", self.proxy.clone());
+        all.gauge("confirmed_pods", help, self.confirmed.clone());
+        all.gauge("control_plane_connected", "1 while the stream is up", self.control_plane.clone());
+        all.gauge("proxy_connected", "1 while a proxy is connected", self.proxy.clone());
     }
 
     /// Counts an answer to the runtime.
@@ -114,28 +135,35 @@ impl Metrics {
 
     /// Counts sockets that were made.
     pub(crate) fn made(&self, kind: SocketKind, count: usize) {
-        self.sockets.get_or_create(&Kind { kind: name(kind) }).inc_by(count as u64);
+        self.sockets.get_or_create(&Kind { kind: kind.as_str() }).inc_by(count as u64);
     }
 
     /// Counts a batch that could not be made.
     pub(crate) fn not_made(&self, kind: SocketKind) {
-        self.socket_failures.get_or_create(&Kind { kind: name(kind) }).inc();
+        self.socket_failures.get_or_create(&Kind { kind: kind.as_str() }).inc();
     }
 
     /// All of it in the text format of Prometheus (OpenMetrics 1.0).
     pub(crate) fn text(&self) -> String {
         let mut text = String::new();
         // Writing to a String does not fail.
-        let _ = encode(&mut text, &self.registry.lock().unwrap_or_else(PoisonError::into_inner));
+        let _ = encode(&mut text, &self.registry.lock().unwrap_or_else(PoisonError::into_inner).registry);
         text
     }
 }
 
-fn name(kind: SocketKind) -> &'static str {
-    match kind {
-        SocketKind::OuterV4 => "outer-v4",
-        SocketKind::OuterV6 => "outer-v6",
-        SocketKind::InnerV4 => "inner-v4",
-        SocketKind::InnerV6 => "inner-v6",
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_specification_lists_every_metric_and_no_other() {
+        let mut names = Metrics::default().registry.into_inner().unwrap().names;
+        names.sort();
+        let rows = include_str!("../../../SPECIFICATION.md").lines();
+        let listed = rows.filter_map(|row| row.strip_prefix("| `")?.split_once('`')).map(|(name, _)| name.to_owned());
+        let mut listed: Vec<_> = listed.filter(|name| name.starts_with(PREFIX)).collect();
+        listed.sort();
+        assert_eq!(listed, names);
     }
 }

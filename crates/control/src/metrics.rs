@@ -5,12 +5,15 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::registry::Registry;
+use prometheus_client::registry::{Metric, Registry};
+
+/// What all names begin with.
+const PREFIX: &str = "justmtls_control";
 
 /// Everything that is counted.
 #[derive(Debug)]
 pub(crate) struct Metrics {
-    registry: Registry,
+    registry: Names,
     certificates: Family<Outcome, Counter>,
     refused_calls: Family<Outcome, Counter>,
     pub(crate) changes: Counter,
@@ -21,6 +24,25 @@ pub(crate) struct Metrics {
     pub(crate) captured: Gauge,
 }
 
+/// What is registered, and under which names.
+#[derive(Debug)]
+struct Names {
+    registry: Registry,
+    names: Vec<String>,
+}
+
+impl Names {
+    fn counter(&mut self, name: &str, help: &str, counter: impl Metric) {
+        self.names.push(format!("{PREFIX}_{name}_total"));
+        self.registry.register(name, help, counter);
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, gauge: impl Metric) {
+        self.names.push(format!("{PREFIX}_{name}"));
+        self.registry.register(name, help, gauge);
+    }
+}
+
 #[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
 struct Outcome {
     outcome: String,
@@ -28,23 +50,23 @@ struct Outcome {
 
 impl Metrics {
     pub(crate) fn new() -> Self {
-        let mut registry = Registry::with_prefix("justmtls_control");
+        let mut registry = Names { registry: Registry::with_prefix(PREFIX), names: Vec::new() };
         let certificates = Family::<Outcome, Counter>::default();
-        registry.register("certificates", "Certificates asked for, by outcome", certificates.clone());
+        registry.counter("certificates", "Certificates asked for, by outcome", certificates.clone());
         let refused_calls = Family::<Outcome, Counter>::default();
-        registry.register("refused_calls", "Calls and streams that were refused, by reason", refused_calls.clone());
+        registry.counter("refused_calls", "Calls and streams that were refused, by reason", refused_calls.clone());
         let changes = Counter::default();
-        registry.register("object_changes", "Changes of objects taken in", changes.clone());
+        registry.counter("object_changes", "Changes of objects taken in", changes.clone());
         let published = Counter::default();
-        registry.register("resource_changes", "Changes of what nodes are told", published.clone());
+        registry.counter("resource_changes", "Changes of what nodes are told", published.clone());
         let streams = Gauge::default();
-        registry.register("streams", "Open discovery streams", streams.clone());
+        registry.gauge("streams", "Open discovery streams", streams.clone());
         let problems = Gauge::default();
-        registry.register("problems", "Problems that /problems lists", problems.clone());
+        registry.gauge("problems", "Problems that /problems lists", problems.clone());
         let workloads = Gauge::default();
-        registry.register("workloads", "Workloads published", workloads.clone());
+        registry.gauge("workloads", "Workloads published", workloads.clone());
         let captured = Gauge::default();
-        registry.register("workloads_captured", "Workloads published as speaking justmtls/1", captured.clone());
+        registry.gauge("workloads_captured", "Workloads published as speaking justmtls/1", captured.clone());
         Self { registry, certificates, refused_calls, changes, published, streams, problems, workloads, captured }
     }
 
@@ -62,7 +84,23 @@ impl Metrics {
     pub(crate) fn text(&self) -> String {
         let mut text = String::new();
         // Writing to a String does not fail.
-        let _ = encode(&mut text, &self.registry);
+        let _ = encode(&mut text, &self.registry.registry);
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_specification_lists_every_metric_and_no_other() {
+        let mut names = Metrics::new().registry.names;
+        names.sort();
+        let rows = include_str!("../../../SPECIFICATION.md").lines();
+        let listed = rows.filter_map(|row| row.strip_prefix("| `")?.split_once('`')).map(|(name, _)| name.to_owned());
+        let mut listed: Vec<_> = listed.filter(|name| name.starts_with(PREFIX)).collect();
+        listed.sort();
+        assert_eq!(listed, names);
     }
 }

@@ -31,4 +31,4 @@ pub use route::{Fallback, Outgoing, Route, Target, route};
 pub use service::{Affinity, Reach, Service, ServiceName, ServicePort};
 pub use settings::{AddressClass, MeshSettings};
 pub use view::{Resource, ResourceKey, View};
-pub use workload::{Endpoint, EndpointPort, Mode, Modes, PodUid, Speaks, Uncaptured, Workload, WorkloadUid};
+pub use workload::{Canonical, Endpoint, EndpointPort, Mode, Modes, PodUid, Speaks, Uncaptured, Workload, WorkloadUid};

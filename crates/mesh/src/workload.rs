@@ -110,6 +110,27 @@ pub struct Endpoint {
     pub ports: Vec<EndpointPort>,
 }
 
+/// What dashboards call a workload, in Istio's words. Nothing is decided by it: whoever makes a pod chooses its labels.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Canonical {
+    /// What made the pod, as a Deployment; the pod itself where nothing did.
+    pub workload: Arc<str>,
+    /// The application that it is an instance of.
+    pub service: Arc<str>,
+    /// Its version.
+    pub revision: Arc<str>,
+}
+
+impl Canonical {
+    /// The revision of what names none.
+    pub const LATEST: &'static str = "latest";
+
+    /// The names of something that has only one.
+    pub fn of(name: &str) -> Self {
+        Self { workload: name.into(), service: name.into(), revision: Self::LATEST.into() }
+    }
+}
+
 /// One workload.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Workload {
@@ -121,6 +142,8 @@ pub struct Workload {
     pub name: Arc<str>,
     /// Namespace of the pod.
     pub namespace: Arc<str>,
+    /// What dashboards call it.
+    pub canonical: Canonical,
     /// The identity that its certificate must show.
     pub identity: SpiffeId,
     /// Its addresses, each family.

@@ -23,6 +23,7 @@ use tokio::net::{TcpListener, UnixListener};
 use crate::certs::Authority;
 use crate::connections::{Connection, Security};
 use crate::cores::Cores;
+use crate::metrics::Now;
 use crate::node::Node;
 use crate::pods::Pods;
 
@@ -80,9 +81,14 @@ pub(crate) async fn serve_metrics<A: Authority>(address: SocketAddr, shown: Arc<
 
 async fn metrics<A: Authority>(State(shown): Shared<A>) -> impl IntoResponse {
     let node = &shown.node;
-    node.connections.all().iter().for_each(|connection| node.metrics.carried(connection));
-    node.metrics.view.set(node.view.version().cast_signed());
-    ([(CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], node.metrics.text())
+    let now = Now {
+        time: node.clock.monotonic(),
+        connections: &node.connections.all(),
+        view: node.view.version(),
+        svids: &node.certificates.all(),
+        stash: shown.pods.stashed(),
+    };
+    ([(CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], node.metrics.text(&now))
 }
 
 /// Ready means: whoever starts a pod here gets it captured and certified.

@@ -32,6 +32,28 @@ const PER_CONNECTION: u64 = 2;
 /// Descriptors for everything else: listeners, stashes, runtimes.
 const RESERVED: u64 = 512;
 
+/// What may run out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Budget {
+    /// Connections of a pod.
+    Connections,
+    /// Connections that have not proven anything yet.
+    HalfRead,
+    /// Handshakes under way.
+    Handshakes,
+}
+
+impl Budget {
+    /// The name in metrics and logs.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Connections => "connections",
+            Self::HalfRead => "half-read",
+            Self::Handshakes => "handshakes",
+        }
+    }
+}
+
 /// The budgets of the process.
 #[derive(Debug)]
 pub(crate) struct Budgets {
@@ -82,7 +104,11 @@ impl Budgets {
         };
         let total = held.total.fetch_add(1, Ordering::Relaxed) + 1;
         // `held` gives both back when this refuses.
-        if of_source > HALF_READ_PER_SOURCE || total > HALF_READ { Err(EndedEarly::OverBudget) } else { Ok(held) }
+        if of_source > HALF_READ_PER_SOURCE || total > HALF_READ {
+            Err(EndedEarly::OverBudget(Budget::HalfRead))
+        } else {
+            Ok(held)
+        }
     }
 
     /// A place for a connection and its handshake from `source` to `destination`; stands in line for it.
@@ -125,7 +151,7 @@ impl Lines {
         match timeout(HANDSHAKE_LINE, line.acquire_owned()).await {
             Ok(Ok(permit)) => place.permit = Some(permit),
             // `place` forgets the line where it was the last in it.
-            Ok(Err(_)) | Err(_) => return Err(EndedEarly::OverBudget),
+            Ok(Err(_)) | Err(_) => return Err(EndedEarly::OverBudget(Budget::Handshakes)),
         }
         Ok(place)
     }
@@ -174,7 +200,7 @@ mod tests {
     fn a_source_over_its_budget_is_refused_and_its_neighbour_is_not() {
         let budgets = Budgets::new(4096);
         let held: Vec<_> = (0..HALF_READ_PER_SOURCE).map(|_| budgets.half_read(address(1)).unwrap()).collect();
-        assert_eq!(budgets.half_read(address(1)).unwrap_err(), EndedEarly::OverBudget);
+        assert_eq!(budgets.half_read(address(1)).unwrap_err(), EndedEarly::OverBudget(Budget::HalfRead));
         assert!(budgets.half_read(address(2)).is_ok());
         drop(held);
         assert!(budgets.half_read(address(1)).is_ok());
@@ -188,7 +214,7 @@ mod tests {
         for _ in 0..HANDSHAKES {
             hanging.push(budgets.dial(address(1), dead).await.unwrap());
         }
-        assert_eq!(budgets.dial(address(1), dead).await.unwrap_err(), EndedEarly::OverBudget);
+        assert_eq!(budgets.dial(address(1), dead).await.unwrap_err(), EndedEarly::OverBudget(Budget::Handshakes));
         assert!(budgets.dial(address(1), alive).await.is_ok());
         assert!(budgets.dial(address(2), dead).await.is_ok());
         let (next, ()) = tokio::join!(budgets.dial(address(1), dead), async { drop(hanging.pop()) });

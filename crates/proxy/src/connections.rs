@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::clock::Clock;
+use crate::metrics::Counted;
 use crate::pod::Pod;
 use crate::reasons::EndedEarly;
 use crate::splice::Bytes;
@@ -106,7 +107,8 @@ pub(crate) struct Connection {
     cut: OnceLock<EndedEarly>,
     cut_now: Notify,
     /// Bytes that metrics have seen already.
-    counted: Bytes,
+    seen: Bytes,
+    counted: OnceLock<Counted>,
 }
 
 impl Connection {
@@ -155,13 +157,24 @@ impl Connection {
         self.started.elapsed()
     }
 
-    /// Bytes sent and received since the last call: what metrics have not seen.
-    pub(crate) fn uncounted(&self) -> (u64, u64) {
+    /// Says what this connection counts on, once.
+    pub(crate) fn count_on(&self, find: impl FnOnce() -> Counted) {
+        self.counted.get_or_init(find);
+    }
+
+    /// What it counts on, where it was decided.
+    pub(crate) fn counted(&self) -> Option<&Counted> {
+        self.counted.get()
+    }
+
+    /// Tells metrics of the bytes since the last time. Several may do so at once; each byte is told once.
+    pub(crate) fn count_bytes(&self) {
+        let Some(counted) = self.counted.get() else { return };
         let new = |now: &AtomicU64, seen: &AtomicU64| {
             let now = now.load(Ordering::Relaxed);
-            now - seen.swap(now, Ordering::Relaxed).min(now)
+            now.saturating_sub(seen.fetch_max(now, Ordering::Relaxed))
         };
-        (new(&self.bytes.sent, &self.counted.sent), new(&self.bytes.received, &self.counted.received))
+        counted.carried(new(&self.bytes.sent, &self.seen.sent), new(&self.bytes.received, &self.seen.received));
     }
 }
 
@@ -193,7 +206,8 @@ impl Registry {
             decision: Mutex::default(),
             cut: OnceLock::new(),
             cut_now: Notify::new(),
-            counted: Bytes::default(),
+            seen: Bytes::default(),
+            counted: OnceLock::new(),
         });
         self.lock().insert(connection.id, connection.clone());
         connection

@@ -51,7 +51,8 @@ pub(crate) async fn serve(
 
     let config = node.certificates.server(&pod.identity).await?;
     let place = node.budgets.accept(source.ip(), destination).await?;
-    let mut tunnel = tunnel::accept(client, hello.into_bytes(), config).await?;
+    let accepting = tunnel::accept(client, hello.into_bytes(), config);
+    let mut tunnel = node.metrics.handshake(connection.direction, accepting).await?;
     drop((place, half_read));
 
     let claim = tunnel.receive_open().await?;
@@ -71,7 +72,7 @@ pub(crate) async fn serve(
             return Err(early);
         }
     };
-    node.metrics.opened(connection);
+    node.opened(connection);
 
     tunnel.leg.sink.queue(&Control::Opened { lease: FIRST_LEASE });
     let mut server = plain_leg(server, Side::Server);
@@ -204,7 +205,7 @@ async fn in_clear(
     if seen == First::Hello {
         return Ok(Clear::HelloAfterAll(client, first));
     }
-    node.metrics.opened(connection);
+    node.opened(connection);
     let mut client = guarded_leg(client, first, seen);
     let mut server = plain_leg(server, Side::Server);
     splice::splice(&mut client, &mut server, &connection.bytes).await?;

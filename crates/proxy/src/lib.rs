@@ -13,6 +13,7 @@
 
 #![forbid(unsafe_code)]
 
+mod access_log;
 mod admin;
 mod agent;
 mod budgets;

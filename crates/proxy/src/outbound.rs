@@ -42,7 +42,7 @@ pub(crate) async fn serve(
     let config = node.certificates.client(&pod.identity, &target.workload.identity).await?;
     let place = node.budgets.dial(connection.source.ip(), target.address).await?;
     let (outer, _own) = legs::to_wire(pod, connection.source.ip(), target.address).await?;
-    let mut tunnel = tunnel::dial(outer, config).await?;
+    let mut tunnel = node.metrics.handshake(connection.direction, tunnel::dial(outer, config)).await?;
     drop(place);
 
     connection.decide(Decision {
@@ -51,7 +51,7 @@ pub(crate) async fn serve(
         other: Some(name(&target.workload)),
         service: target.service.as_ref().map(|service| service.to_string().into()),
     });
-    node.metrics.opened(connection);
+    node.opened(connection);
 
     let mut client = plain_leg(client, Side::Client);
     let open = Control::Open { lease: FIRST_LEASE, claim: claim(connection, &target) };
@@ -158,7 +158,7 @@ fn claim(connection: &Connection, target: &Target) -> Claim {
 async fn in_clear(node: &Node, pod: &Arc<Pod>, connection: &Connection, client: TcpStream) -> Result<(), EndedEarly> {
     let to = connection.decision().ok_or(EndedEarly::System("decide"))?.to;
     let (outer, _own) = legs::to_wire(pod, connection.source.ip(), to).await?;
-    node.metrics.opened(connection);
+    node.opened(connection);
     let mut client = plain_leg(client, Side::Client);
     let mut server = plain_leg(outer, Side::Server);
     splice::splice(&mut client, &mut server, &connection.bytes).await?;

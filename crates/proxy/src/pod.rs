@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use identity::SpiffeId;
 use mesh::PodUid;
 
+use crate::budgets::Budget;
 use crate::reasons::EndedEarly;
 use crate::stash::Stash;
 
@@ -41,7 +42,11 @@ impl Pod {
     pub(crate) fn count_in(self: &Arc<Self>, most: usize) -> Result<Counted, EndedEarly> {
         let counted = Counted(self.clone());
         // `counted` counts out again when this refuses.
-        if self.open.fetch_add(1, Ordering::Relaxed) >= most { Err(EndedEarly::OverBudget) } else { Ok(counted) }
+        if self.open.fetch_add(1, Ordering::Relaxed) >= most {
+            Err(EndedEarly::OverBudget(Budget::Connections))
+        } else {
+            Ok(counted)
+        }
     }
 
     /// How many connections it has.
@@ -102,7 +107,7 @@ mod tests {
     fn a_pod_over_its_budget_is_refused_until_one_of_its_connections_ends() {
         let pod = pod();
         let first = pod.count_in(1).unwrap();
-        assert_eq!(pod.count_in(1).unwrap_err(), EndedEarly::OverBudget);
+        assert_eq!(pod.count_in(1).unwrap_err(), EndedEarly::OverBudget(Budget::Connections));
         assert_eq!(pod.open(), 1);
         drop(first);
         assert!(pod.count_in(1).is_ok());

@@ -142,6 +142,15 @@ impl<A: Authority> Pods<A> {
         self.lock().values().map(summary).collect()
     }
 
+    /// Sockets in the stashes of all pods, in the order of [`SocketKind::ALL`].
+    pub(crate) fn stashed(&self) -> [usize; SocketKind::ALL.len()] {
+        let mut sum = [0; SocketKind::ALL.len()];
+        for served in self.lock().values() {
+            sum.iter_mut().zip(served.pod.stash.counts()).for_each(|(sum, count)| *sum += count);
+        }
+        sum
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<PodUid, Served>> {
         self.served.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -11,6 +11,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
+use crate::access_log::AccessLog;
 use crate::agent::{self, Said};
 use crate::clock::Clock;
 use crate::control_plane::ControlPlane;
@@ -47,6 +48,21 @@ pub struct Args {
     /// Threads that serve connections; one for each processor where it is not said.
     #[arg(long)]
     pub cores: Option<usize>,
+    /// How connections are logged when they have ended: one JSON object in a line for each, or not at all.
+    #[arg(long, value_enum, default_value = "json")]
+    pub access_log: AccessLogFormat,
+    /// File that the access log is appended to, instead of standard output.
+    #[arg(long)]
+    pub access_log_file: Option<PathBuf>,
+}
+
+/// How connections are logged.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum, Debug)]
+pub enum AccessLogFormat {
+    /// Not at all.
+    Off,
+    /// One JSON object for each, in a line of its own.
+    Json,
 }
 
 /// The shortest time between two judgements of all open connections: a rollout changes the view many times a second.
@@ -114,7 +130,9 @@ pub fn run(args: Args) -> Result<()> {
 
 async fn serve(args: Args, descriptors: u64) -> Result<()> {
     let count = args.cores.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-    let node = Arc::new(Node::new(Clock::default(), descriptors));
+    let mut node = Node::new(Clock::default(), descriptors);
+    node.access_log = access_log(&args, &node)?;
+    let node = Arc::new(node);
     let cores = Arc::new(Cores::start(count, &node).context("cannot start the threads that serve connections")?);
     let control = Arc::new(ControlPlane::new(&args, node.clone()));
     let (say, outgoing) = mpsc::unbounded_channel();
@@ -161,6 +179,21 @@ async fn serve(args: Args, descriptors: u64) -> Result<()> {
     Ok(())
 }
 
+fn access_log(args: &Args, node: &Node) -> Result<AccessLog> {
+    let dropped = node.metrics.log_dropped.clone();
+    let started = match (args.access_log, &args.access_log_file) {
+        (AccessLogFormat::Off, _) => return Ok(AccessLog::off()),
+        (AccessLogFormat::Json, None) => AccessLog::start(std::io::stdout(), dropped),
+        (AccessLogFormat::Json, Some(path)) => {
+            // Appending lets others truncate it under us.
+            let file = std::fs::File::options().create(true).append(true).open(path);
+            let file = file.with_context(|| format!("cannot open {} (--access-log-file)", path.display()))?;
+            AccessLog::start(file, dropped)
+        }
+    };
+    started.context("cannot start the thread of the access log")
+}
+
 /// Ends what is open. There is nothing that could take it over yet, so each connection gets its reset and its line.
 async fn end(node: &Node) {
     let open = node.connections.all();
@@ -170,6 +203,7 @@ async fn end(node: &Node) {
     while !node.connections.all().is_empty() && Instant::now() < deadline {
         sleep(Duration::from_millis(10)).await;
     }
+    node.access_log.flush(FAREWELL);
 }
 
 fn config(args: &Args, cores: usize) -> serde_json::Value {
@@ -182,5 +216,7 @@ fn config(args: &Args, cores: usize) -> serde_json::Value {
         "admin": args.admin,
         "metrics": args.metrics,
         "cores": cores,
+        "access_log": format!("{:?}", args.access_log).to_lowercase(),
+        "access_log_file": args.access_log_file,
     })
 }

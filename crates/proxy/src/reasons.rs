@@ -10,6 +10,8 @@ use mesh::RefuseReason;
 use tracing::Level;
 use wire::tunnel::{Reason, Violation};
 
+use crate::budgets::Budget;
+
 /// An end of a connection, named by the part that it plays in the application's protocol.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Side {
@@ -78,7 +80,7 @@ pub(crate) enum EndedEarly {
     /// The agent gave no socket of the pod in time.
     NoSocket,
     /// A pod, or a source address, has more open than it may (T18).
-    OverBudget,
+    OverBudget(Budget),
     /// The pod is gone.
     PodRemoved,
     /// The proxy ends.
@@ -121,7 +123,7 @@ impl EndedEarly {
             Self::Unreachable => ("unreachable", F::Environment, L::INFO),
             Self::NoCertificate => ("no-certificate", F::Environment, L::WARN),
             Self::NoSocket => ("no-socket", F::Environment, L::WARN),
-            Self::OverBudget => ("over-budget", F::Peer, L::WARN),
+            Self::OverBudget(_) => ("over-budget", F::Peer, L::WARN),
             Self::PodRemoved => ("pod-removed", F::Environment, L::INFO),
             Self::ShuttingDown => ("shutting-down", F::Environment, L::INFO),
             Self::System(_) => ("system-call-failed", F::Ours, L::ERROR),
@@ -166,6 +168,7 @@ impl fmt::Display for EndedEarly {
             Self::Handshake(refusal) => write!(f, " ({refusal})"),
             Self::RefusedByPeer(reason) => write!(f, " ({reason})"),
             Self::System(call) => write!(f, " ({call})"),
+            Self::OverBudget(budget) => write!(f, " ({})", budget.as_str()),
             _ => Ok(()),
         }
     }
@@ -194,7 +197,7 @@ mod tests {
             EndedEarly::Unreachable,
             EndedEarly::NoCertificate,
             EndedEarly::NoSocket,
-            EndedEarly::OverBudget,
+            EndedEarly::OverBudget(Budget::Connections),
             EndedEarly::PodRemoved,
             EndedEarly::ShuttingDown,
             EndedEarly::System("setsockopt"),

@@ -78,6 +78,13 @@ pub(crate) struct Bytes {
     pub(crate) received: AtomicU64,
 }
 
+impl Bytes {
+    /// Both, as they are now.
+    pub(crate) fn now(&self) -> (u64, u64) {
+        (self.sent.load(Ordering::Relaxed), self.received.load(Ordering::Relaxed))
+    }
+}
+
 /// Copies both ways until both directions ended in order, or one side cut the connection.
 pub(crate) async fn splice<CF: Source, CT: Sink, SF: Source, ST: Sink>(
     client: &mut Leg<CF, CT>,

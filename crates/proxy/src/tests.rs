@@ -1,9 +1,10 @@
 //! The data path over real sockets and real certificates, both sides of it in one process.
 
-mod world;
+pub(crate) mod world;
 
 mod captured;
 mod certificates;
 mod hostile;
 mod in_clear;
+mod seen;
 mod whole_path;

@@ -101,6 +101,16 @@ pub enum SocketKind {
 impl SocketKind {
     /// All kinds.
     pub const ALL: [Self; 4] = [Self::OuterV4, Self::OuterV6, Self::InnerV4, Self::InnerV6];
+
+    /// The name in logs and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::OuterV4 => "outer-v4",
+            Self::OuterV6 => "outer-v6",
+            Self::InnerV4 => "inner-v4",
+            Self::InnerV6 => "inner-v6",
+        }
+    }
 }
 
 /// A pod that the proxy is to serve. The descriptors beside the message are its listeners, in the order of `listeners`.

@@ -185,6 +185,7 @@ impl Index {
             uid: pod_workload_uid(&pod.name),
             pod_uid: pod.uid.clone(),
             name: pod.name.name.as_str().into(),
+            canonical: pod.canonical.clone(),
             namespace: pod.name.namespace.as_str().into(),
             identity: pod.identity.clone(),
             addresses,

@@ -4,7 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use manifests::Kind;
-use mesh::{EndpointPort, PodUid, Reach, Service, ServiceName, ServicePort, Speaks, Uncaptured, Workload, WorkloadUid};
+use mesh::{
+    Canonical, EndpointPort, PodUid, Reach, Service, ServiceName, ServicePort, Speaks, Uncaptured, Workload,
+    WorkloadUid,
+};
 
 use super::cluster::Cluster;
 use super::facts::Name;
@@ -118,6 +121,7 @@ pub(crate) fn bare_workload(
         uid: bare_uid(address),
         pod_uid: PodUid::from(""),
         name: address.to_string().into(),
+        canonical: Canonical::of(&address.to_string()),
         namespace,
         identity,
         addresses: vec![address],

@@ -4,8 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use identity::SpiffeId;
 use mesh::{
-    Affinity, Endpoint, EndpointPort, MeshSettings, Mode, Modes, PodUid, PolicyName, Reach, Resource, Service,
-    ServiceName, ServicePort, Speaks, Uncaptured, View, Workload, WorkloadUid,
+    Affinity, Canonical, Endpoint, EndpointPort, MeshSettings, Mode, Modes, PodUid, PolicyName, Reach, Resource,
+    Service, ServiceName, ServicePort, Speaks, Uncaptured, View, Workload, WorkloadUid,
 };
 
 pub(crate) fn ip(text: &str) -> IpAddr {
@@ -35,6 +35,7 @@ pub(crate) fn pod(name: &str, number: u8) -> Workload {
         uid: WorkloadUid::from(format!("Kubernetes//Pod/shop/{name}").as_str()),
         pod_uid: PodUid::from(name),
         name: name.into(),
+        canonical: Canonical::of(name),
         namespace: "shop".into(),
         identity: id("shop", name),
         addresses: vec![IpAddr::from([10, 0, 0, number]), ip(&format!("fd00::{number}"))],

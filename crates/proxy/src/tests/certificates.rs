@@ -48,7 +48,12 @@ fn setting() -> Setting {
     let certificates = Arc::new(Certificates::new(clock.clone()));
     certificates.set_bundle(authority.bundle.clone());
     let flaky = Flaky { authority, clock: clock.clone(), works: AtomicBool::new(true), asked: AtomicUsize::new(0) };
-    Setting { clock, certificates, authority: Arc::new(flaky), metrics: Arc::default() }
+    Setting {
+        clock,
+        certificates,
+        authority: Arc::new(flaky),
+        metrics: Arc::new(Metrics::new(tokio::time::Instant::now())),
+    }
 }
 
 impl Setting {

@@ -10,7 +10,7 @@ use identity::csr::{CertificateRequest, PublicKeyOfRequest};
 use identity::issuer::{Intermediate, Root, WorkloadToCertify};
 use identity::{PrivateKey, SpiffeId, Svid, TrustBundle, TrustDomain};
 use ipnet::IpNet;
-use mesh::{MeshSettings, Mode, Modes, PodUid, Resource, Speaks, Uncaptured, Workload, WorkloadUid};
+use mesh::{Canonical, MeshSettings, Mode, Modes, PodUid, Resource, Speaks, Uncaptured, Workload, WorkloadUid};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
@@ -26,7 +26,7 @@ use crate::stash::Stash;
 use crate::{inbound, legs, outbound, redirect};
 
 /// The address of the pod `a/client`.
-pub(super) const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(127, 77, 0, 1));
+pub(crate) const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(127, 77, 0, 1));
 /// The address of the pod `b/server`.
 pub(super) const SERVER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(127, 77, 0, 2));
 
@@ -81,16 +81,17 @@ pub(super) struct World {
 }
 
 /// An identity in the test's trust domain.
-pub(super) fn id(text: &str) -> SpiffeId {
+pub(crate) fn id(text: &str) -> SpiffeId {
     format!("spiffe://cluster.local/ns/{text}").parse().unwrap()
 }
 
 /// A workload that is captured and permissive.
-pub(super) fn workload(name: &str, identity: &SpiffeId, address: IpAddr) -> Workload {
+pub(crate) fn workload(name: &str, identity: &SpiffeId, address: IpAddr) -> Workload {
     Workload {
         uid: WorkloadUid::from(name),
         pod_uid: PodUid::from(name),
         name: name.into(),
+        canonical: Canonical::of(name),
         namespace: identity.namespace().into(),
         identity: identity.clone(),
         addresses: vec![address],

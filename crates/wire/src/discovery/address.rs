@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use identity::{SpiffeId, TrustDomain};
 use mesh::{
-    Affinity, Endpoint, EndpointPort, Mode, Modes, PodUid, Reach, Service, ServiceName, ServicePort, Speaks,
+    Affinity, Canonical, Endpoint, EndpointPort, Mode, Modes, PodUid, Reach, Service, ServiceName, ServicePort, Speaks,
     Uncaptured, Workload, WorkloadUid,
 };
 use prost::Message;
@@ -45,8 +45,9 @@ pub(super) fn encode_workload(workload: &Workload) -> Vec<u8> {
         service_account: workload.identity.service_account().to_owned(),
         node: workload.node.to_string(),
         workload_type: istio::WorkloadType::Pod.into(),
-        workload_name: workload.name.to_string(),
-        canonical_name: workload.name.to_string(),
+        workload_name: workload.canonical.workload.to_string(),
+        canonical_name: workload.canonical.service.to_string(),
+        canonical_revision: workload.canonical.revision.to_string(),
         authorization_policies: workload.policies.iter().map(ToString::to_string).collect(),
         status: istio::WorkloadStatus::Healthy.into(),
         cluster_id: CLUSTER.to_owned(),
@@ -184,6 +185,11 @@ fn decode_workload(message: istio::Workload) -> Result<Workload, Fault> {
         uid: WorkloadUid::from(message.uid.as_str()),
         pod_uid: PodUid::from(extension.pod_uid.as_str()),
         identity: SpiffeId::new(&trust_domain, &message.namespace, &message.service_account)?,
+        canonical: Canonical {
+            workload: message.workload_name.into(),
+            service: message.canonical_name.into(),
+            revision: message.canonical_revision.into(),
+        },
         name: message.name.into(),
         namespace: message.namespace.into(),
         addresses: message

@@ -5,9 +5,9 @@ mod translation;
 
 use identity::SpiffeId;
 use mesh::{
-    Action, Affinity, Clause, Endpoint, EndpointPort, Match, MeshSettings, Mode, Modes, PodUid, Policy, PolicyName,
-    Reach, Rule, Scope, Service, ServiceAccountMatch, ServicePort, Speaks, StringMatch, Uncaptured, Workload,
-    WorkloadUid,
+    Action, Affinity, Canonical, Clause, Endpoint, EndpointPort, Match, MeshSettings, Mode, Modes, PodUid, Policy,
+    PolicyName, Reach, Rule, Scope, Service, ServiceAccountMatch, ServicePort, Speaks, StringMatch, Uncaptured,
+    Workload, WorkloadUid,
 };
 use proptest::prelude::*;
 
@@ -71,6 +71,7 @@ fn workload() -> impl Strategy<Value = Workload> {
         Workload {
             uid: WorkloadUid::from(format!("Kubernetes//Pod/{}/{name}", identity.namespace()).as_str()),
             pod_uid: PodUid::from(format!("uid-{name}").as_str()),
+            canonical: Canonical { revision: "v2".into(), service: "shop".into(), ..Canonical::of(&name) },
             name: name.into(),
             namespace: identity.namespace().into(),
             identity,

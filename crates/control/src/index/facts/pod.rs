@@ -7,7 +7,7 @@ use identity::SpiffeId;
 use manifests::Kind;
 use manifests::k8s_openapi::api::core::v1 as core;
 use manifests::k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use mesh::PodUid;
+use mesh::{Canonical, PodUid};
 
 use super::{Name, addresses};
 use crate::problem::{Problem, quoted};
@@ -62,6 +62,7 @@ impl Namespace {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Pod {
     pub(crate) name: Name,
+    pub(crate) canonical: Canonical,
     pub(crate) uid: PodUid,
     pub(crate) labels: BTreeMap<String, String>,
     pub(crate) mode: Option<ModeLabel>,
@@ -114,7 +115,75 @@ impl Pod {
             identity,
             host_network: spec.host_network.unwrap_or(false),
             addresses: addresses(first.chain(listed), &object, "status.podIPs", problems),
+            canonical: canonical(&pod.metadata, &name),
             name,
         })
+    }
+}
+
+/// The names by which Istio's dashboards know a pod, found as Istio finds them: its controller, and its labels.
+fn canonical(metadata: &ObjectMeta, name: &Name) -> Canonical {
+    let label = |keys: &[&str]| {
+        let labels = metadata.labels.as_ref()?;
+        keys.iter()
+            .filter_map(|key| labels.get(*key))
+            .find(|value| !value.is_empty())
+            .map(|value| value.as_str().into())
+    };
+    let mut owners = metadata.owner_references.iter().flatten();
+    let controller = owners.find(|owner| owner.controller == Some(true));
+    let workload = match controller {
+        // A Deployment's ReplicaSets are named after it and the hash of their template, which each pod carries, too.
+        Some(owner) if owner.kind == "ReplicaSet" => {
+            let hash: Option<std::sync::Arc<str>> = label(&["pod-template-hash"]);
+            let deployment = hash.and_then(|hash| owner.name.strip_suffix(&*hash)?.strip_suffix('-'));
+            deployment.unwrap_or(&owner.name)
+        }
+        Some(owner) => &owner.name,
+        None => &name.name,
+    };
+    Canonical {
+        service: label(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"])
+            .unwrap_or_else(|| workload.into()),
+        revision: label(&["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"])
+            .unwrap_or_else(|| Canonical::LATEST.into()),
+        workload: workload.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use manifests::k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+
+    use super::*;
+
+    fn names(owner: Option<(&str, &str)>, labels: &[(&str, &str)]) -> [String; 3] {
+        let owner = owner.map(|(kind, name)| OwnerReference {
+            kind: kind.to_owned(),
+            name: name.to_owned(),
+            controller: Some(true),
+            ..OwnerReference::default()
+        });
+        let metadata = ObjectMeta {
+            owner_references: owner.map(|owner| vec![owner]),
+            labels: Some(labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()),
+            ..ObjectMeta::default()
+        };
+        let canonical = canonical(&metadata, &Name::new("shop", "web-5d4f-x2"));
+        [canonical.workload, canonical.service, canonical.revision].map(|name| name.to_string())
+    }
+
+    #[test]
+    fn a_pod_is_known_by_its_controller_and_its_labels_as_in_istio() {
+        assert_eq!(names(None, &[]), ["web-5d4f-x2", "web-5d4f-x2", "latest"]);
+        let hash = ("pod-template-hash", "5d4f");
+        assert_eq!(names(Some(("ReplicaSet", "web-5d4f")), &[hash]), ["web", "web", "latest"]);
+        assert_eq!(names(Some(("ReplicaSet", "bare-set")), &[hash]), ["bare-set", "bare-set", "latest"]);
+        assert_eq!(names(Some(("StatefulSet", "db")), &[("app", "postgres")]), ["db", "postgres", "latest"]);
+        let labels =
+            [("app", "a"), ("app.kubernetes.io/name", "b"), ("version", "v1"), ("app.kubernetes.io/version", "2")];
+        assert_eq!(names(None, &labels)[1..], ["b", "2"]);
+        let istio = [("service.istio.io/canonical-name", "c"), ("service.istio.io/canonical-revision", "v3")];
+        assert_eq!(names(None, &[&labels[..], &istio[..]].concat())[1..], ["c", "v3"]);
     }
 }
