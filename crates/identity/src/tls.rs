@@ -45,7 +45,7 @@ pub fn client_config(
         .dangerous()
         .with_custom_certificate_verifier(WorkloadVerifier::exactly(bundle, expected))
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(svid.certified_key())));
-    finish_client(config, JUSTMTLS_1)
+    finish_client(config, JUSTMTLS_1, true)
 }
 
 /// For a workload that others connect to: shows its own certificate, and accepts any workload of its trust domain.
@@ -55,7 +55,7 @@ pub fn server_config(svid: &Svid, bundle: &TrustBundle, time: Arc<dyn TimeProvid
     let config = start(ServerConfig::builder_with_details(provider(), time))
         .with_client_cert_verifier(WorkloadVerifier::anyone(bundle))
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(svid.certified_key())));
-    finish_server(config, JUSTMTLS_1)
+    finish_server(config, JUSTMTLS_1, true)
 }
 
 /// For a node that connects to the control plane, which must be exactly `expected`. The node shows no certificate: it
@@ -69,7 +69,7 @@ pub fn control_client_config(
         .dangerous()
         .with_custom_certificate_verifier(WorkloadVerifier::exactly(bundle, expected))
         .with_no_client_auth();
-    finish_client(config, H2)
+    finish_client(config, H2, false)
 }
 
 /// For the control plane: shows its certificate and asks for none.
@@ -77,7 +77,7 @@ pub fn control_server_config(svid: &Svid, time: Arc<dyn TimeProvider>) -> Arc<Se
     let config = start(ServerConfig::builder_with_details(provider(), time))
         .with_no_client_auth()
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(svid.certified_key())));
-    finish_server(config, H2)
+    finish_server(config, H2, false)
 }
 
 /// The server name that rustls' client connections ask for. It is never sent, and no verifier here looks at it.
@@ -106,7 +106,9 @@ fn start<S: ConfigSide>(builder: ConfigBuilder<S, rustls::WantsVersions>) -> Con
     builder.with_protocol_versions(VERSIONS).expect("the provider above has suites and groups for TLS 1.3")
 }
 
-fn finish_client(mut config: ClientConfig, protocol: &[u8]) -> Arc<ClientConfig> {
+/// `records`: who has the connection seals and opens its records, and so is given the keys of the session.
+fn finish_client(mut config: ClientConfig, protocol: &[u8], records: bool) -> Arc<ClientConfig> {
+    config.enable_secret_extraction = records;
     config.alpn_protocols = vec![protocol.to_vec()];
     config.resumption = Resumption::disabled();
     config.enable_early_data = false;
@@ -114,7 +116,8 @@ fn finish_client(mut config: ClientConfig, protocol: &[u8]) -> Arc<ClientConfig>
     Arc::new(config)
 }
 
-fn finish_server(mut config: ServerConfig, protocol: &[u8]) -> Arc<ServerConfig> {
+fn finish_server(mut config: ServerConfig, protocol: &[u8], records: bool) -> Arc<ServerConfig> {
+    config.enable_secret_extraction = records;
     config.alpn_protocols = vec![protocol.to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;

@@ -9,13 +9,14 @@
 //! from capture and is not transparent; what carries IN speaks to the application in a client's name, is
 //! transparent and is never exempt.
 
-use std::io;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::IpBindAddressNoPort;
+use nix::sys::uio::{readv, writev};
 use nix::unistd::Uid;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 
@@ -187,6 +188,22 @@ fn tcp(family: IpFamily) -> io::Result<Socket> {
         socket.set_only_v6(true)?;
     }
     Ok(socket)
+}
+
+/// Reads into several places at once, in their order, and returns how many bytes; 0 is the end of the stream.
+///
+/// # Errors
+/// What readv(2) says; `WouldBlock` where nothing is there.
+pub fn read_vectored(socket: &impl AsFd, places: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+    Ok(readv(socket, places)?)
+}
+
+/// Writes from several places at once, in their order, and returns how many bytes the kernel took.
+///
+/// # Errors
+/// What writev(2) says; `WouldBlock` where there is no room.
+pub fn write_vectored(socket: &impl AsFd, places: &[IoSlice<'_>]) -> io::Result<usize> {
+    Ok(writev(socket, places)?)
 }
 
 /// What all sockets of the data path have, and what an accepted one inherits from its listener.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use identity::csr::CertificateRequest;
 use identity::lifecycle::{self, Next};
 use identity::verify::{Role, verify};
-use identity::{PrivateKey, SpiffeId, Svid, TrustBundle, tls};
+use identity::{PrivateKey, SpiffeId, Svid, TrustBundle, UnixTime, VerifiedPeer, tls};
 use rustls::{ClientConfig, ServerConfig};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
@@ -133,24 +133,28 @@ impl Certificates {
         held.clients.retain(|(from, _), _| from != id);
     }
 
-    /// What to show to a server and whom to expect, for a pod of identity `from` that connects to one of `to`. Waits for
-    /// the certificate where there is none yet.
+    /// What to show to a server and whom to expect, for a pod of identity `from` that connects to one of `to`, and the last
+    /// second in which it is valid. Waits for the certificate where there is none yet.
     ///
     /// # Errors
     /// [`EndedEarly::NoCertificate`] when none came in time.
-    pub(crate) async fn client(&self, from: &SpiffeId, to: &SpiffeId) -> Result<Arc<ClientConfig>, EndedEarly> {
+    pub(crate) async fn client(
+        &self,
+        from: &SpiffeId,
+        to: &SpiffeId,
+    ) -> Result<(Arc<ClientConfig>, UnixTime), EndedEarly> {
         self.wait_for(|held, clock| {
             let key = (from.clone(), to.clone());
             let (svid, bundle) = held.valid(from, clock)?;
             if let Some(config) = held.clients.get(&key) {
-                return Some(config.clone());
+                return Some((config.clone(), svid.not_after()));
             }
             let config = tls::client_config(&svid, &bundle, to, Arc::new(clock.clone()));
             if held.clients.len() >= MOST_CONFIGS {
                 held.clients.clear();
             }
             held.clients.insert(key, config.clone());
-            Some(config)
+            Some((config, svid.not_after()))
         })
         .await
     }
@@ -166,6 +170,15 @@ impl Certificates {
             Some(held.servers.entry(id.clone()).or_insert_with(make).clone())
         })
         .await
+    }
+
+    /// Whether what a peer proved in its handshake still holds: under the bundle of today, at this time (T45).
+    ///
+    /// # Errors
+    /// What a new handshake would be refused for.
+    pub(crate) fn still_proven(&self, peer: &VerifiedPeer, role: Role) -> Result<(), EndedEarly> {
+        let bundle = self.bundle().ok_or(EndedEarly::NoCertificate)?;
+        peer.still_valid(role, &bundle, self.clock.wall()).map_err(|error| EndedEarly::Handshake(error.into()))
     }
 
     /// Whether there is a valid certificate for an identity now.
@@ -250,7 +263,7 @@ async fn keep<A: Authority>(certificates: Arc<Certificates>, id: SpiffeId, autho
 }
 
 /// How long a certificate may be left alone; `None` where it is to be renewed now.
-fn rest(svid: &Svid, bundle: &TrustBundle, now: identity::UnixTime, jitter: f64) -> Option<Duration> {
+fn rest(svid: &Svid, bundle: &TrustBundle, now: UnixTime, jitter: f64) -> Option<Duration> {
     let Next::Wait { until } = lifecycle::next(svid.validity(), now, jitter) else { return None };
     let [leaf, intermediates @ ..] = svid.chain() else { return None };
     verify(bundle, leaf, intermediates, Role::Server, now).ok()?;

@@ -5,15 +5,20 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::mpsc;
 
 use crate::node::Node;
+use crate::pool::{self, Ends};
 use crate::redirect::{self, Captured};
 
 /// Connections that may wait for a core to take them over. Beyond it acceptors wait, and the kernel queues.
 const HANDED_OVER: usize = 1024;
+
+/// How often tunnels at rest are looked at: one that the other side has ended, or whose pods have changed, is not kept longer.
+const SWEEP: Duration = Duration::from_secs(1);
 
 /// The cores that serve.
 #[derive(Debug)]
@@ -56,6 +61,7 @@ impl Core {
         let (connections, handed_over) = mpsc::channel(HANDED_OVER);
         let counter = open.clone();
         thread::Builder::new().name(format!("core-{number}")).spawn(move || {
+            pool::this_is_core(number);
             match Builder::new_current_thread().enable_all().build_local(LocalOptions::default()) {
                 Ok(runtime) => runtime.block_on(serve_all(node, handed_over, counter)),
                 Err(error) => tracing::error!(%error, "a core has no event queue"),
@@ -66,11 +72,25 @@ impl Core {
 }
 
 async fn serve_all(node: Arc<Node>, mut handed_over: mpsc::Receiver<Captured>, open: Arc<AtomicUsize>) {
+    tokio::task::spawn_local(sweep(node.clone()));
     while let Some(captured) = handed_over.recv().await {
         let (node, one) = (node.clone(), Busy(open.clone()));
         tokio::task::spawn_local(async move {
             redirect::serve(&node, captured).await;
             drop(one);
+        });
+    }
+}
+
+/// Looks after this core's tunnels at rest.
+async fn sweep(node: Arc<Node>) {
+    loop {
+        tokio::time::sleep(SWEEP).await;
+        node.pool.sweep(node.clock.wall(), |key| {
+            node.view.read(|view| {
+                let destination = view.workload_of(&key.destination_pod)?.clone();
+                Some(Ends { source: view.workload_of(&key.source_pod).cloned(), destination })
+            })
         });
     }
 }

@@ -9,8 +9,9 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use wire::hello::{Classifier, MAX_HELLO, Verdict};
 
+use crate::batch::Batch;
 use crate::reasons::{EndedEarly, Side};
-use crate::splice::{self, Leg, Piece, PlainSink, PlainSource, Source};
+use crate::splice::{self, Leg, PlainSink, PlainSource, Read, Source};
 
 /// The first bytes of a connection so far. At most [`MAX_HELLO`] of them: then the classifier knows.
 #[derive(Debug)]
@@ -106,7 +107,7 @@ pub(crate) struct Guarded {
 }
 
 impl Source for Guarded {
-    async fn next(&mut self) -> Result<Piece<'_>, EndedEarly> {
+    async fn ready(&mut self) -> Result<(), EndedEarly> {
         while let Some(first) = &mut self.watched {
             match first.wait(&self.tcp, UNDECIDED).await? {
                 // The server has spoken in clear, or has ended: this client can no longer get what it began.
@@ -118,7 +119,12 @@ impl Source for Guarded {
                 }
             }
         }
-        self.source.next().await
+        self.source.ready().await
+    }
+
+    fn read(&mut self, batch: &mut Batch) -> Result<Read, EndedEarly> {
+        // Not before `ready` has seen what the client is.
+        if self.watched.is_some() { Ok(Read::Nothing) } else { self.source.read(batch) }
     }
 
     async fn cut_after_end(&mut self) -> EndedEarly {

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use identity::VerifiedPeer;
+use identity::verify::Role;
 use mesh::{Allowed, Denied, Expectation, Incoming, Mode, RefuseReason};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, timeout_at};
-use wire::tunnel::{Control, FIRST_LEASE};
+use tokio::time::{Instant, timeout, timeout_at};
+use wire::tunnel::{Claim, FIRST_LEASE};
 
 use crate::connections::{Connection, Decision, Security};
 use crate::first_bytes::{First, FirstBytes, guarded_leg};
@@ -16,19 +17,24 @@ use crate::node::Node;
 use crate::pod::Pod;
 use crate::reasons::{EndedEarly, Side};
 use crate::splice::{self, plain_leg};
+use crate::tunnel::Tunnel;
 use crate::{legs, tunnel};
 
 /// How long a certificate that contradicts the view may wait for the view: pods come and go faster than news of them.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
+/// How long a tunnel may rest between two connections: twice as long as the client's side lets it.
+const REST: Duration = Duration::from_secs(60);
+
 /// Serves one connection from the client's first packet to the last byte. Its error is why it ended early; the client
-/// then sees a reset, because that is what its socket does when it is dropped.
+/// then sees a reset, because that is what its socket does when it is dropped. A tunnel that is good for another one is given
+/// back.
 pub(crate) async fn serve(
     node: &Node,
     pod: &Arc<Pod>,
     connection: &Connection,
     client: TcpStream,
-) -> Result<(), EndedEarly> {
+) -> Result<Option<Tunnel>, EndedEarly> {
     let destination = connection.destination().ok_or(EndedEarly::System("getsockopt"))?;
     let source = connection.source;
     let expected = expect(node, pod, destination, source)?;
@@ -43,7 +49,7 @@ pub(crate) async fn serve(
             let allowed = allow_in_clear(node, connection, expected, seen)?;
             let server = legs::to_application(pod, allowed, source).await?;
             match in_clear(node, connection, client, server, first, seen).await? {
-                Clear::Served => return Ok(()),
+                Clear::Served => return Ok(None),
                 Clear::HelloAfterAll(client, hello) => (client, hello, node.budgets.half_read(source.ip())?),
             }
         }
@@ -56,16 +62,18 @@ pub(crate) async fn serve(
     drop((place, half_read));
 
     let claim = tunnel.receive_open().await?;
-    let connecting = async {
-        // By address and port: an IPv6 socket address has more in it that only one of the two sides sees.
-        let claimed = (claim.source, claim.destination.ip(), claim.destination.port());
-        if claimed != (source.ip(), destination.ip(), destination.port()) {
-            return Err(EndedEarly::OpenMismatch);
-        }
-        let allowed = allow_peer(node, connection, destination, &tunnel.peer, claim.service.as_deref()).await?;
-        legs::to_application(pod, allowed, source).await
-    };
-    let server = match connecting.await {
+    lease(node, pod, connection, tunnel, claim).await.map(Some)
+}
+
+/// Serves one connection that came through a tunnel, from its `Open` to the last byte; gives the tunnel back for the next.
+pub(crate) async fn lease(
+    node: &Node,
+    pod: &Arc<Pod>,
+    connection: &Connection,
+    mut tunnel: Tunnel,
+    claim: Claim,
+) -> Result<Tunnel, EndedEarly> {
+    let server = match Box::pin(connect(node, pod, connection, &tunnel, &claim)).await {
         Ok(server) => server,
         Err(early) => {
             tunnel.refuse(early.on_the_wire()).await;
@@ -74,9 +82,8 @@ pub(crate) async fn serve(
     };
     node.opened(connection);
 
-    tunnel.leg.sink.queue(&Control::Opened { lease: FIRST_LEASE });
     let mut server = plain_leg(server, Side::Server);
-    let end = match tunnel.leg.sink.send_queued().await {
+    let end = match tunnel.grant().await {
         Ok(()) => splice::splice(&mut tunnel.leg, &mut server, &connection.bytes).await,
         Err(early) => Err(early),
     };
@@ -85,11 +92,61 @@ pub(crate) async fn serve(
     }
     // First the application: it is not to wait for what two proxies still have to say to each other.
     drop(server);
-    match end {
-        Ok(()) => tunnel.finish().await,
-        Err(_) => tunnel.reset().await,
+    if let Err(early) = end {
+        tunnel.reset().await;
+        return Err(early);
     }
-    end
+    tunnel.close_lease().await.map(|()| tunnel)
+}
+
+/// What became of a tunnel at rest.
+pub(crate) enum Next {
+    /// The client has a connection for it.
+    Lease(Tunnel, Claim),
+    /// It is over, in order or not: no connection was in it.
+    Over,
+}
+
+/// Waits for what comes next through a tunnel at rest. Only the client ends one that merely lay too long; this side waits
+/// far longer, for clients that do not.
+pub(crate) async fn next(pod: &Pod, mut tunnel: Tunnel) -> Next {
+    let open = tokio::select! {
+        biased;
+        open = timeout(REST, tunnel.next_open()) => open,
+        () = pod.until_retired() => {
+            tunnel.drain().await;
+            return Next::Over;
+        }
+    };
+    match open {
+        Ok(Ok(claim)) => Next::Lease(tunnel, claim),
+        Ok(Err(_)) | Err(_) => Next::Over,
+    }
+}
+
+/// Connects to the application, if this client may: by what the connection itself shows, and not by what the client claims.
+async fn connect(
+    node: &Node,
+    pod: &Arc<Pod>,
+    connection: &Connection,
+    tunnel: &Tunnel,
+    claim: &Claim,
+) -> Result<TcpStream, EndedEarly> {
+    let destination = connection.destination().ok_or(EndedEarly::System("getsockopt"))?;
+    let source = connection.source;
+    // By address and port: an IPv6 socket address has more in it that only one of the two sides sees.
+    let claimed = (claim.source, claim.destination.ip(), claim.destination.port());
+    if claimed != (source.ip(), destination.ip(), destination.port()) {
+        return Err(EndedEarly::OpenMismatch);
+    }
+    // A tunnel outlives its handshake: what was proven then must hold for each connection.
+    node.certificates.still_proven(&tunnel.peer, Role::Client)?;
+    let allowed = allow_peer(node, connection, destination, &tunnel.peer, claim.service.as_deref()).await?;
+    if tunnel.lease() == FIRST_LEASE {
+        return legs::to_application(pod, allowed, source).await;
+    }
+    // The tunnel's port has been used towards this application already (T7).
+    legs::to_application(pod, allowed, SocketAddr::new(source.ip(), 0)).await
 }
 
 fn expect(node: &Node, pod: &Pod, destination: SocketAddr, source: SocketAddr) -> Result<Expectation, EndedEarly> {

@@ -16,6 +16,7 @@
 mod access_log;
 mod admin;
 mod agent;
+mod batch;
 mod budgets;
 mod certs;
 mod clock;
@@ -33,6 +34,7 @@ mod node;
 mod outbound;
 mod pod;
 mod pods;
+mod pool;
 mod process;
 mod reasons;
 mod redirect;

@@ -11,6 +11,7 @@ use crate::clock::Clock;
 use crate::connections::{Connection, Direction, Registry};
 use crate::coverage::{Coverage, Edge};
 use crate::metrics::Metrics;
+use crate::pool::Pool;
 use crate::reasons::EndedEarly;
 use crate::view::LiveView;
 
@@ -25,6 +26,8 @@ pub(crate) struct Node {
     pub(crate) certificates: Arc<Certificates>,
     /// What is open.
     pub(crate) connections: Registry,
+    /// Tunnels at rest.
+    pub(crate) pool: Pool,
     /// What was.
     pub(crate) coverage: Coverage,
     /// What each may take.
@@ -38,13 +41,15 @@ pub(crate) struct Node {
 impl Node {
     /// A node that knows nothing yet and may have so many descriptors.
     pub(crate) fn new(clock: Clock, descriptors: u64) -> Self {
+        let metrics = Arc::new(Metrics::new(clock.monotonic()));
         Self {
             view: LiveView::default(),
             certificates: Arc::new(Certificates::new(clock.clone())),
             connections: Registry::default(),
+            pool: Pool::new(&metrics),
             coverage: Coverage::default(),
             budgets: Budgets::new(descriptors),
-            metrics: Arc::new(Metrics::new(clock.monotonic())),
+            metrics,
             access_log: AccessLog::off(),
             clock,
         }

@@ -4,16 +4,20 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use identity::verify::Role;
 use mesh::{Fallback, Outgoing, PlaintextReason, RefuseReason, Route, Target};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
-use wire::tunnel::{Claim, Control, FIRST_LEASE};
+use wire::tunnel::{Claim, MAX_DATA};
 
+use crate::batch;
 use crate::connections::{Connection, Decision, Security};
 use crate::node::Node;
 use crate::pod::Pod;
+use crate::pool::{Ends, Key};
 use crate::reasons::{EndedEarly, Side};
-use crate::splice::{self, Piece, Sink, plain_leg};
+use crate::splice::{self, plain_leg};
+use crate::tunnel::{DRAINING, Tunnel};
 use crate::{dice, legs, tunnel};
 
 /// How long a question that the view cannot answer may wait for its next changes.
@@ -21,6 +25,12 @@ const ASK: Duration = Duration::from_secs(3);
 
 /// The same where only a peer's capture is awaited, and plaintext is allowed if it does not come.
 const ASK_FOR_CAPTURE: Duration = Duration::from_secs(1);
+
+/// A tunnel that was used within this time is taken to be good: data goes with the `Open`. In another, `Open` goes alone.
+const TRUSTED: Duration = Duration::from_secs(1);
+
+/// How long the other side may take to its answer: longer than it may try to reach the application.
+const CONSENT: Duration = Duration::from_secs(25);
 
 /// Serves one connection from the client's first packet to the last byte. Its error is why it ended early; the client
 /// then sees a reset, because that is what its socket does when it is dropped.
@@ -39,44 +49,167 @@ pub(crate) async fn serve(
         Decided::Refuse(because) => return Err(because.into()),
     };
 
-    let config = node.certificates.client(&pod.identity, &target.workload.identity).await?;
-    let place = node.budgets.dial(connection.source.ip(), target.address).await?;
-    let (outer, _own) = legs::to_wire(pod, connection.source.ip(), target.address).await?;
-    let mut tunnel = node.metrics.handshake(connection.direction, tunnel::dial(outer, config)).await?;
-    drop(place);
-
-    connection.decide(Decision {
-        to: target.address,
-        security: Security::Mtls(tunnel.peer.clone()),
-        other: Some(name(&target.workload)),
-        service: target.service.as_ref().map(|service| service.to_string().into()),
-    });
+    let mut client = plain_leg(client, Side::Client);
+    let mut lease = Box::pin(lease(node, pod, connection, &target, &client.tcp)).await?;
     node.opened(connection);
 
-    let mut client = plain_leg(client, Side::Client);
-    let open = Control::Open { lease: FIRST_LEASE, claim: claim(connection, &target) };
-    tunnel.leg.sink.queue(&open);
-    // What the client has said by now travels with the `Open`.
-    match client.source.next_now()? {
-        Some(Piece::Data(first)) => {
-            tunnel.leg.sink.write(first).await?;
-            connection.bytes.sent.fetch_add(first.len() as u64, Ordering::Relaxed);
-        }
-        // The end of the stream is seen again by whoever reads next.
-        Some(Piece::Fin) | None => tunnel.leg.sink.send_queued().await?,
-    }
-
-    let end = splice::splice(&mut client, &mut tunnel.leg, &connection.bytes).await;
+    let end = splice::splice(&mut client, &mut lease.tunnel.leg, &connection.bytes).await;
     if end.is_ok() {
         splice::orderly_close(&client.tcp);
     }
     // First the client: it is not to wait for what two proxies still have to say to each other.
     drop(client);
     match end {
-        Ok(()) => tunnel.finish().await,
-        Err(_) => tunnel.reset().await,
+        Ok(()) => lease.give_back(node).await,
+        Err(_) => lease.tunnel.reset().await,
     }
     end
+}
+
+/// A tunnel that carries this connection, and no other.
+struct Lease {
+    tunnel: Tunnel,
+    key: Key,
+    ends: Ends,
+}
+
+impl Lease {
+    /// After both directions ended in order: the tunnel may carry another connection.
+    async fn give_back(mut self, node: &Node) {
+        if self.tunnel.await_closed().await.is_ok() {
+            node.pool.put(self.key, self.tunnel, self.ends);
+        }
+    }
+}
+
+/// Gets a tunnel to the target, a warm one or a new one, and the other side's consent to this connection.
+///
+/// What the client says meanwhile travels behind the `Open`. It is kept until the consent is there: a server that is about
+/// to go refuses as `draining` and has delivered nothing, and only then is it sent once more (T19).
+async fn lease(
+    node: &Node,
+    pod: &Arc<Pod>,
+    connection: &Connection,
+    target: &Target,
+    client: &TcpStream,
+) -> Result<Lease, EndedEarly> {
+    let (key, ends) = (key(pod, connection, target), ends(node, pod, target));
+    let mut ahead = Ahead::default();
+    loop {
+        let proven = |tunnel: &Tunnel| node.certificates.still_proven(&tunnel.peer, Role::Server).is_ok();
+        let warm = node.pool.take(&key, &ends, node.clock.wall(), proven);
+        let (mut tunnel, idle) = match warm {
+            Some(warm) => (warm.tunnel, Some(warm.idle)),
+            None => (dial(node, pod, connection, target).await?, None),
+        };
+        connection.decide(Decision {
+            to: target.address,
+            security: Security::Mtls(tunnel.peer.clone()),
+            other: Some(name(&target.workload)),
+            service: target.service.as_ref().map(|service| service.to_string().into()),
+        });
+        // The longer it lay, the likelier it is that the other side is gone; then nothing but the question is lost.
+        let alone = idle.is_some_and(|idle| idle > TRUSTED);
+        let consent = ahead.ask(&mut tunnel, claim(connection, target), client, alone).await;
+        match consent {
+            Ok(()) => {
+                connection.bytes.sent.fetch_add(ahead.bytes.len() as u64, Ordering::Relaxed);
+                return Ok(Lease { tunnel, key, ends });
+            }
+            Err(EndedEarly::RefusedByPeer(reason)) if idle.is_some() && reason.as_str() == DRAINING => {}
+            Err(early) if idle.is_some() && ahead.sent == 0 && early.is_a_cut() => {}
+            Err(early) => return Err(early),
+        }
+    }
+}
+
+/// What the client has said before its connection stands.
+#[derive(Default)]
+struct Ahead {
+    bytes: Vec<u8>,
+    /// How much of it went through the present tunnel.
+    sent: usize,
+}
+
+impl Ahead {
+    /// Asks for the connection, and sends what the client says meanwhile, unless the question is to go alone.
+    async fn ask(
+        &mut self,
+        tunnel: &mut Tunnel,
+        claim: Claim,
+        client: &TcpStream,
+        alone: bool,
+    ) -> Result<(), EndedEarly> {
+        self.sent = 0;
+        tunnel.ask(claim)?;
+        let mut listens = !alone && self.hear(client)?;
+        if !alone {
+            self.send(tunnel).await?;
+        }
+        tunnel.flush().await?;
+        let deadline = Instant::now() + CONSENT;
+        loop {
+            tokio::select! {
+                biased;
+                answer = timeout_at(deadline, tunnel.answer()) => {
+                    answer.map_err(|_| EndedEarly::ConnectTimeout)??;
+                    // What was kept from an earlier attempt, where the question went alone this time.
+                    return self.send(tunnel).await;
+                }
+                readable = client.readable(), if listens => {
+                    readable.map_err(|_| EndedEarly::Reset(Side::Client))?;
+                    listens = self.hear(client)?;
+                    self.send(tunnel).await?;
+                }
+            }
+        }
+    }
+
+    /// Takes in what the client has said by now; `false` where no more is to be heard: it has ended, which is seen again by
+    /// whoever reads next, or there is no more room.
+    fn hear(&mut self, client: &TcpStream) -> Result<bool, EndedEarly> {
+        let room = MAX_DATA.saturating_sub(self.bytes.len());
+        match batch::with(|batch| batch.read_ahead(client, room, &mut self.bytes)) {
+            Ok(Some(0)) => Ok(false),
+            Ok(_) => Ok(self.bytes.len() < MAX_DATA),
+            Err(_) => Err(EndedEarly::Reset(Side::Client)),
+        }
+    }
+
+    async fn send(&mut self, tunnel: &mut Tunnel) -> Result<(), EndedEarly> {
+        if self.sent < self.bytes.len() {
+            tunnel.send_ahead(&self.bytes[self.sent..]).await?;
+            self.sent = self.bytes.len();
+        }
+        Ok(())
+    }
+}
+
+/// Makes a new tunnel.
+async fn dial(node: &Node, pod: &Arc<Pod>, connection: &Connection, target: &Target) -> Result<Tunnel, EndedEarly> {
+    let (config, until) = node.certificates.client(&pod.identity, &target.workload.identity).await?;
+    let place = node.budgets.dial(connection.source.ip(), target.address).await?;
+    let (outer, own) = legs::to_wire(pod, connection.source.ip(), target.address).await?;
+    let mut tunnel = node.metrics.handshake(connection.direction, tunnel::dial(outer, config)).await?;
+    tunnel.own(own, until);
+    drop(place);
+    node.pool.dialled();
+    Ok(tunnel)
+}
+
+fn key(pod: &Pod, connection: &Connection, target: &Target) -> Key {
+    Key {
+        source_pod: pod.uid.clone(),
+        source: connection.source.ip(),
+        destination_pod: target.workload.pod_uid.clone(),
+        destination: target.address,
+        identity: target.workload.identity.clone(),
+    }
+}
+
+fn ends(node: &Node, pod: &Pod, target: &Target) -> Ends {
+    let source = node.view.read(|view| view.workload_of(&pod.uid).cloned());
+    Ends { source, destination: target.workload.clone() }
 }
 
 /// What became of the route.

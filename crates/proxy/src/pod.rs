@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use identity::SpiffeId;
 use mesh::PodUid;
+use tokio::sync::watch;
 
 use crate::budgets::Budget;
 use crate::reasons::EndedEarly;
@@ -27,12 +28,26 @@ pub(crate) struct Pod {
     pub(crate) stash: Stash,
     open: AtomicUsize,
     own_legs: Mutex<HashSet<SocketAddr>>,
+    retired: watch::Sender<bool>,
 }
 
 impl Pod {
     /// A pod without connections.
     pub(crate) fn new(uid: PodUid, name: Arc<str>, identity: SpiffeId, addresses: Vec<IpAddr>, stash: Stash) -> Self {
-        Self { uid, name, identity, addresses, stash, open: AtomicUsize::new(0), own_legs: Mutex::default() }
+        let (open, own_legs, retired) = (AtomicUsize::new(0), Mutex::default(), watch::Sender::new(false));
+        Self { uid, name, identity, addresses, stash, open, own_legs, retired }
+    }
+
+    /// No connection is to begin in a tunnel that rests: its clients are asked to go elsewhere.
+    pub(crate) fn retire(&self) {
+        self.retired.send_replace(true);
+    }
+
+    /// Waits until no connection is to begin any more.
+    pub(crate) async fn until_retired(&self) {
+        let mut retired = self.retired.subscribe();
+        // The sender lives as long as the pod.
+        let _ = retired.wait_for(|retired| *retired).await;
     }
 
     /// Counts a connection in, if the pod may have one more.

@@ -99,6 +99,8 @@ impl<A: Authority> Pods<A> {
     pub(crate) fn remove(&self, uid: &PodUid) {
         let Some(served) = self.lock().remove(uid) else { return };
         self.stop(&served);
+        served.pod.retire();
+        self.node.pool.forget(uid);
         self.node.connections.cut_pod(uid, &EndedEarly::PodRemoved);
         self.node.metrics.pods.set(self.lock().len() as i64);
         tracing::info!(pod = %served.pod.name, %uid, "no longer serving");

@@ -131,6 +131,11 @@ impl EndedEarly {
         Facts { name, fault, level }
     }
 
+    /// Whether it is the end of the connection itself, and nobody's word.
+    pub(crate) fn is_a_cut(&self) -> bool {
+        matches!(self, Self::Reset(_) | Self::Truncated)
+    }
+
     /// The reason as the other node is told it.
     pub(crate) fn on_the_wire(&self) -> Reason {
         // Every name of the table is a reason (a test holds that), so that the second one is never needed.

@@ -14,9 +14,11 @@ use wire::pods::Listener;
 
 use crate::connections::{Connection, Direction};
 use crate::cores::Cores;
+use crate::inbound::Next;
 use crate::node::Node;
 use crate::pod::Pod;
 use crate::reasons::EndedEarly;
+use crate::tunnel::Tunnel;
 use crate::watched::watched;
 use crate::{inbound, legs, outbound};
 
@@ -104,40 +106,52 @@ fn is_about_one_connection(error: &io::Error) -> bool {
     )
 }
 
-/// Serves one captured connection.
+/// Serves one captured connection, and those that follow it through the same tunnel. How each ended is in the log by then.
 pub(crate) async fn serve(node: &Node, captured: Captured) {
     let Captured { stream, source, pod, direction } = captured;
     let connection = node.connections.open(&node.clock, &pod, direction, source);
-    // How it ended is in the log by then.
-    let _ = to_its_end(node, &connection, life(node, stream, &connection)).await;
+    // For the tunnel's whole life, also between two connections: its descriptors are held all that time.
+    let counted = pod.count_in(node.budgets.connections_per_pod());
+    let first = async {
+        counted.as_ref().map_err(EndedEarly::clone)?;
+        life(node, stream, &connection).await
+    };
+    let mut kept = to_its_end(node, &connection, first).await;
+    let destination = connection.destination();
+    drop(connection);
+    while let (Ok(Some(tunnel)), Some(destination)) = (kept, destination) {
+        let Next::Lease(tunnel, claim) = Box::pin(inbound::next(&pod, tunnel)).await else { return };
+        let connection = node.connections.open(&node.clock, &pod, direction, source);
+        connection.set_destination(destination);
+        kept = to_its_end(node, &connection, inbound::lease(node, &pod, &connection, tunnel, claim)).await.map(Some);
+    }
 }
 
 /// Lives a connection's life, unless somebody cuts it, and tells how it ended.
-pub(crate) async fn to_its_end(
+pub(crate) async fn to_its_end<T>(
     node: &Node,
     connection: &Connection,
-    life: impl Future<Output = Result<(), EndedEarly>>,
-) -> Result<(), EndedEarly> {
+    life: impl Future<Output = Result<T, EndedEarly>>,
+) -> Result<T, EndedEarly> {
     node.metrics.open.inc();
     let end = tokio::select! {
         biased;
         why = connection.until_cut() => Err(why),
         end = life => end,
     };
-    node.closed(connection, end.as_ref().copied());
+    node.closed(connection, end.as_ref().map(|_| ()));
     end
 }
 
-async fn life(node: &Node, stream: TcpStream, connection: &Connection) -> Result<(), EndedEarly> {
+async fn life(node: &Node, stream: TcpStream, connection: &Connection) -> Result<Option<Tunnel>, EndedEarly> {
     let pod = &connection.pod;
     let client = legs::captured(stream)?;
-    let _counted = pod.count_in(node.budgets.connections_per_pod())?;
     connection.set_destination(dialled(&client)?);
     if pod.is_own_leg(connection.source) {
         return Err(RefuseReason::Loop.into());
     }
     match connection.direction {
-        Direction::Outbound => outbound::serve(node, pod, connection, client).await,
+        Direction::Outbound => outbound::serve(node, pod, connection, client).await.map(|()| None),
         Direction::Inbound => inbound::serve(node, pod, connection, client).await,
     }
 }

@@ -4,10 +4,13 @@
 //! a reset. Both legs carry SO_LINGER {1, 0} while bytes are copied, so that whatever drops them, a decision, a bug or a
 //! kill, is a reset for the applications and never an orderly end of half the data (T8); only [`orderly_close`] clears it.
 //!
-//! Nothing is queued but one piece per direction: a reader that stops stops its writer.
+//! Bytes are read, changed and written in one step, in the core's one buffer ([`crate::batch`]). What a socket does not take at
+//! once waits in memory of the connection's own, and nothing more is read until it is gone: a reader that stops stops its
+//! writer.
 
 use std::cell::Cell;
 use std::io;
+use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -17,11 +20,8 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
+use crate::batch::{self, Batch, MOST};
 use crate::reasons::{EndedEarly, Side};
-
-/// The most that is read at once, in bytes: four whole frames of a tunnel. A connection gets one such buffer per direction
-/// with its first byte and keeps it, so that one that never carried anything owns none.
-pub(crate) const PIECE: usize = 4 * wire::tunnel::MAX_DATA;
 
 /// How many bytes one direction moves before the other connections of its core have their turn: a bulk flow that is
 /// always ready would otherwise starve a ping.
@@ -30,19 +30,23 @@ const TURN: usize = 256 * 1024;
 /// How long a reader has for what still lies in front of a reset before the reset is passed on without it.
 const RESET_GRACE: Duration = Duration::from_secs(1);
 
-/// The next thing that a direction shows.
-#[derive(Debug)]
-pub(crate) enum Piece<'a> {
-    /// Payload, never empty.
-    Data(&'a [u8]),
+/// What a look at a source gave.
+#[derive(PartialEq, Eq, Debug)]
+pub(crate) enum Read {
+    /// Nothing yet.
+    Nothing,
+    /// Payload, which lies in the batch.
+    Data,
     /// The orderly end of this direction.
     Fin,
 }
 
 /// Where bytes come from.
 pub(crate) trait Source {
-    /// Waits for the next piece. Nothing is lost when the wait is given up.
-    async fn next(&mut self) -> Result<Piece<'_>, EndedEarly>;
+    /// Waits until there is something to read. Nothing is lost when the wait is given up.
+    async fn ready(&mut self) -> Result<(), EndedEarly>;
+    /// Takes what there is, without waiting, into the batch.
+    fn read(&mut self, batch: &mut Batch) -> Result<Read, EndedEarly>;
     /// Waits for what can still come after the end of this direction, while the other one goes on: its cut. Where there is
     /// none it waits for ever.
     async fn cut_after_end(&mut self) -> EndedEarly;
@@ -50,8 +54,10 @@ pub(crate) trait Source {
 
 /// Where bytes go.
 pub(crate) trait Sink {
-    /// Writes all of the payload, and waits until it is on its way.
-    async fn write(&mut self, payload: &[u8]) -> Result<(), EndedEarly>;
+    /// Takes the payload that a source has left in the batch. As much of it as is possible goes out at once.
+    fn take(&mut self, batch: &mut Batch) -> Result<(), EndedEarly>;
+    /// Waits until all that was taken is on its way.
+    async fn flush(&mut self) -> Result<(), EndedEarly>;
     /// Ends this direction in order.
     async fn fin(&mut self) -> Result<(), EndedEarly>;
 }
@@ -135,12 +141,21 @@ async fn pump(
 ) -> Result<(), EndedEarly> {
     let mut turn = TURN;
     loop {
-        let payload = match from.next().await? {
-            Piece::Data(payload) => payload,
-            Piece::Fin => break,
-        };
-        let length = payload.len();
-        to.write(payload).await?;
+        from.ready().await?;
+        let (read, length) = batch::with(|batch| {
+            let read = from.read(batch)?;
+            let length = batch.len();
+            if read == Read::Data {
+                to.take(batch)?;
+            }
+            Ok::<_, EndedEarly>((read, length))
+        })?;
+        match read {
+            Read::Nothing => continue,
+            Read::Data => {}
+            Read::Fin => break,
+        }
+        to.flush().await?;
         count.fetch_add(length as u64, Ordering::Relaxed);
         turn = turn.saturating_sub(length);
         if turn == 0 {
@@ -173,12 +188,18 @@ pub(crate) fn orderly_close(tcp: &TcpStream) {
     let _ = linux::sockets::reset_on_close(tcp, false);
 }
 
+/// Ends our direction of a connection.
+pub(crate) fn hang_up(tcp: &TcpStream, side: Side) -> Result<(), EndedEarly> {
+    // ENOTCONN: the other side has reset meanwhile.
+    SockRef::from(tcp).shutdown(Shutdown::Write).map_err(|_| EndedEarly::Reset(side))
+}
+
 /// A leg in clear.
 pub(crate) fn plain_leg(tcp: TcpStream, side: Side) -> Leg<PlainSource, PlainSink> {
     let tcp = Arc::new(tcp);
     Leg {
-        source: PlainSource { tcp: tcp.clone(), side, buffer: Vec::new(), first: Vec::new() },
-        sink: PlainSink { tcp: tcp.clone(), side },
+        source: PlainSource { tcp: tcp.clone(), side, first: Vec::new() },
+        sink: PlainSink { tcp: tcp.clone(), side, waiting: Waiting::default() },
         tcp,
         side,
     }
@@ -189,55 +210,37 @@ pub(crate) fn plain_leg(tcp: TcpStream, side: Side) -> Leg<PlainSource, PlainSin
 pub(crate) struct PlainSource {
     tcp: Arc<TcpStream>,
     side: Side,
-    buffer: Vec<u8>,
     /// Bytes that were read already, in order to see what they are.
     first: Vec<u8>,
 }
 
 impl PlainSource {
-    /// Makes these bytes come before all others.
+    /// Makes these bytes come before all others: at most [`MOST`] of them.
     pub(crate) fn replay(&mut self, bytes: Vec<u8>) {
+        debug_assert!(bytes.len() <= MOST);
         self.first = bytes;
-    }
-
-    /// What is there by now, without waiting; `None` where nothing is.
-    pub(crate) fn next_now(&mut self) -> Result<Option<Piece<'_>>, EndedEarly> {
-        Ok(match self.read_now()? {
-            None => None,
-            Some(0) => Some(Piece::Fin),
-            Some(length) => Some(Piece::Data(&self.buffer[..length])),
-        })
-    }
-
-    /// Fills the buffer's beginning and returns how much of it; 0 is the end of the stream.
-    fn read_now(&mut self) -> Result<Option<usize>, EndedEarly> {
-        if !self.first.is_empty() {
-            self.buffer = std::mem::take(&mut self.first);
-            return Ok(Some(self.buffer.len()));
-        }
-        if self.buffer.len() != PIECE {
-            self.buffer = vec![0; PIECE];
-        }
-        match self.tcp.try_read(&mut self.buffer) {
-            Ok(length) => Ok(Some(length)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(_) => Err(EndedEarly::Reset(self.side)),
-        }
     }
 }
 
 impl Source for PlainSource {
-    async fn next(&mut self) -> Result<Piece<'_>, EndedEarly> {
-        let length = loop {
-            if self.first.is_empty() {
-                // Readiness first: a connection that waits for its first byte has no buffer yet.
-                self.tcp.readable().await.map_err(|_| EndedEarly::Reset(self.side))?;
-            }
-            if let Some(length) = self.read_now()? {
-                break length;
-            }
-        };
-        Ok(if length == 0 { Piece::Fin } else { Piece::Data(&self.buffer[..length]) })
+    async fn ready(&mut self) -> Result<(), EndedEarly> {
+        if self.first.is_empty() {
+            self.tcp.readable().await.map_err(|_| EndedEarly::Reset(self.side))?;
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, batch: &mut Batch) -> Result<Read, EndedEarly> {
+        if !self.first.is_empty() {
+            batch.put_clear(&std::mem::take(&mut self.first));
+            return Ok(Read::Data);
+        }
+        match batch.read_clear(&self.tcp) {
+            Ok(None) => Ok(Read::Nothing),
+            Ok(Some(0)) => Ok(Read::Fin),
+            Ok(Some(_)) => Ok(Read::Data),
+            Err(_) => Err(EndedEarly::Reset(self.side)),
+        }
     }
 
     async fn cut_after_end(&mut self) -> EndedEarly {
@@ -251,24 +254,58 @@ impl Source for PlainSource {
 pub(crate) struct PlainSink {
     tcp: Arc<TcpStream>,
     side: Side,
+    waiting: Waiting,
 }
 
 impl Sink for PlainSink {
-    async fn write(&mut self, mut payload: &[u8]) -> Result<(), EndedEarly> {
-        while !payload.is_empty() {
-            match self.tcp.try_write(payload) {
-                Ok(length) => payload = &payload[length..],
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.tcp.writable().await.map_err(|_| EndedEarly::Reset(self.side))?;
-                }
-                Err(_) => return Err(EndedEarly::Reset(self.side)),
-            }
-        }
-        Ok(())
+    fn take(&mut self, batch: &mut Batch) -> Result<(), EndedEarly> {
+        self.waiting.take(&self.tcp, batch).map_err(|_| EndedEarly::Reset(self.side))
+    }
+
+    async fn flush(&mut self) -> Result<(), EndedEarly> {
+        self.waiting.flush(&self.tcp).await.map_err(|_| EndedEarly::Reset(self.side))
     }
 
     async fn fin(&mut self) -> Result<(), EndedEarly> {
-        // ENOTCONN: the other side has reset meanwhile.
-        SockRef::from(&*self.tcp).shutdown(std::net::Shutdown::Write).map_err(|_| EndedEarly::Reset(self.side))
+        hang_up(&self.tcp, self.side)
+    }
+}
+
+/// What a socket has not taken yet. Empty, it owns no memory.
+#[derive(Default, Debug)]
+pub(crate) struct Waiting {
+    bytes: Vec<u8>,
+    written: usize,
+}
+
+impl Waiting {
+    /// Writes the batch, and keeps what does not go out at once.
+    pub(crate) fn take(&mut self, tcp: &TcpStream, batch: &Batch) -> io::Result<()> {
+        if self.bytes.is_empty() {
+            batch.write(tcp, &mut self.bytes)
+        } else {
+            batch.keep(&mut self.bytes);
+            Ok(())
+        }
+    }
+
+    /// Puts bytes behind what waits.
+    pub(crate) fn push(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// Waits until the kernel has taken everything.
+    pub(crate) async fn flush(&mut self, tcp: &TcpStream) -> io::Result<()> {
+        while self.written < self.bytes.len() {
+            let left = &self.bytes[self.written..];
+            let written =
+                batch::write_now(tcp, left.len(), || linux::sockets::write_vectored(tcp, &[io::IoSlice::new(left)]))?;
+            self.written += written;
+            if self.written < self.bytes.len() {
+                tcp.writable().await?;
+            }
+        }
+        *self = Self::default();
+        Ok(())
     }
 }

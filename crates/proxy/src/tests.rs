@@ -6,5 +6,6 @@ mod captured;
 mod certificates;
 mod hostile;
 mod in_clear;
+mod pool;
 mod seen;
 mod whole_path;

@@ -30,6 +30,8 @@ mod proto {
     }
 }
 
+pub mod records;
+
 pub mod tunnel;
 
 pub mod hello;

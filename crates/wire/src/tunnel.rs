@@ -9,6 +9,7 @@
 //! | 5 | `Fin` | lease | both |
 //! | 6 | `Reset` | lease | both |
 //! | 7 | `Closed` | lease | server |
+//! | 8 | `Drain` | lease that would be next | server |
 //!
 //! A lease is one connection of an application; its number (8 bytes, big endian) stands first in every control frame,
 //! so that what is late for one lease can never hit the next (T19). The first lease of a TLS connection is 1 and each
@@ -89,6 +90,12 @@ pub enum Control {
     /// The server has nothing left of a lease that ended cleanly both ways: the next one may begin.
     Closed {
         /// The lease.
+        lease: u64,
+    },
+    /// The server will grant no further lease: the client is to hang up. A lease that is asked for meanwhile is refused, and
+    /// nothing of it is delivered.
+    Drain {
+        /// The lease that would have been next.
         lease: u64,
     },
 }
@@ -204,7 +211,8 @@ impl Control {
             | Self::Refused { lease, .. }
             | Self::Fin { lease }
             | Self::Reset { lease }
-            | Self::Closed { lease } => *lease,
+            | Self::Closed { lease }
+            | Self::Drain { lease } => *lease,
         }
     }
 
@@ -217,6 +225,7 @@ impl Control {
             Self::Fin { .. } => FrameKind::Fin,
             Self::Reset { .. } => FrameKind::Reset,
             Self::Closed { .. } => FrameKind::Closed,
+            Self::Drain { .. } => FrameKind::Drain,
         }
     }
 
@@ -230,7 +239,7 @@ impl Control {
                 body[LEASE..LEASE + reason.0.len()].copy_from_slice(reason.0.as_bytes());
                 reason.0.len()
             }
-            Self::Opened { .. } | Self::Fin { .. } | Self::Reset { .. } | Self::Closed { .. } => 0,
+            Self::Opened { .. } | Self::Fin { .. } | Self::Reset { .. } | Self::Closed { .. } | Self::Drain { .. } => 0,
         };
         let length = LEASE + rest;
         buffer[..HEADER].copy_from_slice(&header(self.kind(), length));
@@ -251,6 +260,7 @@ impl Control {
             FrameKind::Fin => Self::Fin { lease },
             FrameKind::Reset => Self::Reset { lease },
             FrameKind::Closed => Self::Closed { lease },
+            FrameKind::Drain => Self::Drain { lease },
             FrameKind::Data => return Err(Violation::UnknownFrame),
         })
     }

@@ -12,14 +12,13 @@ use wire::tunnel::{Claim, Control, FIRST_LEASE, MAX_CONTROL_FRAME, MAX_DATA, Rea
 
 use super::world::{CLIENT, Capture, LONG, SERVER, Served, World, connect, id, run, workload};
 use crate::reasons::{EndedEarly, Side};
-use crate::splice::{Piece, Sink, Source};
 use crate::tunnel::{self, Tunnel};
 
 /// A tunnel that the test itself makes to the server's pod, with the client's certificate.
 async fn tunnel_to_server(world: &World, capture: Capture) -> (Tunnel, Served, TcpListener, SocketAddr) {
     let to = capture.address;
     let (stream, (inbound, application)) = tokio::join!(connect(CLIENT, to), capture.accept(world));
-    let config = world.node.certificates.client(&world.client.identity, &world.server.identity).await.unwrap();
+    let (config, _) = world.node.certificates.client(&world.client.identity, &world.server.identity).await.unwrap();
     let tunnel = tunnel::dial(stream, config).await.unwrap();
     (tunnel, inbound, application, to)
 }
@@ -31,8 +30,8 @@ fn open(source: std::net::IpAddr, destination: SocketAddr) -> Control {
 /// A tunnel that is open, and the application's end of the connection.
 async fn opened(world: &World) -> (Tunnel, Served, TcpStream) {
     let (mut tunnel, inbound, application, to) = tunnel_to_server(world, Capture::new().await).await;
-    tunnel.leg.sink.queue(&open(CLIENT, to));
-    tunnel.leg.sink.write(b"first").await.unwrap();
+    tunnel.say_and_send(&open(CLIENT, to), b"first").await.unwrap();
+    assert_eq!(tunnel.hear().await, Ok(Control::Opened { lease: FIRST_LEASE }));
     let (mut server, _) = application.accept().await.unwrap();
     let mut first = [0; 5];
     server.read_exact(&mut first).await.unwrap();
@@ -55,10 +54,9 @@ fn an_open_that_claims_another_source_or_destination_ends_its_connection() {
                 1 => open(CLIENT, SocketAddr::new(SERVER, to.port() ^ 1)),
                 _ => open(CLIENT, SocketAddr::new("127.77.0.3".parse().unwrap(), to.port())),
             };
-            tunnel.leg.sink.queue(&claim);
-            tunnel.leg.sink.write(b"what it wants to say").await.unwrap();
-            let refused = tunnel.leg.source.next().await.unwrap_err();
-            assert_eq!(refused, EndedEarly::RefusedByPeer(Reason::new("open-mismatch").unwrap()));
+            tunnel.say_and_send(&claim, b"what it wants to say").await.unwrap();
+            let reason = Reason::new("open-mismatch").unwrap();
+            assert_eq!(tunnel.hear().await, Ok(Control::Refused { lease: FIRST_LEASE, reason }));
             drop(tunnel);
             assert_eq!(inbound.end().await, Err(EndedEarly::OpenMismatch));
             assert!(
@@ -75,8 +73,7 @@ fn an_honest_open_reaches_the_application() {
         let world = World::new();
         let (mut tunnel, _inbound, mut server) = opened(&world).await;
         server.write_all(b"back").await.unwrap();
-        let Ok(Piece::Data(back)) = tunnel.leg.source.next().await else { panic!("no data") };
-        assert_eq!(back, b"back");
+        assert_eq!(tunnel.hear_payload().await.unwrap(), b"back");
     });
 }
 
@@ -92,7 +89,7 @@ fn the_end_of_tls_without_fin_is_a_reset() {
             } else {
                 // TCP's end alone. With bytes unread it would be a reset.
                 server.write_all(b"x").await.unwrap();
-                tunnel.leg.source.next().await.unwrap();
+                tunnel.hear_payload().await.unwrap();
                 crate::splice::orderly_close(&tunnel.leg.tcp);
                 drop(tunnel);
             }
@@ -107,7 +104,7 @@ fn the_end_of_tls_after_fin_and_before_the_answer_is_a_reset() {
     run(async {
         let world = World::new();
         let (mut tunnel, inbound, mut server) = opened(&world).await;
-        tunnel.leg.sink.fin().await.unwrap();
+        tunnel.fin().await.unwrap();
         assert_eq!(server.read(&mut [0; 1]).await.unwrap(), 0);
         tunnel.hang_up_without_fin().await;
         let error = server.ready(tokio::io::Interest::ERROR);
@@ -131,8 +128,7 @@ fn what_is_no_frame_ends_the_connection() {
         ];
         for (bytes, violation) in bad {
             let (mut tunnel, inbound, mut server) = opened(&world).await;
-            tunnel.leg.sink.queue_raw(&bytes);
-            tunnel.leg.sink.send_queued().await.unwrap();
+            tunnel.say_raw(&bytes).await.unwrap();
             assert!(is_reset(&mut server).await, "{violation}");
             assert_eq!(inbound.end().await, Err(EndedEarly::Frames(violation)));
         }
@@ -144,7 +140,7 @@ fn data_before_open_ends_the_connection() {
     run(async {
         let world = World::new();
         let (mut tunnel, inbound, _application, _) = tunnel_to_server(&world, Capture::new().await).await;
-        tunnel.leg.sink.write(b"no open").await.unwrap();
+        tunnel.send_ahead(b"no open").await.unwrap();
         assert_eq!(inbound.end().await, Err(EndedEarly::Frames(Violation::OutOfOrder)));
     });
 }
@@ -168,8 +164,7 @@ fn a_certificate_that_contradicts_the_view_is_refused_unless_the_view_catches_up
         world.apply(workload("newer", &id("a/sa/other"), CLIENT));
         for catches_up in [false, true] {
             let (mut tunnel, inbound, application, to) = tunnel_to_server(&world, Capture::new().await).await;
-            tunnel.leg.sink.queue(&open(CLIENT, to));
-            tunnel.leg.sink.send_queued().await.unwrap();
+            tunnel.say(&open(CLIENT, to)).await.unwrap();
             if catches_up {
                 world.node.view.change(|view| view.remove(&mesh::ResourceKey::Workload("newer".into())));
                 timeout(LONG, application.accept()).await.expect("not let in").unwrap();
@@ -209,7 +204,7 @@ fn a_client_of_another_authority_is_refused_by_name_and_learns_that_it_was() {
         let time = std::sync::Arc::new(world.node.clock.clone());
         let config = identity::tls::client_config(&svid, &world.authority.bundle, &world.server.identity, time);
         let mut tunnel = tunnel::dial(stream, config).await.unwrap();
-        let told = tunnel.leg.source.next().await.unwrap_err();
+        let told = tunnel.hear().await.unwrap_err();
         assert_eq!(told.facts().name, "peer-refused", "{told}");
         assert_eq!(inbound.end().await.unwrap_err().facts().name, "unknown-issuer");
     });

@@ -13,7 +13,6 @@ use super::world::{CLIENT, Capture, LONG, SERVER, Served, World, connect, run, w
 use crate::connections::Security;
 use crate::judge::judge;
 use crate::reasons::EndedEarly;
-use crate::splice::Sink;
 use crate::tunnel;
 
 async fn is_reset(stream: &mut TcpStream) -> bool {
@@ -184,7 +183,7 @@ fn strict_ends_what_is_being_sent_in_clear() {
 
 /// A hello of ours, as bytes that a plain client can send late.
 async fn tunnel_over(world: &World, stream: TcpStream) -> Result<tunnel::Tunnel, EndedEarly> {
-    let config = world.node.certificates.client(&world.client.identity, &world.server.identity).await?;
+    let (config, _) = world.node.certificates.client(&world.client.identity, &world.server.identity).await?;
     tunnel::dial(stream, config).await
 }
 
@@ -215,8 +214,7 @@ fn a_hello_after_the_deadline_is_a_tunnel_while_the_server_has_said_nothing() {
         let (mut in_clear, _) = application.accept().await.unwrap();
         let mut tunnel = tunnel_over(&world, client).await.unwrap();
         let claim = Claim { source: CLIENT, destination: to, service: None };
-        tunnel.leg.sink.queue(&Control::Open { lease: FIRST_LEASE, claim });
-        tunnel.leg.sink.write(b"in a tunnel").await.unwrap();
+        tunnel.say_and_send(&Control::Open { lease: FIRST_LEASE, claim }, b"in a tunnel").await.unwrap();
         let (mut server, _) = application.accept().await.unwrap();
         let mut got = [0; 11];
         server.read_exact(&mut got).await.unwrap();

@@ -16,6 +16,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use wire::pods::{SocketKind, ToAgent};
+use wire::tunnel::Claim;
 
 use crate::clock::Clock;
 use crate::connections::{Connection, Direction};
@@ -23,6 +24,7 @@ use crate::node::Node;
 use crate::pod::Pod;
 use crate::reasons::EndedEarly;
 use crate::stash::Stash;
+use crate::tunnel::Tunnel;
 use crate::{inbound, legs, outbound, redirect};
 
 /// The address of the pod `a/client`.
@@ -173,11 +175,24 @@ impl World {
             let stream = legs::captured(stream.into_std().unwrap()).unwrap();
             let life = async {
                 match direction {
-                    Direction::Outbound => outbound::serve(&node, &pod, &same, stream).await,
+                    Direction::Outbound => outbound::serve(&node, &pod, &same, stream).await.map(|()| None),
                     Direction::Inbound => inbound::serve(&node, &pod, &same, stream).await,
                 }
             };
             redirect::to_its_end(&node, &same, life).await
+        });
+        Served { connection, end }
+    }
+
+    /// Serves a connection to the server that came through a tunnel at rest.
+    pub(super) fn serve_lease(&self, tunnel: Tunnel, claim: Claim, dialled: SocketAddr) -> Served {
+        let source = SocketAddr::new(CLIENT, 1);
+        let connection = self.node.connections.open(&self.node.clock, &self.server, Direction::Inbound, source);
+        connection.set_destination(dialled);
+        let (node, pod, same) = (self.node.clone(), self.server.clone(), connection.clone());
+        let end = tokio::task::spawn_local(async move {
+            let life = inbound::lease(&node, &pod, &same, tunnel, claim);
+            redirect::to_its_end(&node, &same, life).await.map(Some)
         });
         Served { connection, end }
     }
@@ -208,7 +223,11 @@ pub(super) struct Capture {
 
 impl Capture {
     pub(super) async fn new() -> Self {
-        let listener = listen(SocketAddr::new(SERVER, 0));
+        Self::at(SocketAddr::new(SERVER, 0))
+    }
+
+    pub(super) fn at(address: SocketAddr) -> Self {
+        let listener = listen(address);
         Self { address: listener.local_addr().unwrap(), listener }
     }
 
@@ -246,12 +265,17 @@ pub(super) struct Path {
 /// A connection in the data path's hands.
 pub(super) struct Served {
     pub(super) connection: Arc<Connection>,
-    end: JoinHandle<Result<(), EndedEarly>>,
+    end: JoinHandle<Result<Option<Tunnel>, EndedEarly>>,
 }
 
 impl Served {
     /// How it ends.
     pub(super) async fn end(self) -> Result<(), EndedEarly> {
+        self.end_and_tunnel().await.map(|_| ())
+    }
+
+    /// The same, with the tunnel that is left for another connection.
+    pub(super) async fn end_and_tunnel(self) -> Result<Option<Tunnel>, EndedEarly> {
         tokio::time::timeout(LONG, self.end).await.expect("the connection does not end").unwrap()
     }
 

@@ -19,6 +19,8 @@ pub enum FrameKind {
     Reset,
     /// The end of the lease.
     Closed,
+    /// No further lease.
+    Drain,
 }
 
 impl FrameKind {
@@ -31,13 +33,14 @@ impl FrameKind {
             Self::Fin => 5,
             Self::Reset => 6,
             Self::Closed => 7,
+            Self::Drain => 8,
         }
     }
 
     pub(super) fn from_code(code: u8) -> Option<Self> {
-        [Self::Open, Self::Opened, Self::Refused, Self::Data, Self::Fin, Self::Reset, Self::Closed]
-            .into_iter()
-            .find(|kind| kind.code() == code)
+        use FrameKind as F;
+        let all = [F::Open, F::Opened, F::Refused, F::Data, F::Fin, F::Reset, F::Closed, F::Drain];
+        all.into_iter().find(|kind| kind.code() == code)
     }
 
     /// Checks the length that a header gives.
@@ -45,7 +48,7 @@ impl FrameKind {
         let (least, most) = match self {
             Self::Open => (8, MAX_CONTROL),
             Self::Refused => (9, 8 + MAX_REASON),
-            Self::Opened | Self::Fin | Self::Reset | Self::Closed => (8, 8),
+            Self::Opened | Self::Fin | Self::Reset | Self::Closed | Self::Drain => (8, 8),
             Self::Data if length == 0 => return Err(Violation::EmptyData),
             Self::Data => (1, MAX_DATA),
         };
@@ -70,7 +73,8 @@ pub enum Sender {
 ///
 /// Per lease, a client sends `Open Data* (Fin Reset? | Reset)` and a server sends
 /// `(Opened Data* (Fin (Closed | Reset) | Reset) | Refused | Reset)`. The next lease may begin after the client's
-/// `Fin` and the server's `Closed`; after a `Reset` or a `Refused` nothing may.
+/// `Fin` and the server's `Closed`; after a `Reset` or a `Refused` nothing may. Between two leases a server may send
+/// `Drain`, and then only `Refused`.
 ///
 /// What the other direction must have seen before (an answer needs an `Open`, `Closed` needs both `Fin`s) is for the
 /// owner of the tunnel, who knows both.
@@ -87,6 +91,8 @@ enum State {
     Before,
     /// Its bytes flow.
     Flowing,
+    /// It was said that it will not begin.
+    Draining,
     /// Its direction ended cleanly.
     Finished,
     /// Nothing may follow any more.
@@ -111,6 +117,8 @@ impl Sequence {
             (S::Server, T::Before, F::Opened) => (self.lease, T::Flowing),
             (S::Server, T::Before, F::Refused) => (self.lease, T::Over),
             (S::Server, T::Before, F::Reset) => (self.lease, T::Over),
+            (S::Server, T::Before, F::Drain) => (self.lease, T::Draining),
+            (S::Server, T::Draining, F::Refused) => (self.lease, T::Over),
             (_, T::Flowing, F::Data) => (self.lease, T::Flowing),
             (_, T::Flowing, F::Fin) => (self.lease, T::Finished),
             (_, T::Flowing | T::Finished, F::Reset) => (self.lease, T::Over),
@@ -133,7 +141,7 @@ impl Sequence {
     /// for otherwise a killed process would look like a clean end (T8).
     pub fn may_end(&self) -> bool {
         match self.state {
-            State::Before | State::Over => true,
+            State::Before | State::Draining | State::Over => true,
             State::Finished => self.sender == Sender::Client,
             State::Flowing => false,
         }

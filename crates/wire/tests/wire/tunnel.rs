@@ -194,7 +194,7 @@ fn headers_alone_refuse_what_is_too_long_too_short_or_unknown() {
     let (max_control, max_data) = (MAX_CONTROL as u32, MAX_DATA as u32);
     let cases = [
         (header(0, 8), Violation::UnknownFrame),
-        (header(8, 8), Violation::UnknownFrame),
+        (header(9, 8), Violation::UnknownFrame),
         (header(255, 0), Violation::UnknownFrame),
         (header(1, max_control + 1), Violation::FrameTooLong),
         (header(1, 7), Violation::FrameTooShort),
@@ -286,6 +286,7 @@ fn reference(sender: Sender, bytes: &[u8]) -> (Vec<Said>, Result<bool, Violation
             5 => FrameKind::Fin,
             6 => FrameKind::Reset,
             7 => FrameKind::Closed,
+            8 => FrameKind::Drain,
             _ => return (said, Err(Violation::UnknownFrame)),
         };
         let (least, most) = match kind {
@@ -330,6 +331,7 @@ fn reference(sender: Sender, bytes: &[u8]) -> (Vec<Said>, Result<bool, Violation
             FrameKind::Fin => Control::Fin { lease },
             FrameKind::Reset => Control::Reset { lease },
             FrameKind::Closed => Control::Closed { lease },
+            FrameKind::Drain => Control::Drain { lease },
             FrameKind::Refused => match std::str::from_utf8(&payload[8..]).ok().and_then(Reason::new) {
                 Some(reason) => Control::Refused { lease, reason },
                 None => return (said, Err(Violation::BadReason)),
@@ -367,7 +369,7 @@ fn in_order(sender: Sender, kinds: &[FrameKind]) -> bool {
             }
             rest.is_empty()
         }
-        // ( A D* F C )* ( X | R | A D* ( R | F R? )? )?
+        // ( A D* F C )* ( X | R | M X? | A D* ( R | F R? )? )?
         Sender::Server => {
             let mut rest = text.as_str();
             while let Some(lease) = rest.strip_prefix('A') {
@@ -377,14 +379,14 @@ fn in_order(sender: Sender, kinds: &[FrameKind]) -> bool {
                     None => return ["", "R", "F", "FR"].contains(&lease),
                 }
             }
-            ["", "X", "R"].contains(&rest)
+            ["", "X", "R", "M", "MX"].contains(&rest)
         }
     }
 }
 
 fn whole_leases(sender: Sender, kinds: &[FrameKind]) -> bool {
     match kinds.last() {
-        None | Some(FrameKind::Reset | FrameKind::Refused | FrameKind::Closed) => true,
+        None | Some(FrameKind::Reset | FrameKind::Refused | FrameKind::Closed | FrameKind::Drain) => true,
         Some(FrameKind::Fin) => sender == Sender::Client,
         Some(_) => false,
     }
@@ -399,6 +401,7 @@ fn letter(kind: &FrameKind) -> char {
         FrameKind::Fin => 'F',
         FrameKind::Reset => 'R',
         FrameKind::Closed => 'C',
+        FrameKind::Drain => 'M',
     }
 }
 
@@ -412,7 +415,8 @@ fn any_frame() -> impl Strategy<Value = Said> {
         3 => prop::collection::vec(any::<u8>(), 1..50).prop_map(Said::Data),
         4 => lease.clone().prop_map(|lease| Said::Control(Control::Fin { lease })),
         1 => lease.clone().prop_map(|lease| Said::Control(Control::Reset { lease })),
-        4 => lease.prop_map(|lease| Said::Control(Control::Closed { lease })),
+        4 => lease.clone().prop_map(|lease| Said::Control(Control::Closed { lease })),
+        2 => lease.prop_map(|lease| Said::Control(Control::Drain { lease })),
     ]
 }
 

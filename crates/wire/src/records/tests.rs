@@ -1,0 +1,268 @@
+//! Against rustls itself as the other side: what we seal it opens, and what it seals we open.
+
+use std::collections::VecDeque;
+use std::io::{Read, Write};
+use std::sync::Arc;
+use std::time::Duration;
+
+use identity::csr::{CertificateRequest, PublicKeyOfRequest};
+use identity::issuer::{Root, WorkloadToCertify};
+use identity::tls::{client_config, server_config, unnamed};
+use identity::{PrivateKey, SpiffeId, Svid, UnixTime};
+use proptest::prelude::*;
+use rustls::time_provider::TimeProvider;
+use rustls::unbuffered::{ConnectionState, EncodeError, InsufficientSizeError, UnbufferedStatus};
+use rustls::{ClientConfig, ServerConfig, ServerConnection};
+
+use super::*;
+
+#[derive(Debug)]
+struct Now;
+
+impl TimeProvider for Now {
+    fn current_time(&self) -> Option<UnixTime> {
+        Some(UnixTime::since_unix_epoch(Duration::from_secs(1_800_000_000)))
+    }
+}
+
+fn configs() -> (Arc<ClientConfig>, Arc<ServerConfig>) {
+    let (now, day) = (Now.current_time().unwrap(), Duration::from_secs(86_400));
+    let root = Root::generate(&"a".parse().unwrap(), now, 30 * day).unwrap();
+    let (bundle, intermediate) = (root.bundle().unwrap(), root.issue_intermediate(now, 10 * day).unwrap());
+    let svid = |id: &SpiffeId| {
+        let key = PrivateKey::generate().unwrap();
+        let request = CertificateRequest::new(&key).unwrap();
+        let public = PublicKeyOfRequest::from_pem(request.as_pem()).unwrap();
+        let chain = intermediate.sign(&WorkloadToCertify::assertion(id.clone()), &public, now, day).unwrap();
+        Svid::assemble(key, chain, &bundle, id, now).unwrap()
+    };
+    let (client, server) = ("spiffe://a/ns/b/sa/c".parse().unwrap(), "spiffe://a/ns/b/sa/s".parse().unwrap());
+    let time = Arc::new(Now);
+    (client_config(&svid(&client), &bundle, &server, time.clone()), server_config(&svid(&server), &bundle, time))
+}
+
+/// Our client's records, and rustls as the server.
+struct Pair {
+    sealer: Sealer,
+    opener: Opener,
+    peer: ServerConnection,
+}
+
+fn pair() -> Pair {
+    let (client, server) = configs();
+    let mut peer = ServerConnection::new(server).unwrap();
+    let mut connection = UnbufferedClientConnection::new(client, unnamed()).unwrap();
+    let (mut incoming, mut outgoing) = (Vec::new(), Vec::new());
+    while connection.is_handshaking() || peer.is_handshaking() {
+        let UnbufferedStatus { discard, state } = connection.process_tls_records(&mut incoming);
+        match state.unwrap() {
+            ConnectionState::EncodeTlsData(mut data) => {
+                let Err(EncodeError::InsufficientSize(InsufficientSizeError { required_size })) = data.encode(&mut [])
+                else {
+                    panic!("nothing to encode")
+                };
+                let start = outgoing.len();
+                outgoing.resize(start + required_size, 0);
+                data.encode(&mut outgoing[start..]).unwrap();
+            }
+            ConnectionState::TransmitTlsData(data) => {
+                give(&mut peer, &outgoing);
+                outgoing.clear();
+                data.done();
+            }
+            ConnectionState::BlockedHandshake => {
+                peer.write_tls(&mut incoming).unwrap();
+                continue;
+            }
+            ConnectionState::WriteTraffic(_) => {}
+            other => panic!("{other:?}"),
+        }
+        incoming.drain(..discard);
+    }
+    let (sealer, opener) = of_client(connection).unwrap();
+    Pair { sealer, opener, peer }
+}
+
+fn give(peer: &mut ServerConnection, mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        peer.read_tls(&mut bytes).unwrap();
+        peer.process_new_packets().unwrap();
+    }
+}
+
+fn sealed(sealer: &mut Sealer, content: &[u8]) -> Vec<u8> {
+    let mut record = vec![0; BEFORE + content.len() + AFTER];
+    record[BEFORE..BEFORE + content.len()].copy_from_slice(content);
+    sealer.seal(&mut record);
+    record
+}
+
+impl Pair {
+    /// What rustls has to send.
+    fn from_peer(&mut self) -> VecDeque<Vec<u8>> {
+        let mut bytes = Vec::new();
+        while self.peer.wants_write() {
+            self.peer.write_tls(&mut bytes).unwrap();
+        }
+        let mut records = VecDeque::new();
+        while let Some(length) = length(&bytes).unwrap() {
+            records.push_back(bytes.drain(..length).collect());
+        }
+        assert!(bytes.is_empty());
+        records
+    }
+
+    fn read_at_peer(&mut self, length: usize) -> Vec<u8> {
+        let mut content = vec![0; length];
+        self.peer.reader().read_exact(&mut content).unwrap();
+        content
+    }
+
+    fn open_all(&mut self) -> Result<Vec<u8>, RecordError> {
+        let mut all = Vec::new();
+        for mut record in self.from_peer() {
+            if let Opened::Data(content) = self.opener.open(&mut record)? {
+                all.extend_from_slice(&record[content]);
+            }
+        }
+        Ok(all)
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn what_one_side_seals_the_other_opens(parts in prop::collection::vec(prop::collection::vec(any::<u8>(), 1..2000), 1..8)) {
+        let mut pair = pair();
+        for part in &parts {
+            let record = sealed(&mut pair.sealer, part);
+            give(&mut pair.peer, &record);
+            prop_assert_eq!(&pair.read_at_peer(part.len()), part);
+            pair.peer.writer().write_all(part).unwrap();
+            prop_assert_eq!(&pair.open_all().unwrap(), part);
+        }
+    }
+}
+
+#[test]
+fn the_largest_record_passes_and_both_libraries_seal_alike() {
+    let mut pair = pair();
+    let content = vec![7; MAX_CONTENT];
+    let record = sealed(&mut pair.sealer, &content);
+    give(&mut pair.peer, &record);
+    assert_eq!(pair.read_at_peer(MAX_CONTENT), content);
+
+    let (key, iv) = ([1; 32].into(), [2; 12].into());
+    let secrets = rustls::ConnectionTrafficSecrets::Aes256Gcm { key, iv };
+    let seal = |ring| {
+        let mut record = vec![3; BEFORE + 100 + AFTER];
+        Key::with(5, &secrets, ring).seal(APPLICATION_DATA, &mut record);
+        record
+    };
+    assert_eq!(seal(true), seal(false));
+    assert!(Key::with(5, &secrets, true).open(&mut seal(false)).is_some());
+    assert!(Key::with(5, &secrets, false).open(&mut seal(true)).is_some());
+    assert!(Key::with(6, &secrets, false).open(&mut seal(true)).is_none(), "in another place");
+}
+
+#[test]
+fn keys_are_updated_both_ways_when_the_peer_asks() {
+    let mut pair = pair();
+    for _ in 0..3 {
+        // rustls asks for one of ours with it.
+        pair.peer.refresh_traffic_keys().unwrap();
+        pair.peer.writer().write_all(b"by the new key").unwrap();
+        assert_eq!(pair.open_all().unwrap(), b"by the new key");
+        let update = pair.sealer.key_update().unwrap().expect("it was asked for");
+        assert_eq!(pair.sealer.key_update().unwrap(), None, "once");
+        give(&mut pair.peer, &update);
+        let record = sealed(&mut pair.sealer, b"and ours");
+        give(&mut pair.peer, &record);
+        assert_eq!(pair.read_at_peer(8), b"and ours");
+    }
+}
+
+#[test]
+fn a_key_that_has_sealed_enough_is_replaced() {
+    let mut pair = pair();
+    pair.sealer.key.skip_to(RENEW_AFTER);
+    assert!(pair.sealer.key_update().unwrap().is_some());
+    assert_eq!(pair.sealer.key.used(), 0);
+    assert_eq!(pair.sealer.key_update().unwrap(), None);
+}
+
+#[test]
+fn the_end_and_alerts_are_told_apart() {
+    let mut pair = pair();
+    pair.peer.send_close_notify();
+    let mut record = pair.from_peer().pop_front().unwrap();
+    assert_eq!(pair.opener.open(&mut record), Ok(Opened::Closed));
+    let close = pair.sealer.close_notify();
+    assert!(pair.peer.read_tls(&mut &close[..]).unwrap() > 0);
+    assert!(pair.peer.process_new_packets().unwrap().peer_has_closed());
+
+    let mut other = crate::records::tests::pair();
+    let record = sealed(&mut other.sealer, b"changed on its way");
+    let mut changed = record.clone();
+    changed[BEFORE] ^= 1;
+    other.peer.read_tls(&mut &changed[..]).unwrap();
+    other.peer.process_new_packets().unwrap_err();
+    let mut alert = other.from_peer().pop_front().unwrap();
+    let told = other.opener.open(&mut alert).unwrap_err();
+    assert_eq!(told, RecordError::Alert(AlertDescription::BadRecordMac));
+    assert_eq!(told.refusal().as_str(), "peer-refused");
+}
+
+#[test]
+fn what_may_not_come_ends_the_connection_by_name() {
+    assert_eq!(length(&[23, 3, 3, 0]), Ok(None));
+    assert_eq!(length(&[22, 3, 3, 0, 50]), Err(RecordError::NotEncrypted));
+    assert_eq!(length(&[23, 3, 3, 0, 16]), Err(RecordError::Length(21)));
+    assert_eq!(length(&[23, 3, 3, 0, 17]), Ok(Some(22)));
+    assert_eq!(length(&[23, 3, 3, 0x41, 0x00]), Ok(Some(MAX_RECORD)));
+    assert_eq!(length(&[23, 3, 3, 0x41, 0x01]), Err(RecordError::Length(MAX_RECORD + 1)));
+
+    // Both directions of one key: what the peer would seal.
+    let secrets = || rustls::ConnectionTrafficSecrets::Aes256Gcm { key: [9; 32].into(), iv: [1; 12].into() };
+    let open = |kind: u8, content: &[u8]| {
+        let mut pair = pair();
+        pair.opener.key = Key::with(0, &secrets(), false);
+        let mut record = vec![0; BEFORE + content.len() + AFTER];
+        record[BEFORE..BEFORE + content.len()].copy_from_slice(content);
+        Key::with(0, &secrets(), false).seal(kind, &mut record);
+        (pair.opener.open(&mut record.clone()), record)
+    };
+    let (broken, mut record) = open(APPLICATION_DATA, b"x");
+    assert_eq!(broken, Ok(Opened::Data(BEFORE..BEFORE + 1)));
+    record[BEFORE] ^= 1;
+    assert_eq!(pair().opener.open(&mut record), Err(RecordError::Seal));
+    // A ticket, a request for a certificate, a key update with a byte too many, of an unknown kind, an alert of one byte.
+    let bad: [(u8, &[u8]); 6] = [
+        (HANDSHAKE, &[4, 0, 0, 1, 0]),
+        (HANDSHAKE, &[13, 0, 0, 1, 0]),
+        (HANDSHAKE, &[24, 0, 0, 1, 0, 0]),
+        (HANDSHAKE, &[24, 0, 0, 1, 2]),
+        (ALERT, &[1]),
+        (20, &[1]),
+    ];
+    for (kind, content) in bad {
+        assert_eq!(open(kind, content).0, Err(RecordError::Unexpected), "{kind} {content:?}");
+    }
+    // Zeroes alone: no type.
+    assert_eq!(open(0, &[0, 0]).0, Err(RecordError::Unexpected));
+    // Padding is taken off; what is left of a record may be nothing.
+    assert_eq!(open(0, &[b'p', APPLICATION_DATA, 0, 0]).0, Ok(Opened::Data(BEFORE..BEFORE + 1)));
+    assert_eq!(open(0, &[APPLICATION_DATA, 0]).0, Ok(Opened::Nothing));
+}
+
+#[test]
+fn records_that_carry_nothing_are_bounded() {
+    let mut pair = pair();
+    for _ in 0..MOST_EMPTY {
+        pair.peer.refresh_traffic_keys().unwrap();
+    }
+    assert_eq!(pair.open_all(), Ok(Vec::new()));
+    pair.peer.refresh_traffic_keys().unwrap();
+    assert_eq!(pair.open_all(), Err(RecordError::TooManyEmpty));
+}
