@@ -1,7 +1,8 @@
-//! THE REPOSITORY'S OWN HAND: `cargo xtask test | ci | tidy`.
+//! THE REPOSITORY'S OWN HAND: `cargo xtask test | ci | tidy | bench`.
 //!
 //! - `tidy`: the repository checks its own shape ([`tidy`]).
 //! - `test`: the tests in groups, the programs they need, one summary ([`mod@test`]).
+//! - `bench`: the product's speed beside other ways, measured by the crate of that name ([`bench`]).
 //! - `ci`: everything that must hold before a change is taken, with the seconds of each stage ([`ci`]).
 //!
 //! Invariants, stated as absences: no other crate of the workspace is linked in, so that this builds in seconds and
@@ -9,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod ci;
 mod process;
 mod programs;
@@ -28,6 +30,8 @@ usage: cargo xtask <command>
                                          run the tests; groups: unit, e2e (default: both);
                                          a PATTERN selects tests by a part of their name;
                                          --required makes a skipped test a failure
+  bench [--quick] [--check] [--json FILE] [--compare BEFORE AFTER] …
+                                         measure speed and memory (PERFORMANCE.md); `bench --help` lists all options
   ci [STAGE…]                            all that must hold before a change is taken, or some stages of it:
                                          format, tidy, clippy, docs, test, licences
 ";
@@ -51,6 +55,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
     match command.as_str() {
         "tidy" if rest.is_empty() => tidy::run(&root()),
         "test" => test::run(&root(), &test::Request::parse(rest)?),
+        "bench" => bench::run(&root(), rest),
         "ci" => ci::run(&root(), rest),
         "help" | "--help" | "-h" => {
             print!("{USAGE}");

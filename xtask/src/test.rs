@@ -83,10 +83,11 @@ fn unit(root: &Path, request: &Request) -> Result<Group> {
     Ok(group)
 }
 
-/// The real binary in namespaces. Tests whose bound is a time run last and alone, so that no neighbour makes them late.
+/// The real binary in namespaces, and the programs that drive it there. Tests whose bound is a time run last and alone, so that no neighbour makes them late.
 fn e2e(root: &Path, request: &Request) -> Result<Group> {
     let mut group = Group::named("e2e");
-    let built = succeeds(cargo().current_dir(root).args(["build", "--release", "--package", "cli"]))?;
+    let built =
+        succeeds(cargo().current_dir(root).args(["build", "--release", "--package", "cli", "--package", "bench"]))?;
     if !built {
         group.note_exit(false);
         return Ok(group);
@@ -139,7 +140,7 @@ fn test_binaries(folder: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-fn target_folder(root: &Path) -> PathBuf {
+pub(crate) fn target_folder(root: &Path) -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |folder| root.join(folder))
 }
 

@@ -99,6 +99,14 @@ impl Life {
             let (user, _) = programs::security(&plan.spec, None, kubelet.authority)?;
             let mounts = programs::furnish(&plan)?;
             let network = kubelet.network.add_pod(&plan.uid, &plan.node.name, plan.addresses)?;
+            // Before the agent makes a socket there: sockets take the settings of their first moment.
+            let of_pod = plan.spec.security_context.iter().flat_map(|context| context.sysctls.iter().flatten());
+            for sysctl in of_pod {
+                if let Err(error) = network.set(&sysctl.name, &sysctl.value) {
+                    kubelet.network.remove_pod(&network)?;
+                    return Err(error.into());
+                }
+            }
             Ok(Rooms { network, mounts, user })
         })
         .await?

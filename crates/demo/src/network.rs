@@ -92,6 +92,8 @@ pub(crate) enum NetworkError {
     Namespace(#[from] NetNsError),
     #[error("cannot make {path}: {source}")]
     Directory { path: PathBuf, source: std::io::Error },
+    #[error("the setting {name} is not one of a network namespace: only those that begin with `net.` are a pod's own")]
+    Sysctl { name: String },
 }
 
 /// The box's network namespaces, without those of pods.
@@ -246,6 +248,16 @@ fn wire_pod(plan: &NodePlan, node: &NetNs, pod: Addresses, made: &PodNetwork) ->
     inside.set("net/ipv4/ip_unprivileged_port_start", "0")?;
     inside.wait_operational("eth0")?;
     outside.wait_operational(outer)
+}
+
+impl PodNetwork {
+    /// Writes one of `securityContext.sysctls`, named as the `sysctl` program names it, with dots.
+    pub(crate) fn set(&self, name: &str, value: &str) -> Result<(), NetworkError> {
+        if !name.starts_with("net.") || name.contains('/') {
+            return Err(NetworkError::Sysctl { name: name.to_owned() });
+        }
+        Ok(Links::of(&self.namespace)?.set(&name.replace('.', "/"), value)?)
+    }
 }
 
 /// The node's end is named after the pod's address: unique, and telling in `tcpdump -i any`.

@@ -18,6 +18,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("control", &["identity", "mesh", "wire", "linux", "manifests"]),
     ("demo", &["identity", "mesh", "wire", "linux", "manifests"]),
     ("cli", &["identity", "mesh", "wire", "linux", "manifests", "proxy", "agent", "control", "demo"]),
+    ("bench", &["linux"]),
     ("e2e", &["identity", "mesh", "wire", "linux", "manifests"]),
     ("xtask", &[]),
 ];
