@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::bail;
 use clap::{Args, Subcommand};
-use demo::{ExecOptions, Options, Outcome, Place, StateDirectory, Story};
+use demo::{ExecOptions, Options, Outcome, Place, ProcessArgument, StateDirectory, Story};
 use serde_json::Value;
 
 use crate::ERROR;
@@ -22,6 +22,9 @@ pub(crate) struct Arguments {
     /// Longest life of a pod's certificate, such as 20s: what takes a day is then seen in seconds.
     #[arg(long, global = true, value_name = "TIME", value_parser = control::lifetime)]
     leaf_lifetime: Option<Duration>,
+    /// A word for the command line of each process of a kind, as in proxy=--cores=1. Can be repeated.
+    #[arg(long = "process-argument", global = true, value_name = "PROCESS=ARGUMENT")]
+    process_arguments: Vec<ProcessArgument>,
     /// Machine-readable output.
     #[arg(long, global = true)]
     json: bool,
@@ -70,6 +73,27 @@ enum Verb {
         #[arg(short, long = "filename", value_name = "FILE")]
         file: PathBuf,
     },
+    /// Kill a process of the product, as `kill -9` would. The box starts it again, as kubelet would.
+    Kill {
+        /// A node, for its proxy; `agent@NODE`, or `control`.
+        process: String,
+        /// Do not start it again until `resume`.
+        #[arg(long)]
+        hold: bool,
+    },
+    /// Start a process again that is held down.
+    Resume {
+        /// A node, for its proxy; `agent@NODE`, or `control`.
+        process: String,
+    },
+    /// Put a new process in the place of one that runs: it takes over, and the old one drains.
+    Upgrade {
+        /// A node, for its proxy; `agent@NODE`.
+        process: String,
+        /// The new one's binary; the old one's otherwise.
+        #[arg(long, value_name = "FILE")]
+        binary: Option<PathBuf>,
+    },
     /// Print a page of a process' admin socket, such as `node-a /metrics`, or what it wrote: `/log`.
     Admin {
         /// A node, for its proxy; `agent@NODE`, or `control`.
@@ -84,9 +108,13 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<i32> {
     let mut options = Options {
         state: Some(state.clone()),
         manifests: arguments.manifests,
-        leaf_lifetime: arguments.leaf_lifetime,
         story: None,
+        process_arguments: arguments.process_arguments,
     };
+    options.process_arguments.extend(arguments.leaf_lifetime.map(|lifetime| ProcessArgument {
+        process: "control".to_owned(),
+        argument: format!("--leaf-validity={}s", lifetime.as_secs()),
+    }));
     let Some(verb) = arguments.verb else {
         options.story = Some(Story { once: arguments.once, json: arguments.json });
         return demo::run_foreground(options);
@@ -110,6 +138,11 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<i32> {
         }
         Verb::Apply { file } => return Ok(print_outcome(&demo::apply(&state, &file)?)),
         Verb::Delete { file } => return Ok(print_outcome(&demo::delete(&state, &file)?)),
+        Verb::Kill { process, hold } => say_process(arguments.json, &demo::kill(&state, &process, hold)?),
+        Verb::Resume { process } => say_process(arguments.json, &demo::resume(&state, &process)?),
+        Verb::Upgrade { process, binary } => {
+            say_process(arguments.json, &demo::upgrade(&state, &process, binary.as_deref())?);
+        }
         Verb::Admin { process, path } => anstream::print!("{}", demo::admin(&state, &process, &path)?),
     }
     Ok(0)
@@ -139,6 +172,16 @@ fn say(json: bool, sentence: &str, status: &Value) {
     }
 }
 
+/// What became of a process.
+fn say_process(json: bool, answer: &Value) {
+    if json {
+        anstream::println!("{answer:#}");
+        return;
+    }
+    let pid = answer["pid"].as_u64().map_or_else(String::new, |pid| format!(", as process {pid}"));
+    anstream::println!("{}{pid}", answer["sentence"].as_str().unwrap_or_default());
+}
+
 /// Gives the exit status: 1 where something was refused.
 fn print_outcome(outcome: &Outcome) -> i32 {
     for line in &outcome.done {
@@ -164,7 +207,7 @@ fn print_status(status: &Value) {
         for process in place["processes"].as_array().into_iter().flatten() {
             let (role, state) = (text(&process["role"]), text(&process["state"]));
             let pid = process["pid"].as_u64().map_or_else(String::new, |pid| pid.to_string());
-            let end = text(&process["message"]);
+            let end = history(process);
             anstream::println!("{name:14} {role:10} {pid:8} {state:9} {} {end}", list(&place["addresses"]));
         }
     }
@@ -192,6 +235,15 @@ fn print_status(status: &Value) {
     }
     for problem in status["problems"].as_array().into_iter().flatten() {
         anstream::println!("{}: {}", text(&problem["severity"]), text(&problem["sentence"]));
+    }
+}
+
+/// How often a process was started again, and how its predecessor ended.
+fn history(process: &Value) -> String {
+    let restarts = process["restarts"].as_u64().unwrap_or(0);
+    match process["lastExit"].as_str() {
+        Some(how) => format!("restarts: {restarts}, last exit: {how}"),
+        None => String::new(),
     }
 }
 

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,7 +14,6 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context;
 use linux::sandbox::{self, Authority, RUN};
 use manifests::k8s_openapi::jiff::Timestamp;
-use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -32,12 +30,13 @@ use crate::kube_proxy::Services;
 use crate::kubelet::{self, Kubelet, PodNews, Rooms};
 use crate::manifest::Manifest;
 use crate::network::{Network, node_plan};
-use crate::processes::{self, Process, Role};
+use crate::processes::{self, Recipes, Role};
 use crate::programs;
 use crate::report;
 use crate::server::{self, Reply};
 use crate::state::StateDirectory;
 use crate::story::{self, Scene};
+use crate::supervisor::Supervisor;
 
 /// What the starter says to end the box in order.
 pub(crate) const STOP: &[u8] = b"stop\n";
@@ -55,7 +54,11 @@ pub(crate) enum Event {
     /// News about a pod.
     Pod { uid: String, news: PodNews },
     /// A process of the product has ended.
-    ProcessEnded { role: Role, how: String },
+    ProcessEnded { role: Role, number: u64, how: String },
+    /// The pause before its restart is over.
+    ProcessDue { role: Role, number: u64 },
+    /// A new process is ready to take over, or is not and why.
+    Upgraded { role: Role, number: u64, ready: Result<(), String> },
     /// The story has been told.
     StoryEnded { shown: bool, once: bool },
     /// The starter wants the end.
@@ -134,7 +137,7 @@ async fn live(
         async move { children.reap().await }
     });
     server::open(state, events.clone())?;
-    offer_binary().context("cannot offer this program to pods")?;
+    processes::offer_own_binary().context("cannot offer this program to pods")?;
 
     let plans: Vec<_> = (0..NODES).map(node_plan).collect();
     let network = {
@@ -148,22 +151,27 @@ async fn live(
     let logs = Path::new(RUN).join("logs");
     fs::create_dir(&logs)?;
     let kubelet = Kubelet { authority, network, children, events, logs };
+    let cluster = Cluster::new(plans, random_uuid, now);
+    let mut folder = Folder::create(Path::new(RUN).join("objects"))?;
+    folder.hold(cluster.objects()).context("cannot write the objects for the control plane")?;
+    let recipes = {
+        let (network, children) = (kubelet.network.clone(), kubelet.children.clone());
+        Recipes::new(authority, network, children, folder.path().to_owned(), options.process_arguments.clone())?
+    };
     let mut keeper = Keeper {
         authority,
-        leaf_lifetime: options.leaf_lifetime,
         state: state.path().to_owned(),
-        cluster: Cluster::new(plans, random_uuid, now),
-        folder: Folder::create(Path::new(RUN).join("objects"))?,
+        cluster,
+        folder,
         zone,
         services: Services::default(),
+        supervisor: Supervisor::start(recipes, kubelet.events.clone()).await?,
         kubelet: Arc::new(kubelet),
-        processes: Vec::new(),
         pods: BTreeMap::new(),
         complaints: Complaints::default(),
         inbox,
     };
     keeper.publish();
-    keeper.start_processes().await?;
     keeper.begin(manifest);
     keeper.wait_until_ready().await;
     lifeline.say("ready");
@@ -190,26 +198,6 @@ async fn live(
     Ok(keeper.serve(options.story.is_some_and(|story| story.once)).await)
 }
 
-/// `/run/justmtls/bin/justmtls`: the binary that runs, reachable for every user and every pod, even when
-/// the file that it was started from lies where only its owner can go.
-fn offer_binary() -> anyhow::Result<()> {
-    const OWN: &str = "/proc/self/exe";
-    let bin = Path::new(RUN).join("bin");
-    fs::create_dir(&bin)?;
-    let file = bin.join("justmtls");
-    // By its path: the magic link leads to a mount of the machine, which cannot be bound in here.
-    let path = fs::read_link(OWN)?;
-    let identity = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
-    if identity(&path) == identity(Path::new(OWN)) {
-        fs::File::create_new(&file)?;
-        mount(Some(&path), &file, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
-    } else {
-        // Replaced or removed since this process was started.
-        fs::copy(OWN, &file)?;
-    }
-    Ok(())
-}
-
 pub(crate) fn random_uuid() -> String {
     // The kernel's own generator; without /proc there is no box.
     fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap_or_default().trim().to_owned()
@@ -223,7 +211,6 @@ fn now() -> Timestamp {
 /// Who keeps everything together: the only one that changes the cluster's objects.
 struct Keeper {
     authority: Authority,
-    leaf_lifetime: Option<Duration>,
     state: PathBuf,
     cluster: Cluster,
     folder: Folder,
@@ -231,7 +218,7 @@ struct Keeper {
     /// As they are loaded on the nodes.
     services: Services,
     kubelet: Arc<Kubelet>,
-    processes: Vec<Process>,
+    supervisor: Supervisor,
     /// The pods that live, by uid.
     pods: BTreeMap<String, LivePod>,
     complaints: Complaints,
@@ -246,14 +233,6 @@ struct LivePod {
 }
 
 impl Keeper {
-    async fn start_processes(&mut self) -> anyhow::Result<()> {
-        let Kubelet { network, children, events, .. } = self.kubelet.as_ref();
-        let objects = self.folder.path();
-        self.processes =
-            processes::start(self.authority, network, objects, self.leaf_lifetime, children, events).await?;
-        Ok(())
-    }
-
     /// Takes the first manifest. What is wrong with it is said to who sits in front, and `status` remembers it.
     fn begin(&mut self, manifest: Manifest) {
         let Taken { refused, notes, .. } = self.take(manifest);
@@ -322,24 +301,26 @@ impl Keeper {
             Event::Pod { uid, news } => self.pod_news(&uid, news),
             // Taken by `serve`: before it, no story is told.
             Event::StoryEnded { .. } => {}
-            Event::ProcessEnded { role, how } => {
-                tracing::error!(process = role.name(), how, "a process has ended");
-                if let Some(process) = self.processes.iter_mut().find(|process| process.role == role) {
-                    process.ended = Some(how);
-                }
+            Event::ProcessEnded { role, number, how } => self.supervisor.ended(&role, number, &how),
+            Event::ProcessDue { role, number } => self.supervisor.due(&role, number),
+            Event::Upgraded { role, number, ready } => self.supervisor.upgraded(&role, number, ready),
+            Event::Request { request: Request::Kill { process, hold }, reply } => {
+                self.supervisor.kill(&process, hold, reply);
+            }
+            Event::Request { request: Request::Upgrade { process, binary }, reply } => {
+                self.supervisor.upgrade(&process, binary.as_deref(), reply);
             }
             Event::Request { request: Request::Admin { process, path }, reply } => {
-                let known = self.processes.iter().find(|known| known.role.name() == process);
-                let known = known.map(|known| (known.admin.clone(), known.log.clone()));
-                let names = self.processes.iter().map(|known| known.role.name()).collect::<Vec<_>>().join(", ");
+                let found = self.supervisor.find(&process);
                 tokio::spawn(async move {
-                    let page = match known {
+                    let page = match found {
                         // By the box, as a process that has ended can show nothing any more.
-                        Some((_, log)) if path == "/log" => Ok(programs::recent_output(&log)),
-                        Some((socket, _)) => {
+                        Ok((_, log)) if path == "/log" => Ok(programs::recent_output(&log)),
+                        Ok((Some(socket), _)) => {
                             admin::page(socket, &path).await.map_err(|error| format!("{process}: {error:#}"))
                         }
-                        None => Err(format!("there is no process {process}; there are {names}")),
+                        Ok((None, _)) => Err(format!("{process} does not run; it has a /log still")),
+                        Err(sentence) => Err(sentence),
                     };
                     let _ = reply.send((page.map(Value::String), Vec::new()));
                 });
@@ -348,8 +329,8 @@ impl Keeper {
                 let network = &self.kubelet.network;
                 let complaints = self.complaints.all(self.cluster.objects());
                 let (mut status, handles) =
-                    report::status(&self.state, self.authority, &self.cluster, network, &self.processes, complaints);
-                let control = self.processes.iter().find(|it| it.role == Role::Control).map(|it| it.admin.clone());
+                    report::status(&self.state, self.authority, &self.cluster, network, &self.supervisor, complaints);
+                let control = self.supervisor.control();
                 tokio::spawn(async move {
                     if let Some(control) = control {
                         report::add_control_plane_view(&mut status, control).await;
@@ -444,8 +425,13 @@ impl Keeper {
             },
             Request::Apply { file, text } => without(Ok(self.take(Manifest::from_text(&file, &text)).answer())),
             Request::Delete { file, text } => without(Ok(self.delete(Manifest::from_text(&file, &text)).answer())),
-            // Answered where the event is taken.
-            Request::Status | Request::Admin { .. } | Request::Stop => without(Ok(Value::Null)),
+            Request::Resume { process } => self.supervisor.resume(&process),
+            // Answered where the event is taken, or later.
+            Request::Status
+            | Request::Admin { .. }
+            | Request::Kill { .. }
+            | Request::Upgrade { .. }
+            | Request::Stop => without(Ok(Value::Null)),
         }
     }
 

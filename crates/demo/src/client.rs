@@ -43,6 +43,32 @@ pub fn delete(state: &Path, file: &Path) -> anyhow::Result<Outcome> {
     Ok(serde_json::from_value(request(state, &Request::Delete { file, text })?.0)?)
 }
 
+/// Kills a process of the product, such as `node-a` (its proxy), `agent@node-a` or `control`, and waits for its end. The box
+/// starts it again, unless it is to be held down. The answer has a `sentence` and the `pid` of the new process, if there is
+/// one already.
+pub fn kill(state: &Path, process: &str, hold: bool) -> anyhow::Result<Value> {
+    about_process(state, &Request::Kill { process: process.to_owned(), hold })
+}
+
+/// Starts a process that is held down, or whose restart is waited for. The answer is as that of [`kill`].
+pub fn resume(state: &Path, process: &str) -> anyhow::Result<Value> {
+    about_process(state, &Request::Resume { process: process.to_owned() })
+}
+
+/// Starts a new process, of another binary if one is named, waits until it is ready and has the old one told to end. The
+/// answer is as that of [`kill`].
+pub fn upgrade(state: &Path, process: &str, binary: Option<&Path>) -> anyhow::Result<Value> {
+    let find = |path: &Path| fs::canonicalize(path).with_context(|| format!("there is no {}", path.display()));
+    let binary = binary.map(find).transpose()?;
+    about_process(state, &Request::Upgrade { process: process.to_owned(), binary })
+}
+
+fn about_process(state: &Path, asked: &Request) -> anyhow::Result<Value> {
+    let (mut answer, handles) = request(state, asked)?;
+    give_process_ids(&mut answer, &handles);
+    Ok(answer)
+}
+
 /// A page of a process' admin socket, such as `/metrics` of `node-a`.
 pub fn admin(state: &Path, process: &str, path: &str) -> anyhow::Result<String> {
     let (process, path) = (process.to_owned(), path.to_owned());

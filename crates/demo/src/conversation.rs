@@ -4,6 +4,7 @@
 //! and the sum of the parts is bounded instead.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use linux::channel::{Channel, LARGEST_MESSAGE};
@@ -27,6 +28,12 @@ pub(crate) enum Request {
     Apply { file: String, text: String },
     /// Removes a manifest's objects.
     Delete { file: String, text: String },
+    /// Kills a process of the product; with `hold` it is not started again.
+    Kill { process: String, hold: bool },
+    /// Starts a process that is held down.
+    Resume { process: String },
+    /// Puts a new process in the place of one that runs, by hand-over.
+    Upgrade { process: String, binary: Option<PathBuf> },
     /// A page of a process' admin socket.
     Admin { process: String, path: String },
     /// The end.

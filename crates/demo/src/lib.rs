@@ -39,6 +39,7 @@ mod processes;
 mod programs;
 mod runtime;
 mod server;
+mod supervisor;
 
 // Telling
 mod dns;
@@ -50,9 +51,8 @@ mod wiretap;
 pub mod app;
 
 use std::path::PathBuf;
-use std::time::Duration;
 
-pub use client::{Outcome, admin, apply, delete, status};
+pub use client::{Outcome, admin, apply, delete, kill, resume, status, upgrade};
 pub use conversation::Place;
 pub use exec::{ExecOptions, exec};
 pub use starter::{run_foreground, start, stop};
@@ -66,8 +66,31 @@ pub struct Options {
     pub state: Option<PathBuf>,
     /// A file or folder with Kubernetes objects instead of the built-in ones.
     pub manifests: Option<PathBuf>,
-    /// The longest life of a pod's certificate; `None` is the control plane's own.
-    pub leaf_lifetime: Option<Duration>,
     /// The story to be told, in the foreground.
     pub story: Option<Story>,
+    /// What processes of the product are started with beside what the box needs.
+    pub process_arguments: Vec<ProcessArgument>,
+}
+
+/// An argument of every process of a kind: `proxy=--cores=1`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessArgument {
+    /// `control`, `agent` or `proxy`.
+    pub process: String,
+    /// One word of its command line.
+    pub argument: String,
+}
+
+impl std::str::FromStr for ProcessArgument {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts = text.split_once('=').filter(|(process, _)| ["control", "agent", "proxy"].contains(process));
+        match parts {
+            Some((process, argument)) if argument.starts_with('-') => {
+                Ok(Self { process: process.to_owned(), argument: argument.to_owned() })
+            }
+            _ => Err("write PROCESS=ARGUMENT with control, agent or proxy, as in proxy=--cores=1".to_owned()),
+        }
+    }
 }

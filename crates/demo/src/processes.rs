@@ -2,24 +2,25 @@
 //!
 //! They are started as Kubernetes would start them: the agent with the capabilities that it needs, the proxy as a user of
 //! its own without any, each with a token that says which node it is. Nobody but their owner can read what they are given.
+//! When and how often is [`crate::supervisor`]'s business.
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, chown};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use linux::netns::NetNs;
 use linux::privileges::{Capabilities, User};
 use linux::sandbox::{self, Authority, Place, RUN};
-use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep};
+use nix::mount::{MsFlags, mount};
 
-use crate::boot::{Event, random_uuid};
-use crate::children::{self, Child, Children};
+use crate::ProcessArgument;
+use crate::boot::random_uuid;
+use crate::children::{Child, Children};
 use crate::network::{Network, NodePlan, control_address};
 use crate::programs;
 
@@ -31,10 +32,6 @@ const METRICS_PORT: u16 = 15020;
 const PROXY: User = User { uid: 2147, gid: 2147 };
 /// Who owns the listeners in pods in a box of root: a user that nothing runs as, so that no process can join them (T23).
 const LISTENER_OWNER: u32 = 2148;
-/// How long the control plane may take to list its objects.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// How often its socket is looked for meanwhile.
-const LOOK: Duration = Duration::from_millis(5);
 
 /// What a process is.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -57,6 +54,11 @@ impl Role {
         }
     }
 
+    /// Whether it is the one that somebody means: by its name, or as `proxy@NODE`, too.
+    pub(crate) fn is_called(&self, name: &str) -> bool {
+        self.name() == name || matches!(self, Self::Proxy(node) if name.strip_prefix("proxy@") == Some(node))
+    }
+
     /// The subcommand that it is.
     pub(crate) fn subcommand(&self) -> &'static str {
         match self {
@@ -77,16 +79,13 @@ impl Role {
 
 /// A process that was started.
 #[derive(Debug)]
-pub(crate) struct Process {
-    pub(crate) role: Role,
-    /// Inside the box.
-    pub(crate) pid: u32,
+pub(crate) struct Started {
+    /// Its process id inside the box, and its end.
+    pub(crate) child: Child,
     /// Its socket for dumps.
     pub(crate) admin: PathBuf,
-    /// What it wrote.
-    pub(crate) log: PathBuf,
-    /// How it ended, once it has.
-    pub(crate) ended: Option<String>,
+    /// Where it shows its metrics, inside its node.
+    pub(crate) metrics: Option<SocketAddr>,
 }
 
 /// Where the agent of a node listens for the container runtime.
@@ -98,46 +97,55 @@ fn node_directory(node: &str) -> PathBuf {
     Path::new(RUN).join("nodes").join(node)
 }
 
-/// Starts all of them: the control plane first, so that the bundle is there when nodes look for it.
-pub(crate) async fn start(
+/// How each process is started, any number of times.
+#[derive(Debug)]
+pub(crate) struct Recipes {
     authority: Authority,
-    network: &Network,
-    objects: &Path,
-    leaf_lifetime: Option<Duration>,
-    children: &Arc<Children>,
-    events: &mpsc::UnboundedSender<Event>,
-) -> anyhow::Result<Vec<Process>> {
-    let starter = Starter { authority, objects, leaf_lifetime, children, events, logs: Path::new(RUN).join("logs") };
-    let mut tokens = String::new();
-    let mut nodes = Vec::new();
-    for (plan, namespace) in network.nodes() {
-        nodes.push((starter.furnish_node(plan, &mut tokens)?, namespace));
-    }
-    let mut processes = vec![starter.control(network.control(), &tokens).await?];
-    for (node, namespace) in nodes {
-        processes.push(starter.agent(&node, namespace)?);
-        processes.push(starter.proxy(&node, namespace)?);
-    }
-    Ok(processes)
-}
-
-struct Starter<'a> {
-    authority: Authority,
-    objects: &'a Path,
-    leaf_lifetime: Option<Duration>,
-    children: &'a Arc<Children>,
-    events: &'a mpsc::UnboundedSender<Event>,
+    network: Arc<Network>,
+    children: Arc<Children>,
+    objects: PathBuf,
     logs: PathBuf,
+    arguments: Vec<ProcessArgument>,
 }
 
-/// A node's folders, with a token for each of its processes.
-struct Furnished {
-    name: String,
-    agent: PathBuf,
-    proxy: PathBuf,
-}
+impl Recipes {
+    /// Makes what the processes find when they start: folders of their own, and tokens.
+    pub(crate) fn new(
+        authority: Authority,
+        network: Arc<Network>,
+        children: Arc<Children>,
+        objects: PathBuf,
+        arguments: Vec<ProcessArgument>,
+    ) -> anyhow::Result<Self> {
+        let logs = Path::new(RUN).join("logs");
+        let recipes = Self { authority, network, children, objects, logs, arguments };
+        let mut tokens = String::new();
+        for (plan, _) in recipes.network.nodes() {
+            recipes.furnish_node(plan, &mut tokens)?;
+        }
+        private_directory(&control_directory())?;
+        fs::write(control_directory().join("tokens"), tokens)?;
+        fs::create_dir_all(bundle().parent().unwrap_or(Path::new(RUN)))?;
+        Ok(recipes)
+    }
 
-impl Starter<'_> {
+    /// All processes of a box: the control plane first, so that the bundle is there when nodes look for it.
+    pub(crate) fn roles(&self) -> Vec<Role> {
+        let nodes = self.network.nodes().map(|(plan, _)| plan.name.clone());
+        let of_nodes = nodes.flat_map(|node| [Role::Agent(node.clone()), Role::Proxy(node)]);
+        std::iter::once(Role::Control).chain(of_nodes).collect()
+    }
+
+    /// Starts a process. Those of one role that live at the same time have different places, numbered from 1.
+    pub(crate) fn start(&self, role: &Role, place: u8, binary: &Path) -> anyhow::Result<Started> {
+        let started = match role {
+            Role::Control => self.control(binary),
+            Role::Agent(node) => self.agent(node, place, binary),
+            Role::Proxy(node) => self.proxy(node, place, binary),
+        };
+        started.with_context(|| format!("cannot start {}", role.name()))
+    }
+
     /// Nobody but root where there is another user.
     fn proxy_user(&self) -> User {
         match self.authority {
@@ -146,96 +154,84 @@ impl Starter<'_> {
         }
     }
 
-    fn furnish_node(&self, plan: &NodePlan, tokens: &mut String) -> anyhow::Result<Furnished> {
-        let directory = node_directory(&plan.name);
-        let furnished =
-            Furnished { name: plan.name.clone(), agent: directory.join("agent"), proxy: directory.join("proxy") };
-        for (role, place) in [("agent", &furnished.agent), ("proxy", &furnished.proxy)] {
-            private_directory(place)?;
+    /// Folders for a node's processes, with a token in each.
+    fn furnish_node(&self, plan: &NodePlan, tokens: &mut String) -> anyhow::Result<()> {
+        for role in ["agent", "proxy"] {
+            let directory = node_directory(&plan.name).join(role);
+            private_directory(&directory)?;
             let token = format!("{}{}", random_uuid(), random_uuid());
-            fs::write(place.join("token"), &token)?;
+            fs::write(directory.join("token"), &token)?;
             tokens.push_str(&format!("{token},{role},{}\n", plan.name));
         }
-        let user = self.proxy_user();
-        for path in [furnished.proxy.clone(), furnished.proxy.join("token")] {
+        let (user, directory) = (self.proxy_user(), node_directory(&plan.name).join("proxy"));
+        for path in [directory.clone(), directory.join("token")] {
             chown(path, Some(user.uid), Some(user.gid))?;
         }
-        Ok(furnished)
+        Ok(())
     }
 
-    async fn control(&self, namespace: &NetNs, tokens: &str) -> anyhow::Result<Process> {
-        let directory = Path::new(RUN).join("control");
-        private_directory(&directory)?;
-        fs::write(directory.join("tokens"), tokens)?;
-        fs::create_dir_all(bundle().parent().unwrap_or(Path::new(RUN)))?;
+    fn control(&self, binary: &Path) -> anyhow::Result<Started> {
+        let (role, directory) = (Role::Control, control_directory());
         let admin = directory.join("admin.sock");
-        let mut command = self.command(&Role::Control)?;
-        command.arg("--objects").arg(self.objects);
+        let mut command = self.command(&role, binary)?;
+        command.arg("--objects").arg(&self.objects);
         command.arg("--listen").arg(format!("{}:{CONTROL_PORT}", control_address().v4));
         command.arg("--tokens").arg(directory.join("tokens")).arg("--ca").arg(directory.join("ca"));
         command.arg("--publish-bundle").arg(bundle()).arg("--admin").arg(&admin);
-        if let Some(lifetime) = self.leaf_lifetime {
-            command.arg("--leaf-validity").arg(format!("{}s", lifetime.as_secs()));
-        }
-        let process = self.spawn(Role::Control, command, namespace, None, Capabilities::NONE, admin.clone())?;
-        // Its socket is there once it has listed every object.
-        let deadline = Instant::now() + PATIENCE;
-        while !admin.exists() {
-            if Instant::now() > deadline || !Path::new(&format!("/proc/{}", process.pid)).exists() {
-                bail!("the control plane did not start: {}", self.last_words(&Role::Control));
-            }
-            sleep(LOOK).await;
-        }
-        Ok(process)
+        let child = self.spawn(&role, command, self.network.control(), None, Capabilities::NONE)?;
+        Ok(Started { child, admin, metrics: None })
     }
 
-    fn agent(&self, node: &Furnished, namespace: &NetNs) -> anyhow::Result<Process> {
-        let role = Role::Agent(node.name.clone());
-        let admin = node.agent.join("admin.sock");
-        let mut command = self.command(&role)?;
-        self.of_node(&mut command, node, &node.agent);
-        command.arg("--proxy-socket").arg(proxy_socket(&node.name));
+    fn agent(&self, node: &str, place: u8, binary: &Path) -> anyhow::Result<Started> {
+        let (role, directory) = (Role::Agent(node.to_owned()), node_directory(node).join("agent"));
+        let admin = admin_socket(&directory, place);
+        let mut command = self.command(&role, binary)?;
+        of_node(&mut command, node, &directory);
+        command.arg("--proxy-socket").arg(proxy_socket(node));
         command.arg("--proxy-uid").arg(self.proxy_user().uid.to_string());
-        command.arg("--cni-socket").arg(cni_socket(&node.name)).arg("--admin").arg(&admin);
+        command.arg("--cni-socket").arg(cni_socket(node)).arg("--admin").arg(&admin);
         if self.authority == Authority::Root {
             command.arg("--listener-owner").arg(LISTENER_OWNER.to_string());
         }
-        self.spawn(role, command, namespace, None, Capabilities::ALL, admin)
+        let child = self.spawn(&role, command, self.namespace(node)?, None, Capabilities::ALL)?;
+        Ok(Started { child, admin, metrics: None })
     }
 
-    fn proxy(&self, node: &Furnished, namespace: &NetNs) -> anyhow::Result<Process> {
-        let role = Role::Proxy(node.name.clone());
-        let admin = node.proxy.join("admin.sock");
-        let mut command = self.command(&role)?;
-        self.of_node(&mut command, node, &node.proxy);
-        command.arg("--agent-socket").arg(proxy_socket(&node.name)).arg("--admin").arg(&admin);
-        command.arg("--metrics").arg(format!("127.0.0.1:{METRICS_PORT}"));
-        self.spawn(role, command, namespace, Some(self.proxy_user()), Capabilities::NONE, admin)
+    fn proxy(&self, node: &str, place: u8, binary: &Path) -> anyhow::Result<Started> {
+        let (role, directory) = (Role::Proxy(node.to_owned()), node_directory(node).join("proxy"));
+        let admin = admin_socket(&directory, place);
+        // On Kubernetes each has an address of its own; here they share a node.
+        let metrics = SocketAddr::new(Ipv4Addr::new(127, 0, 0, place).into(), METRICS_PORT);
+        let mut command = self.command(&role, binary)?;
+        of_node(&mut command, node, &directory);
+        command.arg("--agent-socket").arg(proxy_socket(node)).arg("--admin").arg(&admin);
+        command.arg("--metrics").arg(metrics.to_string());
+        let child = self.spawn(&role, command, self.namespace(node)?, Some(self.proxy_user()), Capabilities::NONE)?;
+        Ok(Started { child, admin, metrics: Some(metrics) })
     }
 
-    fn command(&self, role: &Role) -> io::Result<Command> {
-        let mut command = Command::new(Path::new(RUN).join("bin/justmtls"));
+    fn namespace(&self, node: &str) -> anyhow::Result<&NetNs> {
+        self.network.place(node).with_context(|| format!("there is no node {node}"))
+    }
+
+    fn command(&self, role: &Role, binary: &Path) -> io::Result<Command> {
+        let mut command = Command::new(binary);
         command.arg("--log-format").arg("text").arg(role.subcommand()).env_clear();
         let output = programs::output(self.log(role))?;
         command.stdin(Stdio::null()).stderr(output.try_clone()?).stdout(output);
         Ok(command)
     }
 
-    fn of_node(&self, command: &mut Command, node: &Furnished, place: &Path) {
-        command.arg("--node").arg(&node.name);
-        command.arg("--control").arg(format!("{}:{CONTROL_PORT}", control_address().v4));
-        command.arg("--bundle").arg(bundle()).arg("--token").arg(place.join("token"));
-    }
-
     fn spawn(
         &self,
-        role: Role,
+        role: &Role,
         mut command: Command,
         namespace: &NetNs,
         user: Option<User>,
         capabilities: Capabilities,
-        admin: PathBuf,
-    ) -> anyhow::Result<Process> {
+    ) -> anyhow::Result<Child> {
+        let own = self.arguments.iter().filter(|argument| argument.process == role.subcommand());
+        command.args(own.map(|argument| &argument.argument));
         let place = Place {
             mount: None,
             net: Some(namespace.try_clone()?.into()),
@@ -246,25 +242,70 @@ impl Starter<'_> {
             dies_with_caller: false,
         };
         sandbox::run_in(&mut command, place);
-        let started = self.children.spawn(&mut command);
-        let Child { pid, ended } = started.with_context(|| format!("cannot start {}", role.name()))?;
-        let (events, of) = (self.events.clone(), role.clone());
-        tokio::spawn(async move {
-            let how = ended.await.map_or_else(|_| "lost".to_owned(), children::describe);
-            // Who does not listen any more has ended the box.
-            let _ = events.send(Event::ProcessEnded { role: of, how });
-        });
-        let log = self.log(&role);
-        Ok(Process { role, pid, admin, log, ended: None })
+        Ok(self.children.spawn(&mut command)?)
     }
 
-    fn log(&self, role: &Role) -> PathBuf {
+    /// What the processes of a role wrote.
+    pub(crate) fn log(&self, role: &Role) -> PathBuf {
         self.logs.join(format!("{}.log", role.name()))
     }
 
-    fn last_words(&self, role: &Role) -> String {
-        programs::recent_output(&self.log(role)).lines().last().unwrap_or("it said nothing").to_owned()
+    /// The last error in that, or its last line.
+    pub(crate) fn last_words(&self, role: &Role) -> String {
+        let output = programs::recent_output(&self.log(role));
+        let error = output.lines().rfind(|line| line.starts_with("error"));
+        error.or_else(|| output.lines().last()).unwrap_or("it said nothing").to_owned()
     }
+}
+
+fn of_node(command: &mut Command, node: &str, directory: &Path) {
+    command.arg("--node").arg(node);
+    command.arg("--control").arg(format!("{}:{CONTROL_PORT}", control_address().v4));
+    command.arg("--bundle").arg(bundle()).arg("--token").arg(directory.join("token"));
+}
+
+/// The binary that runs, where every user and every pod can reach it.
+pub(crate) fn own_binary() -> PathBuf {
+    Path::new(RUN).join("bin/justmtls")
+}
+
+/// Makes [`own_binary`], even when the file that it was started from lies where only its owner can go.
+pub(crate) fn offer_own_binary() -> anyhow::Result<()> {
+    const OWN: &str = "/proc/self/exe";
+    let file = own_binary();
+    fs::create_dir(file.parent().unwrap_or(Path::new(RUN)))?;
+    // By its path: the magic link leads to a mount of the machine, which cannot be bound in here.
+    let path = fs::read_link(OWN)?;
+    let identity = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    if identity(&path) == identity(Path::new(OWN)) {
+        offer(&path, &file)
+    } else {
+        // Replaced or removed since this process was started.
+        fs::copy(OWN, &file)?;
+        Ok(())
+    }
+}
+
+/// Another binary, where every user can reach it. `number` is not to be used twice.
+pub(crate) fn offer_binary(path: &Path, number: u64) -> anyhow::Result<PathBuf> {
+    let file = Path::new(RUN).join(format!("bin/justmtls-{number}"));
+    offer(path, &file)?;
+    Ok(file)
+}
+
+fn offer(path: &Path, file: &Path) -> anyhow::Result<()> {
+    fs::File::create_new(file)?;
+    mount(Some(path), file, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+    Ok(())
+}
+
+fn control_directory() -> PathBuf {
+    Path::new(RUN).join("control")
+}
+
+/// The socket for dumps of the process with this place.
+fn admin_socket(directory: &Path, place: u8) -> PathBuf {
+    directory.join(if place == 1 { "admin.sock".to_owned() } else { format!("admin-{place}.sock") })
 }
 
 /// The roots, for everybody to read.

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use linux::sandbox::{self, Authority};
+use linux::sandbox::Authority;
 use manifests::Object;
 use manifests::k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
@@ -13,7 +13,7 @@ use crate::cluster::Cluster;
 use crate::complaints::problem;
 use crate::endpoints;
 use crate::network::{Network, OUTSIDE, control_address};
-use crate::processes::{Process, Role};
+use crate::supervisor::Supervisor;
 
 /// Whether nothing more is to be expected of a pod: it is ready, or has ended.
 pub(crate) fn is_settled(pod: &Pod) -> bool {
@@ -27,12 +27,11 @@ pub(crate) fn status(
     authority: Authority,
     cluster: &Cluster,
     network: &Network,
-    processes: &[Process],
+    supervisor: &Supervisor,
     complaints: Vec<Value>,
 ) -> (Value, Vec<OwnedFd>) {
     let mut handles = Vec::new();
-    let control: Vec<_> =
-        processes.iter().filter(|it| it.role == Role::Control).map(|it| process(it, &mut handles)).collect();
+    let control = supervisor.shown(None, &mut handles);
     let nodes: Vec<_> = network
         .nodes()
         .map(|(plan, _)| {
@@ -40,22 +39,12 @@ pub(crate) fn status(
                 "name": plan.name,
                 "addresses": plan.fabric.both(),
                 "gateway": plan.gateway.both(),
-                "processes": processes
-                    .iter()
-                    .filter(|it| it.role.node() == Some(plan.name.as_str()))
-                    .map(|it| process(it, &mut handles))
-                    .collect::<Vec<_>>(),
+                "processes": supervisor.shown(Some(&plan.name), &mut handles),
                 "podCIDRs": [plan.pods_v4.to_string(), plan.pods_v6.to_string()],
             })
         })
         .collect();
-    let ended = processes.iter().filter_map(|it| Some((it.role.name(), it.ended.as_ref()?)));
-    let ended = ended.map(|(name, how)| {
-        problem(
-            "error",
-            &format!("the process {name} has ended ({how}); `justmtls demo admin {name} /log` shows its last words"),
-        )
-    });
+    let ended = supervisor.problems().map(|sentence| problem("error", &sentence));
     let services: Vec<_> = cluster.objects().filter_map(|(_, object)| service(object)).collect();
     let status = json!({
         "state": state,
@@ -69,24 +58,6 @@ pub(crate) fn status(
         "problems": ended.chain(complaints).collect::<Vec<_>>(),
     });
     (status, handles)
-}
-
-fn process(process: &Process, handles: &mut Vec<OwnedFd>) -> Value {
-    let mut value = json!({
-        "name": process.role.name(),
-        "role": process.role.subcommand(),
-        "state": if process.ended.is_some() { "ended" } else { "running" },
-        "message": process.ended,
-        "admin": process.admin,
-        "pid": null,
-    });
-    if process.ended.is_none()
-        && let Ok(handle) = sandbox::process_handle(process.pid)
-    {
-        value["handle"] = handles.len().into();
-        handles.push(handle);
-    }
-    value
 }
 
 /// Adds what the control plane knows: for each pod its mode and whether it is captured, and further problems.

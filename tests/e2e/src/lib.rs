@@ -13,8 +13,9 @@ mod requirements;
 // Waiting and running
 mod program;
 mod wait;
-// The box and its pods
+// The box, its pods and its processes
 mod cluster;
+mod processes;
 mod shared;
 mod view;
 // The wire between the nodes, and what tshark says of it
@@ -23,6 +24,7 @@ mod wiretap;
 
 pub use cluster::{Cluster, OUTSIDE, Owner, binary};
 pub use machine::Machine;
+pub use processes::{Replaced, is_gone};
 pub use program::{Finished, Program, Running};
 pub use requirements::{announce_skip, as_ordinary_user, missing, name_of, postgres};
 pub use shared::Shared;

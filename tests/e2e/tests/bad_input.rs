@@ -91,12 +91,17 @@ fn wrong_command_lines_say_what_is_wrong_and_what_there_is() {
     has_all(&cluster.verb(&["exec", "app/nobody", "--", "true"]).run().fails(), &["app/nobody", "app/client"]);
     has_all(&cluster.verb(&["exec", "--node", "node-z", "--", "true"]).run().fails(), &["node-z", "node-a"]);
     has_all(&cluster.verb(&["admin", "node-z", "/metrics"]).run().fails(), &["node-z"]);
+    let argument = ["--process-argument", "kubelet=--v=9"];
+    has_all(&cluster.verb(&argument).args(["status"]).run().fails(), &["kubelet=--v=9", "PROCESS=ARGUMENT"]);
     let nowhere = Program::new(binary()).args(["demo", "--state", "/no/such/box", "status"]).run().fails();
     has_all(&nowhere, &["/no/such/box", "justmtls demo start"]);
     let empty = cluster.data("empty");
     let never = cluster.folder().join("never");
     let start = ["demo", "--state", never.to_str().unwrap(), "--manifests", empty.to_str().unwrap(), "start"];
     has_all(&Program::new(binary()).args(start).run().fails(), &["empty", ".yaml"]);
+    assert!(!never.exists());
+    let start = ["demo", "--state", never.to_str().unwrap(), "--process-argument", "control=--no-such-option", "start"];
+    has_all(&Program::new(binary()).args(start).run().fails(), &["control plane did not start", "--no-such-option"]);
     assert!(!never.exists());
 }
 

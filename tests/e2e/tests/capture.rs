@@ -153,7 +153,7 @@ fn while_the_agent_is_dead_connections_are_tunnelled_or_refused_and_never_in_cle
     needs!("root", "dumpcap", "tshark");
     let cluster = Cluster::start(MESH);
     let _server = cluster.serve("app/server", &["echo", "7000"]);
-    kill(cluster.process("agent@node-a"), Signal::SIGKILL).unwrap();
+    cluster.hold("agent@node-a");
     let mut tap = Wiretap::start(&cluster, "node-a", "no-agent");
     let address = server(&cluster, Family::V4);
     // More than the proxy's stash of sockets holds; those that get none wait for one until they give up.

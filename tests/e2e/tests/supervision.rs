@@ -1,0 +1,99 @@
+//! The box keeps the product's processes running, as a cluster would: what is killed is started again, and named.
+
+#![forbid(unsafe_code)]
+
+use e2e::{Cluster, PATIENCE, eventually, is_gone, needs, text, wait_until};
+use nix::sys::signal::{Signal, kill};
+
+const MESH: &str = include_str!("../manifests/mesh.yaml");
+
+#[test]
+fn a_killed_process_is_started_again_and_the_status_says_how_often() {
+    needs!("root");
+    let cluster = Cluster::start(MESH);
+    for name in ["control", "agent@node-a", "node-a"] {
+        let before = &cluster.process_entries(name)[0];
+        assert_eq!((before["restarts"].as_u64(), before["lastExit"].as_str()), (Some(0), None), "{before:#}");
+        // By somebody who knows nothing of the box, and then by its verb.
+        let old = cluster.process(name);
+        kill(old, Signal::SIGKILL).unwrap();
+        let first = cluster.replaced(name, old);
+        let second = cluster.kill(name);
+        assert_eq!(first.new, second.old);
+        let entries = cluster.process_entries(name);
+        assert_eq!(entries.len(), 1, "{entries:#?}");
+        let after = &entries[0];
+        assert_eq!(text(after, "state"), "running");
+        assert_eq!((after["restarts"].as_u64(), text(after, "lastExit")), (Some(2), "killed by SIGKILL"));
+        let shown = cluster.verb(&["status"]).run().ok();
+        assert!(shown.contains("restarts: 2, last exit: killed by SIGKILL"), "{shown}");
+    }
+    // The others have noticed nothing.
+    assert_eq!(cluster.process_entries("node-b")[0]["restarts"], 0);
+}
+
+#[test]
+fn a_process_that_is_held_down_stays_down_until_it_is_resumed() {
+    needs!("root");
+    let cluster = Cluster::start(MESH);
+    let old = cluster.hold("agent@node-b");
+    let held = &cluster.process_entries("agent@node-b")[0];
+    assert_eq!((text(held, "state"), text(held, "lastExit")), ("held", "killed by SIGKILL"));
+    assert!(held["pid"].is_null(), "{held:#}");
+    let status = cluster.status();
+    assert!(status["problems"].to_string().contains("held down"), "{:#}", status["problems"]);
+    for (verb, sentence) in [("kill", "held down already"), ("upgrade", "does not run")] {
+        let refused = cluster.verb(&[verb, "agent@node-b"]).run().fails();
+        assert!(refused.contains(sentence) && refused.contains("resume"), "{refused}");
+    }
+    let new = cluster.resume("agent@node-b");
+    assert_ne!(old, new);
+    let refused = cluster.verb(&["resume", "agent@node-b"]).run().fails();
+    assert!(refused.contains("agent@node-b runs"), "{refused}");
+    assert!(!cluster.status()["problems"].to_string().contains("held down"));
+}
+
+#[test]
+fn an_upgrade_starts_the_new_process_before_it_ends_the_old_one() {
+    needs!("root");
+    let cluster = Cluster::start(MESH);
+    let proxy = cluster.upgrade("node-b");
+    // It drains beside the new one, or has nothing to drain.
+    eventually("the old proxy to end", PATIENCE, || is_gone(proxy.old));
+    assert!(!is_gone(proxy.new));
+    wait_until("one process to be left", PATIENCE, || {
+        let all = cluster.process_entries("node-b/draining");
+        if all.is_empty() { Ok(()) } else { Err(format!("{all:#?}")) }
+    });
+    // An upgrade is no restart.
+    assert_eq!(cluster.process_entries("node-b")[0]["restarts"], 0);
+}
+
+#[test]
+fn a_new_process_that_does_not_get_ready_leaves_the_old_one_where_it_is() {
+    needs!("root");
+    let cluster = Cluster::start(MESH);
+    let before = cluster.process("node-b");
+    let refused = cluster.try_upgrade("node-b", &["--binary", "/bin/false"]).fails();
+    assert!(refused.contains("exit status 1") && refused.contains("before it was ready"), "{refused}");
+    assert_eq!(cluster.process("node-b"), before);
+    assert_eq!(cluster.process_entries("node-b")[0]["restarts"], 0);
+    let refused = cluster.try_upgrade("node-b", &["--binary", "/no/such/file"]).fails();
+    assert!(refused.contains("/no/such/file"), "{refused}");
+    let refused = cluster.try_upgrade("control", &[]).fails();
+    assert!(refused.contains("kill control"), "{refused}");
+}
+
+#[test]
+fn a_process_that_does_not_exist_is_answered_with_those_that_do() {
+    needs!("root");
+    let cluster = Cluster::start(MESH);
+    for verb in ["kill", "resume", "upgrade"] {
+        let refused = cluster.verb(&[verb, "node-z"]).run().fails();
+        assert!(refused.contains("node-z") && refused.contains("agent@node-a, node-a"), "{refused}");
+    }
+    // The proxy has two names.
+    let old = cluster.process("node-a");
+    cluster.verb(&["kill", "proxy@node-a"]).run().ok();
+    cluster.replaced("node-a", old);
+}
