@@ -1,8 +1,9 @@
 //! What a wiretap on the link between the nodes can tell about the pods' connections.
 //!
 //! Pure: packets in, counts out. It follows each direction of each connection from its SYN on, so that TLS records are
-//! recognised by their place in the stream and not by their looks. What it cannot follow it counts as such, and never as
-//! encrypted.
+//! recognised by their place in the stream and not by their looks. A connection that is older than the wiretap is followed
+//! from a segment on that begins with a record; where that was chance, the next record is none, and all from there on counts
+//! as clear. What it cannot follow it counts as such, and never as encrypted.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
@@ -121,6 +122,14 @@ impl Analysis {
         if payload.is_empty() {
             return;
         }
+        if self.flows.len() < MOST_FLOWS && begins_with_a_record(payload) {
+            self.flows.entry(key).or_insert_with(|| Flow {
+                first: sequence.wrapping_sub(1),
+                next: sequence,
+                state: State::Tls { header: Vec::new(), left: 0, kind: 0 },
+                hello: None,
+            });
+        }
         let seen = &mut self.seen;
         let Some(flow) = self.flows.get_mut(&key) else {
             seen.payload += payload.len() as u64;
@@ -146,6 +155,12 @@ impl Analysis {
         seen.markers += occurrences(&self.marker, fresh);
         flow.take(fresh, seen);
     }
+}
+
+/// Whether these bytes are application data of TLS from their first on.
+fn begins_with_a_record(bytes: &[u8]) -> bool {
+    let Some(&[23, 3, 3, high, low]) = bytes.first_chunk::<RECORD_HEADER>() else { return false };
+    (17..=LONGEST_RECORD).contains(&(usize::from(high) << 8 | usize::from(low)))
 }
 
 /// How often the marker is in these bytes; an empty one is nowhere.
@@ -322,6 +337,11 @@ mod tests {
         assert_eq!((again.payload, again.clear, again.not_followed), (6, 6, 0));
         let gap = analysis(&[frame(9, None), frame(10, Some(b"abcd")), frame(20, Some(b"xy"))]);
         assert_eq!((gap.clear, gap.not_followed), (4, 2));
+        let older = [record(23, &[1; 40]), record(23, &[2; 17])].concat();
+        let joined = analysis(&[frame(10, Some(&older[..50])), frame(60, Some(&older[50..]))]);
+        assert_eq!((joined.tls, joined.records, joined.not_followed), (older.len() as u64, 2, 0));
+        let chance = analysis(&[frame(10, Some(&record(23, &[1; 40]))), frame(55, Some(b"a secret"))]);
+        assert_eq!((chance.tls, chance.clear, chance.markers), (45, 8, 1));
         let unknown = analysis(&[frame(10, Some(b"a secret"))]);
         assert_eq!((unknown.clear, unknown.not_followed, unknown.markers), (0, 8, 1));
     }

@@ -57,7 +57,7 @@ pub(crate) async fn to_wire(pod: &Arc<Pod>, source: IpAddr, to: SocketAddr) -> R
     linux::sockets::start_connect(&socket, to).map_err(|error| failed(&error))?;
     // Before anything else: if this connection is captured itself, its acceptor has to know it as ours by now.
     let local = socket.local_addr().ok().and_then(|address| address.as_socket());
-    let own = pod.own_leg(local.ok_or(EndedEarly::System("getsockname"))?);
+    let own = pod.own_leg(local.ok_or(EndedEarly::System("getsockname"))?, to);
     Ok((connected(socket).await?, own))
 }
 

@@ -13,6 +13,10 @@ use crate::budgets::Budget;
 use crate::reasons::EndedEarly;
 use crate::stash::Stash;
 
+/// A connection by its two ends, as the side that makes it sees them. One port of the pod may have connections to several
+/// destinations.
+type Leg = (SocketAddr, SocketAddr);
+
 /// One captured pod.
 #[derive(Debug)]
 pub(crate) struct Pod {
@@ -27,7 +31,7 @@ pub(crate) struct Pod {
     /// Sockets of its network namespace.
     pub(crate) stash: Stash,
     open: AtomicUsize,
-    own_legs: Mutex<HashSet<SocketAddr>>,
+    own_legs: Mutex<HashSet<Leg>>,
     retired: watch::Sender<bool>,
 }
 
@@ -69,16 +73,16 @@ impl Pod {
         self.open.load(Ordering::Relaxed)
     }
 
-    /// Remembers the local address of a connection that the data path itself makes to the wire.
-    pub(crate) fn own_leg(self: &Arc<Self>, address: SocketAddr) -> OwnLeg {
-        self.own_legs.lock().unwrap_or_else(PoisonError::into_inner).insert(address);
-        OwnLeg { pod: self.clone(), address }
+    /// Remembers a connection that the data path itself makes to the wire, from here to there.
+    pub(crate) fn own_leg(self: &Arc<Self>, from: SocketAddr, to: SocketAddr) -> OwnLeg {
+        self.own_legs.lock().unwrap_or_else(PoisonError::into_inner).insert((from, to));
+        OwnLeg { pod: self.clone(), leg: (from, to) }
     }
 
     /// Whether a connection comes from the data path itself: capture that captures itself would never stop, and take
     /// every descriptor on the way.
-    pub(crate) fn is_own_leg(&self, peer: SocketAddr) -> bool {
-        self.own_legs.lock().unwrap_or_else(PoisonError::into_inner).contains(&peer)
+    pub(crate) fn is_own_leg(&self, from: SocketAddr, to: SocketAddr) -> bool {
+        self.own_legs.lock().unwrap_or_else(PoisonError::into_inner).contains(&(from, to))
     }
 }
 
@@ -96,12 +100,12 @@ impl Drop for Counted {
 #[derive(Debug)]
 pub(crate) struct OwnLeg {
     pod: Arc<Pod>,
-    address: SocketAddr,
+    leg: Leg,
 }
 
 impl Drop for OwnLeg {
     fn drop(&mut self) {
-        self.pod.own_legs.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.address);
+        self.pod.own_legs.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.leg);
     }
 }
 
@@ -131,10 +135,13 @@ mod tests {
     #[test]
     fn an_own_leg_is_known_while_it_lives() {
         let pod = pod();
-        let address = SocketAddr::from(([10, 0, 0, 1], 40_000));
-        let leg = pod.own_leg(address);
-        assert!(pod.is_own_leg(address));
+        let from = SocketAddr::from(([10, 0, 0, 1], 40_000));
+        let to = SocketAddr::from(([10, 0, 0, 2], 80));
+        let leg = pod.own_leg(from, to);
+        assert!(pod.is_own_leg(from, to));
+        let elsewhere = SocketAddr::from(([10, 0, 0, 2], 81));
+        assert!(!pod.is_own_leg(from, elsewhere), "a program of the pod may have the same port");
         drop(leg);
-        assert!(!pod.is_own_leg(address));
+        assert!(!pod.is_own_leg(from, to));
     }
 }

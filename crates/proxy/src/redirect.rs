@@ -146,8 +146,9 @@ pub(crate) async fn to_its_end<T>(
 async fn life(node: &Node, stream: TcpStream, connection: &Connection) -> Result<Option<Tunnel>, EndedEarly> {
     let pod = &connection.pod;
     let client = legs::captured(stream)?;
-    connection.set_destination(dialled(&client)?);
-    if pod.is_own_leg(connection.source) {
+    let destination = dialled(&client)?;
+    connection.set_destination(destination);
+    if pod.is_own_leg(connection.source, destination) {
         return Err(RefuseReason::Loop.into());
     }
     match connection.direction {

@@ -1,5 +1,6 @@
 //! The steps of the story.
 
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -277,9 +278,12 @@ async fn picture(scene: &Scene, facts: &mut Facts) -> anyhow::Result<Seen> {
     let word = random_uuid();
     let listening = scene.listen(scene.addresses(&[CLIENT, WEB, NEIGHBOUR]).await?, &word)?;
     let count = PICTURE.to_string();
-    let arguments = ["--to", "web:80", "--rate", "0", "--count", &count, "--marker", &word];
-    let far = scene.load_to_the_end(CLIENT, &arguments).await?;
-    let near = scene.load_to_the_end(NEIGHBOUR, &arguments).await?;
+    let arguments = |to| ["--to", to, "--rate", "0", "--count", &count, "--marker", &word];
+    // By the pod's own address, which nobody else dials: there is no tunnel yet that was made before the wiretap.
+    let web = scene.addresses(&[WEB]).await?.into_iter().find(IpAddr::is_ipv6).context("the web pod has no IPv6")?;
+    let web = SocketAddr::new(web, WEB_PORT).to_string();
+    let far = scene.load_to_the_end(CLIENT, &arguments(&web)).await?;
+    let near = scene.load_to_the_end(NEIGHBOUR, &arguments("web:80")).await?;
     let seen = listening.end().await?;
     for (name, who, counts) in [("two_nodes", "between the nodes", far), ("one_node", "within a node", near)] {
         facts.say(
