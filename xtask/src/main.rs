@@ -29,6 +29,7 @@ usage: cargo xtask <command>
   test [GROUP…] [PATTERN…] [--repeat N] [--required]
                                          run the tests; groups: unit, e2e (default: both);
                                          a PATTERN selects tests by a part of their name;
+                                         --repeat N runs them N times, or until a run fails, which is shown;
                                          --required makes a skipped test a failure
   bench [--quick] [--check] [--json FILE] [--compare BEFORE AFTER] …
                                          measure speed and memory (PERFORMANCE.md); `bench --help` lists all options

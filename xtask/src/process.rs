@@ -1,7 +1,7 @@
 //! Child processes: cargo and friends, with their output passed through as it comes.
 
 use anyhow::{Context, Result};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Stdio};
 
 /// The cargo that runs this program, so that the toolchain file is honoured once and for all.
@@ -31,6 +31,33 @@ pub(crate) fn succeeds_with_lines(command: &mut Command, mut line: impl FnMut(&s
         println!("{text}");
         line(&text);
     }
+    Ok(child.wait()?.success())
+}
+
+/// Runs a command and gives each line of its standard output to `line`; `true` if it succeeded. All that it prints is kept
+/// in `kept`, its standard error after that.
+pub(crate) fn succeeds_silently(command: &mut Command, kept: &mut String, mut line: impl FnMut(&str)) -> Result<bool> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot start {}", name(command)))?;
+    let output = child.stdout.take().context("the child has no standard output")?;
+    let errors = child.stderr.take().context("the child has no standard error")?;
+    // Both at once: a pipe that nobody reads stops who writes to it.
+    let errors = std::thread::spawn(move || {
+        let mut all = Vec::new();
+        BufReader::new(errors).read_to_end(&mut all).map(|_| all)
+    });
+    for text in BufReader::new(output).split(b'\n') {
+        let text = String::from_utf8_lossy(&text?).into_owned();
+        line(&text);
+        kept.push_str(&text);
+        kept.push('\n');
+    }
+    let errors = errors.join().map_err(|_| anyhow::anyhow!("reading standard error failed"))??;
+    kept.push_str(&String::from_utf8_lossy(&errors));
     Ok(child.wait()?.success())
 }
 
@@ -84,6 +111,15 @@ mod tests {
         assert!(ok.unwrap());
         assert_eq!(lines, ["one", "two"]);
         assert!(!succeeds(&mut Command::new("false")).unwrap());
+    }
+
+    #[test]
+    fn what_is_not_shown_is_kept_with_its_errors() {
+        let (mut kept, mut lines) = (String::new(), 0);
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo one; echo two >&2; echo three; exit 3"]);
+        assert!(!succeeds_silently(&mut command, &mut kept, |_| lines += 1).unwrap());
+        assert_eq!((lines, kept.as_str()), (2, "one\nthree\ntwo\n"));
     }
 
     #[test]

@@ -75,6 +75,15 @@ impl Summary {
     }
 }
 
+impl Summary {
+    /// The sums of all groups, in words.
+    pub(crate) fn counts(&self) -> String {
+        let sum = |count: fn(&Group) -> usize| self.groups.iter().map(count).sum::<usize>();
+        let (passed, failed) = (sum(|group| group.passed), sum(|group| group.failed));
+        format!("{passed} passed, {failed} failed, {} skipped", sum(|group| group.skips.len()))
+    }
+}
+
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for group in &self.groups {
@@ -93,9 +102,7 @@ impl fmt::Display for Summary {
                 writeln!(f, "       skipped: {skip}")?;
             }
         }
-        let sum = |count: fn(&Group) -> usize| self.groups.iter().map(count).sum::<usize>();
-        let (passed, failed) = (sum(|group| group.passed), sum(|group| group.failed));
-        writeln!(f, "{passed} passed, {failed} failed, {} skipped", sum(|group| group.skips.len()))
+        writeln!(f, "{}", self.counts())
     }
 }
 

@@ -1,11 +1,12 @@
 //! `cargo xtask test`: the tests in two groups, and one summary that counts what was skipped and why.
 
-use crate::process::{cargo, succeeds, succeeds_with_lines};
+use crate::process::{cargo, succeeds, succeeds_silently, succeeds_with_lines};
 use crate::programs;
 use crate::results::{Group, Summary};
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::time::Instant;
 
 /// What the command line asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,8 +35,9 @@ impl Request {
                 "--required" => request.required = true,
                 "--repeat" => {
                     let count = arguments.next().context("--repeat needs a number of runs")?;
+                    let parsed = count.parse().ok().filter(|count| *count > 0);
                     request.repeat =
-                        count.parse().with_context(|| format!("--repeat needs a number of runs, got `{count}`"))?;
+                        parsed.with_context(|| format!("--repeat needs a number of runs, got `{count}`"))?;
                 }
                 flag if flag.starts_with('-') => {
                     bail!("`test` has no option `{flag}`; it has --repeat N and --required")
@@ -48,6 +50,11 @@ impl Request {
         }
         Ok(request)
     }
+
+    /// What is run, for the line that says how often.
+    fn name(&self) -> String {
+        if self.patterns.is_empty() { "all tests".to_owned() } else { self.patterns.join(" ") }
+    }
 }
 
 pub(crate) fn run(root: &Path, request: &Request) -> Result<ExitCode> {
@@ -55,36 +62,68 @@ pub(crate) fn run(root: &Path, request: &Request) -> Result<ExitCode> {
     if !missing.is_empty() {
         println!("not installed here: {}; the tests that use them are skipped", missing.join(", "));
     }
-    let mut good = true;
-    for round in 1..=request.repeat {
-        let mut summary = Summary::default();
-        if request.unit {
-            summary.groups.push(unit(root, request)?);
-        }
-        if request.e2e {
-            summary.groups.push(e2e(root, request)?);
-        }
-        if request.repeat > 1 {
-            println!("\nround {round} of {}", request.repeat);
-        }
+    let good = if request.repeat == 1 {
+        let summary = once(root, request, &mut Output::Shown)?;
         print!("\n{summary}");
-        good &= summary.is_good(request.required);
-        if !good {
-            break;
-        }
-    }
+        summary.is_good(request.required)
+    } else {
+        repeat(root, request)?
+    };
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// Runs again and again, a line for each run, until one fails: that one is shown whole.
+fn repeat(root: &Path, request: &Request) -> Result<bool> {
+    for run in 1..=request.repeat {
+        let (began, mut output) = (Instant::now(), Output::Kept(String::new()));
+        let summary = once(root, request, &mut output)?;
+        let good = summary.is_good(request.required);
+        if let (false, Output::Kept(text)) = (good, &output) {
+            print!("\n{text}\n{summary}");
+        }
+        let verdict = if good { "ok" } else { "FAILED" };
+        println!(
+            "run {run:>3} of {}: {verdict}, {}, {} s",
+            request.repeat,
+            summary.counts(),
+            began.elapsed().as_secs()
+        );
+        if !good {
+            println!("\nREPEATED {}: run {run} of {} failed", request.name(), request.repeat);
+            return Ok(false);
+        }
+    }
+    println!("\nREPEATED {}: all {} runs passed", request.name(), request.repeat);
+    Ok(true)
+}
+
+/// All that was asked for, once.
+fn once(root: &Path, request: &Request, output: &mut Output) -> Result<Summary> {
+    let mut summary = Summary::default();
+    if request.unit {
+        summary.groups.push(unit(root, request, output)?);
+    }
+    if request.e2e {
+        summary.groups.push(e2e(root, request, output)?);
+    }
+    Ok(summary)
+}
+
+/// Where the tests' own output goes.
+enum Output {
+    Shown,
+    Kept(String),
+}
+
 /// The tests beside the code: any user, any Linux, no program but cargo.
-fn unit(root: &Path, request: &Request) -> Result<Group> {
+fn unit(root: &Path, request: &Request, output: &mut Output) -> Result<Group> {
     let mut group = Group::named("unit");
-    cargo_test(root, request, &mut group, &["--workspace", "--exclude", "e2e"], &[])?;
+    cargo_test(root, request, &mut group, output, &["--workspace", "--exclude", "e2e"], &[])?;
     Ok(group)
 }
 
 /// The real binary in namespaces, and the programs that drive it there. Tests whose bound is a time run last and alone, so that no neighbour makes them late.
-fn e2e(root: &Path, request: &Request) -> Result<Group> {
+fn e2e(root: &Path, request: &Request, output: &mut Output) -> Result<Group> {
     let mut group = Group::named("e2e");
     let built =
         succeeds(cargo().current_dir(root).args(["build", "--release", "--package", "cli", "--package", "bench"]))?;
@@ -99,17 +138,24 @@ fn e2e(root: &Path, request: &Request) -> Result<Group> {
     let (alone, together): (Vec<_>, Vec<_>) = binaries.into_iter().partition(|name| name.starts_with("alone_"));
     let mut targets = vec!["--package".to_owned(), "e2e".to_owned(), "--lib".to_owned()];
     targets.extend(together.into_iter().flat_map(|name| ["--test".to_owned(), name]));
-    cargo_test(root, request, &mut group, &refs(&targets), &[])?;
+    cargo_test(root, request, &mut group, output, &refs(&targets), &[])?;
     if !alone.is_empty() {
         let mut targets = vec!["--package".to_owned(), "e2e".to_owned()];
         targets.extend(alone.into_iter().flat_map(|name| ["--test".to_owned(), name]));
-        cargo_test(root, request, &mut group, &refs(&targets), &["--test-threads=1"])?;
+        cargo_test(root, request, &mut group, output, &refs(&targets), &["--test-threads=1"])?;
     }
     group.read_skips(&skips);
     Ok(group)
 }
 
-fn cargo_test(root: &Path, request: &Request, group: &mut Group, targets: &[&str], harness: &[&str]) -> Result<()> {
+fn cargo_test(
+    root: &Path,
+    request: &Request,
+    group: &mut Group,
+    output: &mut Output,
+    targets: &[&str],
+    harness: &[&str],
+) -> Result<()> {
     let mut command: Command = cargo();
     command
         .current_dir(root)
@@ -120,7 +166,10 @@ fn cargo_test(root: &Path, request: &Request, group: &mut Group, targets: &[&str
         .args(harness)
         .env("JUSTMTLS_TEST_SKIPS", target_folder(root).join("skipped-tests"));
     let failures = group.failures.len();
-    let success = succeeds_with_lines(&mut command, |line| group.read_line(line))?;
+    let success = match output {
+        Output::Shown => succeeds_with_lines(&mut command, |line| group.read_line(line))?,
+        Output::Kept(kept) => succeeds_silently(&mut command, kept, |line| group.read_line(line))?,
+    };
     group.note_exit(success || group.failures.len() > failures);
     Ok(())
 }
@@ -175,5 +224,6 @@ mod tests {
         assert!(format!("{:#}", parse("--fast").unwrap_err()).contains("--fast"));
         assert!(format!("{:#}", parse("--repeat many").unwrap_err()).contains("many"));
         assert!(format!("{:#}", parse("--repeat").unwrap_err()).contains("number"));
+        assert!(format!("{:#}", parse("--repeat 0").unwrap_err()).contains("got `0`"), "no run at all passes nothing");
     }
 }

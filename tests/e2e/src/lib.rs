@@ -15,6 +15,7 @@ mod program;
 mod wait;
 // The box, its pods and its processes
 mod cluster;
+mod load;
 mod processes;
 mod shared;
 mod view;
@@ -23,6 +24,7 @@ mod streams;
 mod wiretap;
 
 pub use cluster::{Cluster, OUTSIDE, Owner, binary};
+pub use load::{Counts, Load, Loaded, Report, Server};
 pub use machine::Machine;
 pub use processes::{Replaced, is_gone};
 pub use program::{Finished, Program, Running};

@@ -1,134 +1,254 @@
-//! A client that asks again and again and counts what it gets.
+//! A client that counts for itself: short connections, long ones, and bulk, each checked to the last byte.
+//!
+//! It prints a line of JSON every 250 ms, and one when somebody says that something happens: the counts before, during and
+//! after that are kept apart, by when each request began.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{TcpStream, ToSocketAddrs};
-use std::thread;
-use std::time::{Duration, Instant};
+mod tally;
+mod work;
 
-use serde_json::json;
+use std::cell::{Cell, RefCell};
+use std::io::{self, BufRead, Write};
+use std::rc::Rc;
+use std::time::Duration;
 
-/// Whom to ask, and how often.
+use serde_json::Value;
+use tokio::sync::{Notify, Semaphore, mpsc};
+use tokio::task::{JoinSet, LocalSet};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use tally::{Begun, Phase, Tally, Work};
+use work::{Broken, Client};
+
+/// Whom to ask, how, and how often.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
     /// `HOST:PORT`, looked up for every connection.
     pub to: String,
-    /// Requests a second, each on a connection of its own; 0 is as many as possible.
+    /// So many ask at the same time, each request on a connection of its own.
+    pub short: usize,
+    /// Requests a second on short connections, of all together; 0 is as many as possible.
     pub rate: u32,
-    /// Stops after so many requests; 0 goes on for ever.
+    /// Short connections altogether; 0 goes on for ever.
     pub count: u64,
+    /// Connections that are opened at the start and never again.
+    pub long: usize,
+    /// How often each of those asks, and the pause between two transfers of bulk.
+    pub every: Duration,
+    /// Connections that carry bulk, one transfer after the other: down, then up.
+    pub bulk: usize,
+    /// Bytes of a transfer.
+    pub bulk_bytes: u64,
+    /// How long a connect, or an answer, may take.
+    pub patience: Duration,
     /// Something to be found in every request and answer.
     pub marker: String,
-    /// All requests on one connection; its end is the end.
-    pub keep: bool,
+    /// Reads from standard input: `event` and `over` are said when something begins and has ended; `end`, or the end of
+    /// the input, asks for the last report.
+    pub controlled: bool,
 }
 
-const PATIENCE: Duration = Duration::from_secs(10);
-/// The longest line of an answer's head.
-const LONGEST_LINE: u64 = 4096;
 const REPORT_EVERY: Duration = Duration::from_millis(250);
+/// Who fails does not try again at once: a failure must not be counted a thousand times for one cause.
+const AFTER_FAILURE: Duration = Duration::from_millis(20);
+/// Long connections that are being opened at a time.
+const OPENING: usize = 64;
 
-#[derive(Default)]
-struct Counts {
-    ok: u64,
-    failed: u64,
-    last_error: Option<String>,
-    slowest: Duration,
+/// What all parts of a load share.
+struct Shared {
+    options: LoadOptions,
+    client: Client,
+    tally: RefCell<Tally>,
+    stopping: Cell<bool>,
+    stop: Notify,
+    /// Short connections that were begun.
+    begun: Cell<u64>,
+    opening: Semaphore,
 }
 
-/// Asks, and writes one line of JSON every 250 ms: totals so far, the slowest request since the last line, the
-/// last error. Returns whether there was no failure.
+/// Asks, and reports. Returns whether there was no failure.
 pub fn load(options: &LoadOptions) -> io::Result<bool> {
-    let mut counts = Counts::default();
-    let start = Instant::now();
-    let mut reported = start;
-    let pause = match options.rate {
-        0 => Duration::ZERO,
-        rate => Duration::from_secs(1) / rate,
-    };
-    let mut next = start;
-    let mut kept = None;
-    while options.count == 0 || counts.ok + counts.failed < options.count {
-        let begun = Instant::now();
-        let asked = if options.keep { ask_again(options, &mut kept) } else { ask(&options.to, &options.marker) };
-        match asked {
-            Ok(()) => counts.ok += 1,
-            Err(error) => {
-                counts.failed += 1;
-                counts.last_error = Some(error.to_string());
-                if options.keep {
-                    break;
-                }
-            }
-        }
-        counts.slowest = counts.slowest.max(begun.elapsed());
-        if reported.elapsed() >= REPORT_EVERY {
-            report(&mut counts, start)?;
-            reported = Instant::now();
-        }
-        next += pause;
-        match next.checked_duration_since(Instant::now()) {
-            Some(left) => thread::sleep(left),
-            // Behind: no burst afterwards.
-            None => next = Instant::now(),
+    linux::privileges::raise_descriptor_limit()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let shared = Rc::new(Shared {
+        options: options.clone(),
+        client: Client { to: options.to.clone(), marker: options.marker.clone(), patience: options.patience },
+        tally: RefCell::new(Tally::new(Instant::now())),
+        stopping: Cell::new(false),
+        stop: Notify::new(),
+        begun: Cell::new(0),
+        opening: Semaphore::new(OPENING),
+    });
+    LocalSet::new().block_on(&runtime, run(shared))
+}
+
+async fn run(shared: Rc<Shared>) -> io::Result<bool> {
+    let options = &shared.options;
+    let mut all = JoinSet::new();
+    (0..options.short).for_each(|number| drop(all.spawn_local(short(shared.clone(), number))));
+    (0..options.long).for_each(|number| drop(all.spawn_local(long(shared.clone(), number))));
+    (0..options.bulk).for_each(|number| drop(all.spawn_local(bulk(shared.clone(), number))));
+
+    let mut words = if options.controlled { Some(listen()?) } else { None };
+    let mut report = tokio::time::interval(REPORT_EVERY);
+    loop {
+        tokio::select! {
+            word = hear(&mut words) => match word.as_deref() {
+                Some("event") => shared.enter(Phase::During)?,
+                Some("over") => shared.enter(Phase::After)?,
+                Some("end") | None => break,
+                Some(other) => return Err(io::Error::other(format!("{other:?} is none of event, over and end"))),
+            },
+            _ = report.tick() => say(&shared.tally.borrow_mut().brief())?,
+            // All that there was to do is done; who controls us says when it is the end.
+            done = all.join_next(), if !options.controlled => if done.is_none() { break },
         }
     }
-    report(&mut counts, start)?;
-    Ok(counts.failed == 0)
+    shared.stopping.set(true);
+    shared.stop.notify_waiters();
+    // Each finishes what it has begun, which is bounded.
+    while all.join_next().await.is_some() {}
+    let report = shared.tally.borrow_mut().full();
+    say(&report)?;
+    Ok(report["failed"] == 0)
 }
 
-fn report(counts: &mut Counts, start: Instant) -> io::Result<()> {
-    let line = json!({
-        "seconds": start.elapsed().as_secs_f64(),
-        "ok": counts.ok,
-        "failed": counts.failed,
-        "slowest_ms": counts.slowest.as_secs_f64() * 1e3,
-        "last_error": counts.last_error,
-    });
-    counts.slowest = Duration::ZERO;
+fn say(line: &Value) -> io::Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "{line}")?;
     out.flush()
 }
 
-fn connect(to: &str) -> io::Result<TcpStream> {
-    let address = to.to_socket_addrs()?.next().ok_or_else(|| io::Error::other("no address"))?;
-    let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    Ok(stream)
-}
-
-/// One more request on the connection that is kept.
-fn ask_again(options: &LoadOptions, kept: &mut Option<BufReader<TcpStream>>) -> io::Result<()> {
-    let reader = match kept {
-        Some(reader) => reader,
-        None => kept.insert(BufReader::new(connect(&options.to)?)),
-    };
-    let request = format!("GET /{} HTTP/1.1\r\nHost: {}\r\n\r\n", options.marker, options.to);
-    reader.get_mut().write_all(request.as_bytes())?;
-    let (mut line, mut length) = (String::new(), 0);
-    while reader.take(LONGEST_LINE).read_line(&mut line)? > 0 && line.trim_end() != "" {
-        if let Some(number) = line.strip_prefix("Content-Length: ") {
-            length = number.trim_end().parse().map_err(io::Error::other)?;
+/// Lines of standard input, on a thread: it cannot be asked whether it has any.
+fn listen() -> io::Result<mpsc::UnboundedReceiver<String>> {
+    let (sender, words) = mpsc::unbounded_channel();
+    std::thread::Builder::new().name("input".into()).spawn(move || {
+        for line in io::stdin().lock().lines().map_while(Result::ok) {
+            let _ = sender.send(line);
         }
-        line.clear();
-    }
-    let mut body = String::new();
-    reader.take(length).read_to_string(&mut body)?;
-    if length > 0 && body.len() as u64 == length && body.contains(&options.marker) {
-        Ok(())
-    } else {
-        Err(io::Error::other("an answer that is cut off"))
+    })?;
+    Ok(words)
+}
+
+async fn hear(words: &mut Option<mpsc::UnboundedReceiver<String>>) -> Option<String> {
+    match words {
+        Some(words) => words.recv().await,
+        None => std::future::pending().await,
     }
 }
 
-fn ask(to: &str, marker: &str) -> io::Result<()> {
-    let mut stream = connect(to)?;
-    stream.write_all(format!("GET /{marker} HTTP/1.1\r\nHost: {to}\r\nConnection: close\r\n\r\n").as_bytes())?;
-    let mut answer = String::new();
-    stream.take(64 * 1024).read_to_string(&mut answer)?;
-    if answer.starts_with("HTTP/1.1 200") && answer.contains(marker) {
-        Ok(())
-    } else {
-        Err(io::Error::other("an answer that is cut off"))
+impl Shared {
+    fn enter(&self, phase: Phase) -> io::Result<()> {
+        let mut tally = self.tally.borrow_mut();
+        tally.enter(phase);
+        say(&tally.full())
+    }
+
+    fn count(&self, work: Work, begun: Begun, outcome: &Result<u64, Broken>) {
+        self.tally.borrow_mut().count(work, begun, outcome);
+    }
+
+    /// Waits, and not longer than until the end.
+    async fn pause_until(&self, when: Instant) {
+        let stop = self.stop.notified();
+        if !self.stopping.get() {
+            tokio::select! {
+                () = sleep_until(when) => {}
+                () = stop => {}
+            }
+        }
+    }
+}
+
+/// One request after the other, each on a connection of its own.
+async fn short(shared: Rc<Shared>, number: usize) {
+    let options = &shared.options;
+    let pause = match options.rate {
+        0 => Duration::ZERO,
+        rate => Duration::from_secs(1) * u32::try_from(options.short).unwrap_or(u32::MAX) / rate,
+    };
+    let mut next = Instant::now();
+    for turn in 0_u64.. {
+        if shared.stopping.get() || (options.count > 0 && shared.begun.get() >= options.count) {
+            return;
+        }
+        shared.begun.set(shared.begun.get() + 1);
+        let begun = shared.tally.borrow().begin();
+        let outcome = shared.client.ask(&format!("s{number}-{turn}")).await;
+        shared.count(Work::Short, begun, &outcome);
+        if outcome.is_err() {
+            sleep(AFTER_FAILURE).await;
+        }
+        // Behind: no burst afterwards.
+        next = (next + pause).max(Instant::now());
+        if pause.is_zero() {
+            tokio::task::yield_now().await;
+        } else {
+            shared.pause_until(next).await;
+        }
+    }
+}
+
+/// One connection from the start to the end, and a question on it again and again.
+async fn long(shared: Rc<Shared>, number: usize) {
+    let begun = shared.tally.borrow().begin();
+    let opened = {
+        let _turn = shared.opening.acquire().await;
+        shared.client.open().await
+    };
+    let mut connection = match opened {
+        Ok(connection) => connection,
+        Err(broken) => return shared.count(Work::Long, begun, &Err(broken)),
+    };
+    let mut next = Instant::now();
+    for turn in 0_u64.. {
+        let begun = shared.tally.borrow().begin();
+        let outcome = shared.client.ask_on(&mut connection, &format!("l{number}-{turn}")).await;
+        shared.count(Work::Long, begun, &outcome);
+        if outcome.is_err() {
+            // One that never had an answer was never open.
+            return if turn > 0 {
+                shared.tally.borrow_mut().long_lost()
+            };
+        }
+        if turn == 0 {
+            shared.tally.borrow_mut().long_opened();
+        }
+        next = (next + shared.options.every).max(Instant::now());
+        shared.pause_until(next).await;
+        if shared.stopping.get() {
+            break;
+        }
+    }
+    let begun = shared.tally.borrow().begin();
+    match work::close(connection, shared.options.patience).await {
+        Ok(()) => shared.tally.borrow_mut().long_closed(),
+        Err(broken) => shared.count(Work::Long, begun, &Err(broken)),
+    }
+}
+
+/// Transfers, each on a connection of its own.
+async fn bulk(shared: Rc<Shared>, _number: usize) {
+    let bytes = shared.options.bulk_bytes;
+    for turn in 0_u64.. {
+        if shared.stopping.get() {
+            return;
+        }
+        let begun = shared.tally.borrow().begin();
+        let outcome = if turn % 2 == 0 { shared.client.fetch(bytes).await } else { shared.client.send(bytes).await };
+        shared.count(Work::Bulk, begun, &outcome);
+        let pause = if outcome.is_err() { AFTER_FAILURE } else { shared.options.every };
+        shared.pause_until(Instant::now() + pause).await;
+    }
+}
+
+/// A step that may take so long and no longer.
+async fn within<T>(
+    patience: Duration,
+    stage: &'static str,
+    step: impl Future<Output = io::Result<T>>,
+) -> Result<T, Broken> {
+    match timeout(patience, step).await {
+        Ok(done) => done.map_err(|error| Broken::by(stage, &error)),
+        Err(_) => Err(Broken::by(stage, &io::ErrorKind::TimedOut.into())),
     }
 }

@@ -214,10 +214,12 @@ impl Listening {
 }
 
 /// What a client counted.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Counts {
     pub(crate) ok: u64,
     pub(crate) failed: u64,
+    /// The last failure, in words.
+    pub(crate) last_error: String,
 }
 
 /// A client that runs in a pod.
@@ -236,7 +238,9 @@ impl Load {
                 self.last = report;
             }
         }
-        Counts { ok: self.last["ok"].as_u64().unwrap_or(0), failed: self.last["failed"].as_u64().unwrap_or(0) }
+        let number = |field: &str| self.last[field].as_u64().unwrap_or(0);
+        let last_error = self.last["last_error"].as_str().unwrap_or_default().to_owned();
+        Counts { ok: number("ok"), failed: number("failed"), last_error }
     }
 
     /// Waits for its end, and gives its last report.

@@ -83,7 +83,7 @@ pub(super) async fn before(scene: &Scene, facts: &mut Facts) -> anyhow::Result<L
     let seen = picture(scene, facts).await?;
     ensure!(seen.markers > 0, "the secret word was not found on the wire, so finding none later would prove nothing");
     ensure!(seen.tls == 0, "there is TLS on the wire before there should be any");
-    let mut kept = scene.load(CLIENT, &["--to", "web:80", "--rate", "100", "--keep"]).await?;
+    let mut kept = scene.load(CLIENT, &["--to", "web:80", "--long", "1", "--every", "10"]).await?;
     scene.until("a connection that stays open", PATIENCE, async || Ok((kept.counts().ok > 0).then_some(()))).await?;
     facts.say("kept", true, "one client now keeps a connection open and goes on asking");
     Ok(kept)
@@ -116,7 +116,7 @@ pub(super) async fn capture(scene: &Scene, mut kept: Load, facts: &mut Facts) ->
     let line =
         format!("the connection from before went on: {} answers more, {} failures", after.ok - before.ok, after.failed);
     facts.say("kept_failures", after.failed, line);
-    ensure!(after.failed == 0, "the connection from before was broken");
+    ensure!(after.failed == 0, "the connection from before was broken: {}", after.last_error);
     Ok(())
 }
 
@@ -151,7 +151,7 @@ pub(super) async fn after(scene: &Scene, facts: &mut Facts) -> anyhow::Result<()
 
 /// Whom both ends of a tunnel from a pod to the web server have proved to be, as the server's node lists it.
 async fn identities(scene: &Scene, pod: &str) -> anyhow::Result<(Value, Value)> {
-    let _open = scene.load(pod, &["--to", "web:80", "--rate", "100", "--keep"]).await?;
+    let _open = scene.load(pod, &["--to", "web:80", "--long", "1", "--every", "10"]).await?;
     scene
         .until("a tunnel is listed", PATIENCE, async || {
             let connections = scene.admin("node-b", "/connections").await?;
@@ -167,7 +167,7 @@ async fn identities(scene: &Scene, pod: &str) -> anyhow::Result<(Value, Value)> 
 pub(super) async fn outsider(scene: &Scene, facts: &mut Facts) -> anyhow::Result<()> {
     let counts = scene.load_to_the_end(OUTSIDER, &["--to", "web.shop:80", "--rate", "0", "--count", "50"]).await?;
     facts.say("requests", counts.ok, format!("{OUTSIDER} asked {WEB} {} times, {} failed", counts.ok, counts.failed));
-    ensure!(counts.failed == 0, "permissive mode refused it");
+    ensure!(counts.failed == 0, "permissive mode refused it: {}", counts.last_error);
     let edge = edge_of(scene, "plaintext").await?;
     let reason = edge["edge"]["reason"].clone();
     let line = format!(
@@ -183,7 +183,7 @@ pub(super) async fn outsider(scene: &Scene, facts: &mut Facts) -> anyhow::Result
 
 /// The switch.
 pub(super) async fn strict(scene: &Scene, facts: &mut Facts) -> anyhow::Result<()> {
-    let mut open = scene.load(OUTSIDER, &["--to", "web.shop:80", "--rate", "100", "--keep"]).await?;
+    let mut open = scene.load(OUTSIDER, &["--to", "web.shop:80", "--long", "1", "--every", "10"]).await?;
     scene.until("a plaintext connection is open", PATIENCE, async || Ok((open.counts().ok > 0).then_some(()))).await?;
     let mut mesh = scene.load(CLIENT, &["--to", "web:80", "--rate", "0"]).await?;
     let mut neighbour = scene.load(NEIGHBOUR, &["--to", "web:80", "--rate", "0"]).await?;
@@ -213,16 +213,16 @@ pub(super) async fn strict(scene: &Scene, facts: &mut Facts) -> anyhow::Result<(
     ensure!(reason == "strict", "another reason than expected");
 
     // A report is as old as the time between two: what the next one holds may still be from before the switch.
-    let mut counts = async |what, enough: &dyn Fn(Counts, Counts) -> bool| {
+    let mut counts = async |what, enough: &dyn Fn(&Counts, &Counts) -> bool| {
         let question = async || {
             let (one, two) = (mesh.counts(), neighbour.counts());
-            Ok((enough(one, two) || one.failed + two.failed > 0).then_some((one, two)))
+            Ok((enough(&one, &two) || one.failed + two.failed > 0).then_some((one, two)))
         };
         scene.until(what, PATIENCE, question).await
     };
     let (one, two) = counts("the load goes on", &|one, two| one.ok > before.0.ok && two.ok > before.1.ok).await?;
     let from = (one.ok, two.ok);
-    let spans = |one: Counts, two: Counts| {
+    let spans = |one: &Counts, two: &Counts| {
         let since = (one.ok - from.0, two.ok - from.1);
         one.ok + two.ok >= SPAN && since.0 + since.1 >= SPAN / 2 && since.0 > 0 && since.1 > 0
     };
@@ -234,7 +234,7 @@ pub(super) async fn strict(scene: &Scene, facts: &mut Facts) -> anyhow::Result<(
     facts.say("mesh_requests_before", earlier, format!("of these at least {earlier} before the switch"));
     facts.say("mesh_requests_after", later, format!("and {later} after it"));
     facts.values.insert("mesh_failures".to_owned(), failed.into());
-    ensure!(failed == 0, "a pod of the mesh noticed the switch");
+    ensure!(failed == 0, "a pod of the mesh noticed the switch: {}{}", one.last_error, two.last_error);
     Ok(())
 }
 
@@ -291,7 +291,7 @@ async fn picture(scene: &Scene, facts: &mut Facts) -> anyhow::Result<Seen> {
             counts.ok,
             format!("{} requests {who} with the secret word {}…, {} failed", counts.ok, &word[..8], counts.failed),
         );
-        ensure!(counts.failed == 0 && counts.ok == PICTURE, "requests {who} failed");
+        ensure!(counts.failed == 0 && counts.ok == PICTURE, "requests {who} failed: {}", counts.last_error);
     }
     tell_wire(&seen, facts);
     facts.say("secret_found", seen.markers, format!("the secret word was found {} times", seen.markers));
