@@ -1,33 +1,68 @@
 //! One thread and one single-threaded runtime per core: a connection is served by one core from its first byte to its
 //! last, and nothing of it is shared.
+//!
+//! Each listener belongs to one core, in turn, since the cores cannot share it without letting others join (T24). That core
+//! serves what it accepts, without waking another, unless it has clearly more to do than one that it can hand over to.
 
 use std::io;
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use tokio::runtime::{Builder, LocalOptions};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
+use crate::connections::Direction;
 use crate::node::Node;
+use crate::pod::Pod;
 use crate::pool::{self, Ends};
 use crate::redirect::{self, Captured};
 
 /// Connections that may wait for a core to take them over. Beyond it acceptors wait, and the kernel queues.
 const HANDED_OVER: usize = 1024;
 
+/// A core serves what it accepts itself while it has at most so many connections more than the least busy one: waking
+/// another costs more than a short connection does.
+const SPREAD: usize = 8;
+
 /// How often tunnels at rest are looked at: one that the other side has ended, or whose pods have changed, is not kept longer.
 const SWEEP: Duration = Duration::from_secs(1);
 
 /// The cores that serve.
 #[derive(Debug)]
-pub(crate) struct Cores(Vec<Core>);
+pub(crate) struct Cores {
+    cores: Vec<Core>,
+    /// Which core gets the next listener.
+    turn: AtomicUsize,
+}
 
 #[derive(Debug)]
 struct Core {
     open: Arc<AtomicUsize>,
+    listeners: mpsc::UnboundedSender<Listening>,
     connections: mpsc::Sender<Captured>,
+}
+
+/// A listener on its way to its core.
+struct Listening {
+    listener: TcpListener,
+    pod: Arc<Pod>,
+    direction: Direction,
+    cores: Arc<Cores>,
+    stop: watch::Receiver<bool>,
+}
+
+/// A listener that is accepted on, until this is dropped or says otherwise.
+#[derive(Debug)]
+pub(crate) struct Accepting(watch::Sender<bool>);
+
+impl Accepting {
+    /// Stops accepting. What waits in the kernel's queue waits for whoever accepts next: the agent holds a duplicate.
+    pub(crate) fn stop(&self) {
+        self.0.send_replace(true);
+    }
 }
 
 impl Cores {
@@ -36,22 +71,50 @@ impl Cores {
     /// # Errors
     /// The system gives no thread or event queue.
     pub(crate) fn start(count: usize, node: &Arc<Node>) -> io::Result<Self> {
-        (0..count.max(1)).map(|number| Core::start(number, node.clone())).collect::<io::Result<_>>().map(Self)
+        let cores = (0..count.max(1)).map(|number| Core::start(number, node.clone())).collect::<io::Result<_>>()?;
+        Ok(Self { cores, turn: AtomicUsize::new(0) })
     }
 
-    /// Hands a connection to the core that has the fewest.
-    pub(crate) async fn serve(&self, captured: Captured) {
-        let Some(core) = self.0.iter().min_by_key(|core| core.open.load(Ordering::Relaxed)) else { return };
-        core.open.fetch_add(1, Ordering::Relaxed);
-        if core.connections.send(captured).await.is_err() {
-            // The core's thread is gone, which only its panic can bring about; its connections are reset.
+    /// Accepts on a listener from now on.
+    ///
+    /// # Errors
+    /// It cannot be made not to block.
+    pub(crate) fn accept(
+        self: &Arc<Self>,
+        listener: TcpListener,
+        pod: Arc<Pod>,
+        direction: Direction,
+    ) -> io::Result<Accepting> {
+        listener.set_nonblocking(true)?;
+        let (stop, stopped) = watch::channel(false);
+        let core = &self.cores[self.turn.fetch_add(1, Ordering::Relaxed) % self.cores.len()];
+        let listening = Listening { listener, pod, direction, cores: self.clone(), stop: stopped };
+        if core.listeners.send(listening).is_err() {
+            // The core's thread is gone, which only its panic can bring about.
+            tracing::error!("a core has ended");
+        }
+        Ok(Accepting(stop))
+    }
+
+    /// Serves a connection that core `own` has accepted: there, or on the least busy core. Only for a task of that core.
+    async fn serve(&self, own: usize, node: &Arc<Node>, captured: Captured) {
+        let open = |core: &Core| core.open.load(Ordering::Relaxed);
+        let Some(least) = self.cores.iter().min_by_key(|core| open(core)) else { return };
+        let here = &self.cores[own];
+        if open(here) <= open(least) + SPREAD {
+            here.open.fetch_add(1, Ordering::Relaxed);
+            serve_here(node.clone(), captured, Busy(here.open.clone()));
+            return;
+        }
+        least.open.fetch_add(1, Ordering::Relaxed);
+        if least.connections.send(captured).await.is_err() {
             tracing::error!("a core has ended");
         }
     }
 
     /// How many connections each core has.
     pub(crate) fn open(&self) -> Vec<usize> {
-        self.0.iter().map(|core| core.open.load(Ordering::Relaxed)).collect()
+        self.cores.iter().map(|core| core.open.load(Ordering::Relaxed)).collect()
     }
 }
 
@@ -59,26 +122,53 @@ impl Core {
     fn start(number: usize, node: Arc<Node>) -> io::Result<Self> {
         let open = Arc::new(AtomicUsize::new(0));
         let (connections, handed_over) = mpsc::channel(HANDED_OVER);
+        let (listeners, listening) = mpsc::unbounded_channel();
         let counter = open.clone();
         thread::Builder::new().name(format!("core-{number}")).spawn(move || {
             pool::this_is_core(number);
             match Builder::new_current_thread().enable_all().build_local(LocalOptions::default()) {
-                Ok(runtime) => runtime.block_on(serve_all(node, handed_over, counter)),
+                Ok(runtime) => runtime.block_on(serve_all(number, node, listening, handed_over, counter)),
                 Err(error) => tracing::error!(%error, "a core has no event queue"),
             }
         })?;
-        Ok(Self { open, connections })
+        Ok(Self { open, listeners, connections })
     }
 }
 
-async fn serve_all(node: Arc<Node>, mut handed_over: mpsc::Receiver<Captured>, open: Arc<AtomicUsize>) {
+async fn serve_all(
+    number: usize,
+    node: Arc<Node>,
+    mut listening: mpsc::UnboundedReceiver<Listening>,
+    mut handed_over: mpsc::Receiver<Captured>,
+    open: Arc<AtomicUsize>,
+) {
     tokio::task::spawn_local(sweep(node.clone()));
-    while let Some(captured) = handed_over.recv().await {
-        let (node, one) = (node.clone(), Busy(open.clone()));
-        tokio::task::spawn_local(async move {
-            redirect::serve(&node, captured).await;
-            drop(one);
-        });
+    loop {
+        tokio::select! {
+            Some(captured) = handed_over.recv() => serve_here(node.clone(), captured, Busy(open.clone())),
+            Some(listening) = listening.recv() => {
+                tokio::task::spawn_local(accept(number, node.clone(), listening));
+            }
+            else => return,
+        }
+    }
+}
+
+fn serve_here(node: Arc<Node>, captured: Captured, one: Busy) {
+    tokio::task::spawn_local(async move {
+        redirect::serve(&node, captured).await;
+        drop(one);
+    });
+}
+
+async fn accept(number: usize, node: Arc<Node>, listening: Listening) {
+    let Listening { listener, pod, direction, cores, mut stop } = listening;
+    let accepting = redirect::accept(&node, listener, &pod, direction, |captured| cores.serve(number, &node, captured));
+    tokio::select! {
+        biased;
+        // Its sender is dropped with the pod.
+        _ = stop.wait_for(|stop| *stop) => {}
+        Err(error) = accepting => tracing::error!(pod = %pod.name, %error, "cannot watch a listener"),
     }
 }
 

@@ -8,11 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use mesh::PodUid;
 use socket2::Socket;
 use tokio::sync::mpsc;
-use tokio::task::AbortHandle;
 use wire::pods::{Listener, PodAdded, SocketKind, ToAgent};
 
 use crate::certs::Authority;
-use crate::cores::Cores;
+use crate::cores::{Accepting, Cores};
 use crate::node::Node;
 use crate::pod::Pod;
 use crate::reasons::EndedEarly;
@@ -32,7 +31,7 @@ pub(crate) struct Pods<A> {
 #[derive(Debug)]
 struct Served {
     pod: Arc<Pod>,
-    acceptors: Vec<AbortHandle>,
+    acceptors: Vec<Accepting>,
     ready: bool,
 }
 
@@ -86,13 +85,9 @@ impl<A: Authority> Pods<A> {
         Pod::new(added.pod.clone(), name, added.identity.clone(), added.addresses.clone(), stash)
     }
 
-    fn accept(&self, pod: &Arc<Pod>, kind: Listener, listener: TcpListener) -> Option<AbortHandle> {
-        let listener = redirect::watch(listener)
-            .inspect_err(|error| tracing::error!(pod = %pod.name, %error, "cannot watch a listener"))
-            .ok()?;
-        let direction = redirect::direction(kind);
-        let accepting = redirect::accept(self.node.clone(), listener, pod.clone(), direction, self.cores.clone());
-        Some(tokio::spawn(accepting).abort_handle())
+    fn accept(&self, pod: &Arc<Pod>, kind: Listener, listener: TcpListener) -> Option<Accepting> {
+        let accepting = self.cores.accept(listener, pod.clone(), redirect::direction(kind));
+        accepting.inspect_err(|error| tracing::error!(pod = %pod.name, %error, "cannot use a listener")).ok()
     }
 
     /// Stops serving a pod: no listener, no connection, no socket and no key of it stays.
@@ -107,13 +102,13 @@ impl<A: Authority> Pods<A> {
     }
 
     fn stop(&self, served: &Served) {
-        served.acceptors.iter().for_each(AbortHandle::abort);
+        served.acceptors.iter().for_each(Accepting::stop);
         self.node.certificates.release(&served.pod.identity);
     }
 
     /// Stops accepting for all pods.
     pub(crate) fn stop_accepting(&self) {
-        self.lock().values().flat_map(|served| &served.acceptors).for_each(AbortHandle::abort);
+        self.lock().values().flat_map(|served| &served.acceptors).for_each(Accepting::stop);
     }
 
     /// Puts sockets into a pod's stash. For a pod that is gone they are closed, or they would keep its namespace.

@@ -1,7 +1,6 @@
 //! From a pod's listeners to the life of each connection.
 //!
-//! There is one acceptor per listener, on the main thread, because a listener cannot be shared by the cores without
-//! letting others join (T24); it hands each connection to the least busy core. A core serves a connection to its end.
+//! There is one acceptor per listener, on one core ([`crate::cores`]). A core serves a connection to its end.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -9,11 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh::RefuseReason;
-use tokio::io::unix::AsyncFd;
 use wire::pods::Listener;
 
 use crate::connections::{Connection, Direction};
-use crate::cores::Cores;
 use crate::inbound::Next;
 use crate::node::Node;
 use crate::pod::Pod;
@@ -22,7 +19,7 @@ use crate::tunnel::Tunnel;
 use crate::watched::watched;
 use crate::{inbound, legs, outbound};
 
-/// How many connections an acceptor takes before the rest of the main thread has its turn.
+/// How many connections an acceptor takes before the rest of its core has its turn.
 const TURN: usize = 64;
 
 /// How long an acceptor waits when the process has no room for another connection. They stay in the kernel's queue.
@@ -49,31 +46,24 @@ pub(crate) fn direction(listener: Listener) -> Direction {
     }
 }
 
-/// Makes a listener ready to be accepted from.
+/// Accepts for as long as it is polled, and hands each connection to `serve`. Dropping it takes the listener out of the
+/// event queue, too: the agent holds a duplicate, and a closed descriptor alone would stay there.
 ///
 /// # Errors
-/// The kernel does not let it be watched.
-pub(crate) fn watch(listener: TcpListener) -> io::Result<AsyncFd<TcpListener>> {
-    listener.set_nonblocking(true)?;
-    watched(listener)
-}
-
-/// Accepts for as long as it lives. Dropping it takes the listener out of the event queue, too: the agent holds a
-/// duplicate, and a closed descriptor alone would stay there.
-pub(crate) async fn accept(
-    node: Arc<Node>,
-    listener: AsyncFd<TcpListener>,
-    pod: Arc<Pod>,
+/// The kernel does not let the listener be watched.
+pub(crate) async fn accept<S: Future<Output = ()>>(
+    node: &Node,
+    listener: TcpListener,
+    pod: &Arc<Pod>,
     direction: Direction,
-    cores: Arc<Cores>,
-) {
+    serve: impl Fn(Captured) -> S,
+) -> io::Result<()> {
+    let listener = watched(listener)?;
     let mut turn = TURN;
     loop {
-        let Ok(mut ready) = listener.readable().await else { return };
+        let mut ready = listener.readable().await?;
         match ready.try_io(|listener| listener.get_ref().accept()) {
-            Ok(Ok((stream, source))) => {
-                cores.serve(Captured { stream, source, pod: pod.clone(), direction }).await;
-            }
+            Ok(Ok((stream, source))) => serve(Captured { stream, source, pod: pod.clone(), direction }).await,
             Ok(Err(error)) if is_about_one_connection(&error) => {}
             Ok(Err(error)) => {
                 node.metrics.accept_failures.inc();

@@ -19,6 +19,7 @@ use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
+use tokio::time::timeout;
 
 use crate::batch::{self, Batch, MOST};
 use crate::reasons::{EndedEarly, Side};
@@ -26,6 +27,9 @@ use crate::reasons::{EndedEarly, Side};
 /// How many bytes one direction moves before the other connections of its core have their turn: a bulk flow that is
 /// always ready would otherwise starve a ping.
 const TURN: usize = 256 * 1024;
+
+/// How long something that is held back waits for bytes to go with.
+const SOON: Duration = Duration::from_millis(2);
 
 /// How long a reader has for what still lies in front of a reset before the reset is passed on without it.
 const RESET_GRACE: Duration = Duration::from_secs(1);
@@ -58,8 +62,10 @@ pub(crate) trait Sink {
     fn take(&mut self, batch: &mut Batch) -> Result<(), EndedEarly>;
     /// Waits until all that was taken is on its way.
     async fn flush(&mut self) -> Result<(), EndedEarly>;
-    /// Ends this direction in order.
-    async fn fin(&mut self) -> Result<(), EndedEarly>;
+    /// Ends this direction in order; `last`: the other one has ended already.
+    async fn fin(&mut self, last: bool) -> Result<(), EndedEarly>;
+    /// Whether something waits to go out with the first bytes.
+    fn holds_back(&self) -> bool;
 }
 
 /// One end of a connection: a socket, and how to read and write it.
@@ -139,6 +145,9 @@ async fn pump(
     ended: &Ended,
     other_ended: &Ended,
 ) -> Result<(), EndedEarly> {
+    if to.holds_back() && Box::pin(timeout(SOON, from.ready())).await.is_err() {
+        to.flush().await?;
+    }
     let mut turn = TURN;
     loop {
         from.ready().await?;
@@ -163,7 +172,7 @@ async fn pump(
             turn = TURN;
         }
     }
-    to.fin().await?;
+    to.fin(other_ended.yes.get()).await?;
     ended.set();
     tokio::select! {
         biased;
@@ -266,8 +275,12 @@ impl Sink for PlainSink {
         self.waiting.flush(&self.tcp).await.map_err(|_| EndedEarly::Reset(self.side))
     }
 
-    async fn fin(&mut self) -> Result<(), EndedEarly> {
+    async fn fin(&mut self, _: bool) -> Result<(), EndedEarly> {
         hang_up(&self.tcp, self.side)
+    }
+
+    fn holds_back(&self) -> bool {
+        false
     }
 }
 
@@ -287,6 +300,11 @@ impl Waiting {
             batch.keep(&mut self.bytes);
             Ok(())
         }
+    }
+
+    /// Whether everything is on its way.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
     }
 
     /// Puts bytes behind what waits.

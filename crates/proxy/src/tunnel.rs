@@ -162,14 +162,14 @@ impl Tunnel {
         }
     }
 
-    /// Grants the lease.
+    /// Grants the lease. Where data came with the `Open` the answer may wait a little, for the application's to go with.
     ///
     /// # Errors
     /// The connection is gone.
     pub(crate) async fn grant(&mut self) -> Result<(), EndedEarly> {
         let opened = Control::Opened { lease: self.lease() };
         self.leg.sink.queue(&opened)?;
-        self.leg.sink.flush().await
+        if self.leg.source.has_more() { Ok(()) } else { self.leg.sink.flush().await }
     }
 
     /// Refuses the lease and ends in order, so that the client learns why.
@@ -313,7 +313,7 @@ impl Tunnel {
 
     /// Ends one direction.
     pub(crate) async fn fin(&mut self) -> Result<(), EndedEarly> {
-        self.leg.sink.fin().await
+        self.leg.sink.fin(false).await
     }
 
     /// Makes a cut look like an end.

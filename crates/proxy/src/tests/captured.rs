@@ -100,7 +100,10 @@ fn who_dials_our_listener_itself_is_reset() {
         let addresses = [inbound.local_addr().unwrap(), outbound.local_addr().unwrap()];
         setting.pods.add(added(), vec![(Listener::InboundV4, inbound), (Listener::OutboundV4, outbound)]);
         for address in addresses {
-            let mut client = tokio::net::TcpStream::connect(address).await.unwrap();
+            // One that waits for the kernel alone: the reset may be here before this thread looks again.
+            let client = std::net::TcpStream::connect(address).unwrap();
+            client.set_nonblocking(true).unwrap();
+            let mut client = tokio::net::TcpStream::from_std(client).unwrap();
             let read = timeout(LONG, client.read(&mut [0; 1])).await.expect("nothing happens");
             assert_eq!(read.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
         }

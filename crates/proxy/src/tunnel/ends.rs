@@ -71,6 +71,11 @@ impl TunnelSource {
         matches!(quiet, Ok(Look::Nothing)) && self.sealed.is_empty()
     }
 
+    /// Whether more has come than was looked at.
+    pub(super) fn has_more(&self) -> bool {
+        self.unread
+    }
+
     /// Reads to the end, whatever comes.
     pub(super) async fn rest(&mut self) {
         while self.ready().await.is_ok() && batch::with(|batch| self.look(batch)).is_ok() {}
@@ -271,8 +276,13 @@ impl Sink for TunnelSink {
         self.waiting.flush(&self.tcp).await.map_err(|_| EndedEarly::Reset(self.far))
     }
 
-    async fn fin(&mut self) -> Result<(), EndedEarly> {
+    async fn fin(&mut self, last: bool) -> Result<(), EndedEarly> {
         self.queue(&Control::Fin { lease: self.lease })?;
-        self.flush().await
+        // Of the two sides the server has the last word: its `Closed` goes with its `Fin`.
+        if last && self.far == Side::Client { Ok(()) } else { self.flush().await }
+    }
+
+    fn holds_back(&self) -> bool {
+        !self.waiting.is_empty()
     }
 }
