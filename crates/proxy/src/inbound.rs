@@ -12,11 +12,11 @@ use tokio::time::{Instant, timeout, timeout_at};
 use wire::tunnel::{Claim, FIRST_LEASE};
 
 use crate::connections::{Connection, Decision, Security};
-use crate::first_bytes::{First, FirstBytes, guarded_leg};
+use crate::first_bytes::{First, FirstBytes, Guarded, guarded_leg};
 use crate::node::Node;
 use crate::pod::Pod;
 use crate::reasons::{EndedEarly, Side};
-use crate::splice::{self, plain_leg};
+use crate::splice::{self, Leg, PlainSink, plain_leg};
 use crate::tunnel::Tunnel;
 use crate::{legs, tunnel};
 
@@ -34,7 +34,29 @@ pub(crate) async fn serve(
     pod: &Arc<Pod>,
     connection: &Connection,
     client: TcpStream,
-) -> Result<Option<Tunnel>, EndedEarly> {
+) -> Result<Option<Box<Tunnel>>, EndedEarly> {
+    // In memory of its own, which goes before the first byte flows: most connections are idle most of their lives.
+    match Box::pin(arrive(node, pod, connection, client)).await? {
+        Arrived::InClear(client, server) => Box::pin(in_clear(node, connection, client, server)).await.map(|()| None),
+        Arrived::Tunnel(tunnel, claim) => lease(node, pod, connection, tunnel, claim).await.map(Some),
+    }
+}
+
+/// What a connection turned out to be.
+enum Arrived {
+    /// In clear, and allowed so: both legs.
+    InClear(Leg<Guarded, PlainSink>, TcpStream),
+    /// A tunnel, whose client asks for its first connection.
+    Tunnel(Box<Tunnel>, Claim),
+}
+
+/// Finds out what a connection is.
+async fn arrive(
+    node: &Node,
+    pod: &Arc<Pod>,
+    connection: &Connection,
+    client: TcpStream,
+) -> Result<Arrived, EndedEarly> {
     let destination = connection.destination().ok_or(EndedEarly::System("getsockopt"))?;
     let source = connection.source;
     let expected = expect(node, pod, destination, source)?;
@@ -42,16 +64,18 @@ pub(crate) async fn serve(
 
     let mut first = FirstBytes::new();
     let seen = first.wait(&client, expected.wait).await?;
-    let (client, hello, half_read) = match seen {
-        First::Hello => (client, first, half_read),
+    let (hello, half_read) = match seen {
+        First::Hello => (first, half_read),
         First::Other | First::Silent => {
             drop(half_read);
             let allowed = allow_in_clear(node, connection, expected, seen)?;
             let server = legs::to_application(pod, allowed, source).await?;
-            match in_clear(node, connection, client, server, first, seen).await? {
-                Clear::Served => return Ok(None),
-                Clear::HelloAfterAll(client, hello) => (client, hello, node.budgets.half_read(source.ip())?),
+            let seen = wait_for_either(&client, &mut first, &server, seen).await?;
+            if seen != First::Hello {
+                return Ok(Arrived::InClear(guarded_leg(client, first, seen), server));
             }
+            // Before the application has said a word, the client begins a tunnel: its capture is newer than our view.
+            (first, node.budgets.half_read(source.ip())?)
         }
     };
 
@@ -62,7 +86,7 @@ pub(crate) async fn serve(
     drop((place, half_read));
 
     let claim = tunnel.receive_open().await?;
-    lease(node, pod, connection, tunnel, claim).await.map(Some)
+    Ok(Arrived::Tunnel(tunnel, claim))
 }
 
 /// Serves one connection that came through a tunnel, from its `Open` to the last byte; gives the tunnel back for the next.
@@ -70,13 +94,13 @@ pub(crate) async fn lease(
     node: &Node,
     pod: &Arc<Pod>,
     connection: &Connection,
-    mut tunnel: Tunnel,
+    mut tunnel: Box<Tunnel>,
     claim: Claim,
-) -> Result<Tunnel, EndedEarly> {
+) -> Result<Box<Tunnel>, EndedEarly> {
     let server = match Box::pin(connect(node, pod, connection, &tunnel, &claim)).await {
         Ok(server) => server,
         Err(early) => {
-            tunnel.refuse(early.on_the_wire()).await;
+            Box::pin(tunnel.refuse(early.on_the_wire())).await;
             return Err(early);
         }
     };
@@ -93,7 +117,7 @@ pub(crate) async fn lease(
     // First the application: it is not to wait for what two proxies still have to say to each other.
     drop(server);
     if let Err(early) = end {
-        tunnel.reset().await;
+        Box::pin(tunnel.reset()).await;
         return Err(early);
     }
     tunnel.close_lease().await.map(|()| tunnel)
@@ -102,14 +126,14 @@ pub(crate) async fn lease(
 /// What became of a tunnel at rest.
 pub(crate) enum Next {
     /// The client has a connection for it.
-    Lease(Tunnel, Claim),
+    Lease(Box<Tunnel>, Claim),
     /// It is over, in order or not: no connection was in it.
     Over,
 }
 
 /// Waits for what comes next through a tunnel at rest. Only the client ends one that merely lay too long; this side waits
 /// far longer, for clients that do not.
-pub(crate) async fn next(pod: &Pod, mut tunnel: Tunnel) -> Next {
+pub(crate) async fn next(pod: &Pod, mut tunnel: Box<Tunnel>) -> Next {
     let open = tokio::select! {
         biased;
         open = timeout(REST, tunnel.next_open()) => open,
@@ -234,39 +258,35 @@ fn allow(
     })
 }
 
-/// What became of a connection that was taken for plaintext.
-enum Clear {
-    /// It was, and is over.
-    Served,
-    /// Before the application had said a word, the client began a tunnel: its capture is newer than our view.
-    HelloAfterAll(TcpStream, FirstBytes),
+/// A client that has been silent is not kept from a server that speaks first, and its first bytes are examined all the same
+/// when they come (T17).
+async fn wait_for_either(
+    client: &TcpStream,
+    first: &mut FirstBytes,
+    server: &TcpStream,
+    seen: First,
+) -> Result<First, EndedEarly> {
+    if seen != First::Silent {
+        return Ok(seen);
+    }
+    tokio::select! {
+        biased;
+        first = first.decide(client) => first,
+        _ = server.readable() => Ok(First::Silent),
+    }
 }
 
-/// The life of a connection in clear. A client that has been silent is not kept from a server that speaks first, and its
-/// first bytes are examined all the same when they come (T17).
+/// The life of a connection in clear.
 async fn in_clear(
     node: &Node,
     connection: &Connection,
-    client: TcpStream,
+    mut client: Leg<Guarded, PlainSink>,
     server: TcpStream,
-    mut first: FirstBytes,
-    mut seen: First,
-) -> Result<Clear, EndedEarly> {
-    if seen == First::Silent {
-        seen = tokio::select! {
-            biased;
-            first = first.decide(&client) => first?,
-            _ = server.readable() => First::Silent,
-        };
-    }
-    if seen == First::Hello {
-        return Ok(Clear::HelloAfterAll(client, first));
-    }
+) -> Result<(), EndedEarly> {
     node.opened(connection);
-    let mut client = guarded_leg(client, first, seen);
     let mut server = plain_leg(server, Side::Server);
     splice::splice(&mut client, &mut server, &connection.bytes).await?;
     splice::orderly_close(&client.tcp);
     splice::orderly_close(&server.tcp);
-    Ok(Clear::Served)
+    Ok(())
 }

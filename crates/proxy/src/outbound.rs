@@ -43,9 +43,10 @@ pub(crate) async fn serve(
     let dialled = connection.destination().ok_or(EndedEarly::System("getsockopt"))?;
     let outgoing = Outgoing { pod: &pod.uid, source: connection.source.ip(), destination: dialled, dice: dice::roll() };
 
-    let target = match decide(node, connection, outgoing).await {
+    // What comes before the first byte is in memory of its own: most connections are idle most of their lives.
+    let target = match Box::pin(decide(node, connection, outgoing)).await {
         Decided::Tunnel(target) => target,
-        Decided::Plaintext => return in_clear(node, pod, connection, client).await,
+        Decided::Plaintext => return Box::pin(in_clear(node, pod, connection, client)).await,
         Decided::Refuse(because) => return Err(because.into()),
     };
 
@@ -60,15 +61,15 @@ pub(crate) async fn serve(
     // First the client: it is not to wait for what two proxies still have to say to each other.
     drop(client);
     match end {
-        Ok(()) => lease.give_back(node).await,
-        Err(_) => lease.tunnel.reset().await,
+        Ok(()) => Box::pin(lease.give_back(node)).await,
+        Err(_) => Box::pin(lease.tunnel.reset()).await,
     }
     end
 }
 
 /// A tunnel that carries this connection, and no other.
 struct Lease {
-    tunnel: Tunnel,
+    tunnel: Box<Tunnel>,
     key: Key,
     ends: Ends,
 }
@@ -186,7 +187,12 @@ impl Ahead {
 }
 
 /// Makes a new tunnel.
-async fn dial(node: &Node, pod: &Arc<Pod>, connection: &Connection, target: &Target) -> Result<Tunnel, EndedEarly> {
+async fn dial(
+    node: &Node,
+    pod: &Arc<Pod>,
+    connection: &Connection,
+    target: &Target,
+) -> Result<Box<Tunnel>, EndedEarly> {
     let (config, until) = node.certificates.client(&pod.identity, &target.workload.identity).await?;
     let place = node.budgets.dial(connection.source.ip(), target.address).await?;
     let (outer, own) = legs::to_wire(pod, connection.source.ip(), target.address).await?;

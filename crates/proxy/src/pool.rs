@@ -80,7 +80,7 @@ impl Ends {
 /// A tunnel at rest.
 #[derive(Debug)]
 struct Idle {
-    tunnel: Tunnel,
+    tunnel: Box<Tunnel>,
     since: Instant,
     ends: Ends,
 }
@@ -89,7 +89,7 @@ struct Idle {
 #[derive(Debug)]
 pub(crate) struct Warm {
     /// The tunnel.
-    pub(crate) tunnel: Tunnel,
+    pub(crate) tunnel: Box<Tunnel>,
     /// How long it lay there.
     pub(crate) idle: Duration,
 }
@@ -166,7 +166,7 @@ impl Pool {
     }
 
     /// Puts a tunnel back whose last connection ended in order on both sides.
-    pub(crate) fn put(&self, key: Key, tunnel: Tunnel, ends: Ends) {
+    pub(crate) fn put(&self, key: Key, tunnel: Box<Tunnel>, ends: Ends) {
         if tunnel.lease() > LEASES {
             return;
         }

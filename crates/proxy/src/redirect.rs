@@ -106,14 +106,15 @@ pub(crate) async fn serve(node: &Node, captured: Captured) {
         counted.as_ref().map_err(EndedEarly::clone)?;
         life(node, stream, &connection).await
     };
-    let mut kept = to_its_end(node, &connection, first).await;
+    let mut kept = to_its_end(node, &connection, Box::pin(first)).await;
     let destination = connection.destination();
     drop(connection);
     while let (Ok(Some(tunnel)), Some(destination)) = (kept, destination) {
         let Next::Lease(tunnel, claim) = Box::pin(inbound::next(&pod, tunnel)).await else { return };
         let connection = node.connections.open(&node.clock, &pod, direction, source);
         connection.set_destination(destination);
-        kept = to_its_end(node, &connection, inbound::lease(node, &pod, &connection, tunnel, claim)).await.map(Some);
+        let life = Box::pin(inbound::lease(node, &pod, &connection, tunnel, claim));
+        kept = to_its_end(node, &connection, life).await.map(Some);
     }
 }
 
@@ -133,7 +134,7 @@ pub(crate) async fn to_its_end<T>(
     end
 }
 
-async fn life(node: &Node, stream: TcpStream, connection: &Connection) -> Result<Option<Tunnel>, EndedEarly> {
+async fn life(node: &Node, stream: TcpStream, connection: &Connection) -> Result<Option<Box<Tunnel>>, EndedEarly> {
     let pod = &connection.pod;
     let client = legs::captured(stream)?;
     let destination = dialled(&client)?;

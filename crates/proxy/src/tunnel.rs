@@ -56,7 +56,7 @@ pub(crate) struct Tunnel {
 ///
 /// # Errors
 /// By name, whatever keeps the handshake from proving that identity.
-pub(crate) async fn dial(tcp: TcpStream, config: Arc<ClientConfig>) -> Result<Tunnel, EndedEarly> {
+pub(crate) async fn dial(tcp: TcpStream, config: Arc<ClientConfig>) -> Result<Box<Tunnel>, EndedEarly> {
     let finished = timeout(HANDSHAKE, Box::pin(handshake::client(&tcp, config))).await;
     Ok(Tunnel::new(tcp, finished.map_err(|_| EndedEarly::HandshakeTimeout)??, Side::Server))
 }
@@ -65,13 +65,18 @@ pub(crate) async fn dial(tcp: TcpStream, config: Arc<ClientConfig>) -> Result<Tu
 ///
 /// # Errors
 /// By name, whatever keeps the handshake from proving an identity.
-pub(crate) async fn accept(tcp: TcpStream, first: Vec<u8>, config: Arc<ServerConfig>) -> Result<Tunnel, EndedEarly> {
+pub(crate) async fn accept(
+    tcp: TcpStream,
+    first: Vec<u8>,
+    config: Arc<ServerConfig>,
+) -> Result<Box<Tunnel>, EndedEarly> {
     let finished = timeout(HANDSHAKE, Box::pin(handshake::server(&tcp, config, first))).await;
     Ok(Tunnel::new(tcp, finished.map_err(|_| EndedEarly::HandshakeTimeout)??, Side::Client))
 }
 
 impl Tunnel {
-    fn new(tcp: TcpStream, finished: handshake::Finished, far: Side) -> Self {
+    /// In a box: it is handed on often, and each hand would have room for it.
+    fn new(tcp: TcpStream, finished: handshake::Finished, far: Side) -> Box<Self> {
         let tcp = Arc::new(tcp);
         let sender = match far {
             Side::Client => Sender::Client,
@@ -81,7 +86,7 @@ impl Tunnel {
         let sink = TunnelSink::new(tcp.clone(), far, finished.sealer);
         let until = finished.peer.not_after();
         let leg = Leg { tcp, side: far, source, sink };
-        Self { peer: finished.peer, leg, made: Instant::now(), until, own: None }
+        Box::new(Self { peer: finished.peer, leg, made: Instant::now(), until, own: None })
     }
 
     /// This side made the connection, and its own certificate is valid until then.

@@ -15,7 +15,7 @@ use crate::reasons::{EndedEarly, Side};
 use crate::tunnel::{self, Tunnel};
 
 /// A tunnel that the test itself makes to the server's pod, with the client's certificate.
-async fn tunnel_to_server(world: &World, capture: Capture) -> (Tunnel, Served, TcpListener, SocketAddr) {
+async fn tunnel_to_server(world: &World, capture: Capture) -> (Box<Tunnel>, Served, TcpListener, SocketAddr) {
     let to = capture.address;
     let (stream, (inbound, application)) = tokio::join!(connect(CLIENT, to), capture.accept(world));
     let (config, _) = world.node.certificates.client(&world.client.identity, &world.server.identity).await.unwrap();
@@ -28,7 +28,7 @@ fn open(source: std::net::IpAddr, destination: SocketAddr) -> Control {
 }
 
 /// A tunnel that is open, and the application's end of the connection.
-async fn opened(world: &World) -> (Tunnel, Served, TcpStream) {
+async fn opened(world: &World) -> (Box<Tunnel>, Served, TcpStream) {
     let (mut tunnel, inbound, application, to) = tunnel_to_server(world, Capture::new().await).await;
     tunnel.say_and_send(&open(CLIENT, to), b"first").await.unwrap();
     assert_eq!(tunnel.hear().await, Ok(Control::Opened { lease: FIRST_LEASE }));

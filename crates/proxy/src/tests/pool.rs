@@ -15,7 +15,7 @@ use crate::reasons::EndedEarly;
 use crate::tunnel::{DRAINING, Tunnel};
 
 /// One connection that came to its end in order, and what it left: the server's side of its tunnel, and the application.
-async fn first(world: &World) -> (Tunnel, TcpListener, SocketAddr) {
+async fn first(world: &World) -> (Box<Tunnel>, TcpListener, SocketAddr) {
     let capture = Capture::new().await;
     let address = capture.address;
     let (mut client, outbound) = world.dial(address).await;
@@ -40,7 +40,7 @@ async fn exchange(client: &mut TcpStream, server: &mut TcpStream, word: &[u8]) {
 }
 
 /// Serves the next connection of a tunnel on the server's side.
-async fn next(world: &World, tunnel: Tunnel, address: SocketAddr) -> Served {
+async fn next(world: &World, tunnel: Box<Tunnel>, address: SocketAddr) -> Served {
     let Next::Lease(tunnel, claim) = timeout(LONG, inbound::next(&world.server, tunnel)).await.expect("no connection")
     else {
         panic!("the tunnel is over")

@@ -185,7 +185,7 @@ impl World {
     }
 
     /// Serves a connection to the server that came through a tunnel at rest.
-    pub(super) fn serve_lease(&self, tunnel: Tunnel, claim: Claim, dialled: SocketAddr) -> Served {
+    pub(super) fn serve_lease(&self, tunnel: Box<Tunnel>, claim: Claim, dialled: SocketAddr) -> Served {
         let source = SocketAddr::new(CLIENT, 1);
         let connection = self.node.connections.open(&self.node.clock, &self.server, Direction::Inbound, source);
         connection.set_destination(dialled);
@@ -265,7 +265,7 @@ pub(super) struct Path {
 /// A connection in the data path's hands.
 pub(super) struct Served {
     pub(super) connection: Arc<Connection>,
-    end: JoinHandle<Result<Option<Tunnel>, EndedEarly>>,
+    end: JoinHandle<Result<Option<Box<Tunnel>>, EndedEarly>>,
 }
 
 impl Served {
@@ -275,7 +275,7 @@ impl Served {
     }
 
     /// The same, with the tunnel that is left for another connection.
-    pub(super) async fn end_and_tunnel(self) -> Result<Option<Tunnel>, EndedEarly> {
+    pub(super) async fn end_and_tunnel(self) -> Result<Option<Box<Tunnel>>, EndedEarly> {
         tokio::time::timeout(LONG, self.end).await.expect("the connection does not end").unwrap()
     }
 
