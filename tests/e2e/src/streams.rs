@@ -83,8 +83,8 @@ impl Streams {
     }
 }
 
-/// How many TLS records (RFC 8446, 5.1) make up exactly these bytes. The first must be a handshake's; a record that the end cuts
-/// off counts, as connections may be cut.
+/// How many TLS records (RFC 8446, 5.1) make up exactly these bytes. The first must be a handshake's, or application data of a
+/// connection that is older than the tap; a record that the end cuts off counts, as connections may be cut.
 ///
 /// # Errors
 /// Where the first byte is that belongs to no record.
@@ -94,14 +94,16 @@ pub fn tls_records(bytes: &[u8]) -> Result<usize, String> {
     while at < bytes.len() {
         let header = &bytes[at..bytes.len().min(at + 5)];
         let fits = |index: usize, allowed: &dyn Fn(u8) -> bool| header.get(index).is_none_or(|byte| allowed(*byte));
-        let kinds: &[u8] = if count == 0 { &[22] } else { &[20, 21, 22, 23] };
+        let kinds: &[u8] = if count == 0 { &[22, 23] } else { &[20, 21, 22, 23] };
         if !(fits(0, &|byte| kinds.contains(&byte)) && fits(1, &|byte| byte == 3) && fits(2, &|byte| byte <= 3)) {
             return Err(format!("byte {at} of {} begins no TLS record ({header:02x?})", bytes.len()));
         }
         count += 1;
         let [_, _, _, high, low] = header else { break };
         let length = usize::from(u16::from_be_bytes([*high, *low]));
-        if length == 0 || length > LONGEST {
+        // Sealed, even nothing has a type and a tag.
+        let least = if header[0] == 23 { 17 } else { 1 };
+        if !(least..=LONGEST).contains(&length) {
             return Err(format!("the record at byte {at} claims {length} bytes"));
         }
         at += 5 + length;
@@ -153,15 +155,16 @@ mod tests {
 
     #[test]
     fn records_are_counted_and_one_strange_byte_is_found() {
-        let mut stream = [record(22, 300), record(23, 16384), record(23, 1)].concat();
+        let mut stream = [record(22, 300), record(23, 16384), record(23, 17)].concat();
         assert_eq!(tls_records(&stream), Ok(3));
+        assert_eq!(tls_records(&stream[305..]), Ok(2), "older than the tap");
         assert_eq!(tls_records(&stream[..stream.len() - 3]), Ok(3), "a cut record counts");
         stream.extend(b"GET / HTTP/1.1");
         assert!(tls_records(&stream).unwrap_err().contains("begins no TLS record"));
     }
 
     #[test]
-    fn text_application_data_first_and_too_long_records_are_no_tls() {
+    fn text_and_records_of_a_wrong_length_are_no_tls() {
         assert!(tls_records(b"GET / HTTP/1.1\r\n").is_err());
         assert!(tls_records(&record(23, 5)).is_err());
         assert!(tls_records(&[22, 3, 1, 0xff, 0xff]).is_err());

@@ -66,7 +66,7 @@ fn failures(cluster: &Cluster, reason: &str) -> u64 {
     let metrics = cluster.page("node-b", "/metrics");
     let is_it = |line: &&str| {
         line.contains("direction=\"inbound\"")
-            && line.contains(&format!("reason=\"{reason}\""))
+            && line.contains(&format!("outcome=\"{reason}\""))
             && line.contains("handshake")
     };
     let values = metrics.lines().filter(is_it).filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok());
