@@ -2,27 +2,34 @@
 //! asks for.
 //!
 //! The order is what makes capture safe: [`Capture::prepare`] makes the listeners and the routing,
-//! the proxy takes the listeners, and only then [`Capture::begin`] loads the rules. A rule that leads to
-//! a listener which nobody holds refuses connections; it never lets them pass in clear.
+//! the proxy takes the listeners, and only then [`Capture::begin`] loads the rules and arms the guard on the pod's
+//! interface. A rule that leads to a listener which nobody holds refuses connections; it never lets them pass in clear.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use linux::links::{LinkError, Links};
+use linux::changes::{Changes, Subject};
+use linux::diag;
+use linux::links::{self, LinkError, Links};
 use linux::netlink::{self, Protocol, Socket};
 use linux::netns::{NetNs, NetNsError};
 use linux::nft::{self, IpFamily, Normal, Table};
 use linux::routes::LocalDelivery;
 use linux::sockets::{self, Listen, SocketError};
+use linux::tc::{self, Filter};
 
+use crate::guard::{self, Strength};
 use crate::rules::{self, CapturePlan, INBOUND_PORT, OUTBOUND_PORT};
 
 /// The most sockets of one request: four requests fill a message of 253 descriptors.
 pub const LARGEST_BATCH: usize = 64;
 /// Connections that wait while no proxy accepts: they are served by the next one (P8).
 const BACKLOG: u32 = 4096;
+/// The interface index of `lo`, in every network namespace.
+const LOOPBACK: u32 = 1;
 /// For the hops inside the pod; the host's own choice between nodes (DESIGN 4).
 const INSIDE: Option<&str> = Some("cubic");
 
@@ -53,6 +60,15 @@ pub enum CaptureError {
     /// Rules or routes could not be made or read.
     #[error(transparent)]
     Netlink(#[from] netlink::Error),
+    /// The kernel does not tell of changes.
+    #[error("the kernel's notifications cannot be had: {0}")]
+    Changes(io::Error),
+    /// Its addresses are only on `lo`, where the guard could not stand.
+    #[error("no interface but lo has the pod's addresses")]
+    NoInterface,
+    /// The guard on the interface would be too long.
+    #[error("{0} excluded ports are more than fit the guard on the pod's interface")]
+    TooManyExcluded(usize),
     /// The rules were loaded, and are not what was loaded: something else changes them.
     #[error("the capture does not stand after it was made: {0}")]
     DoesNotStand(String),
@@ -70,6 +86,9 @@ impl CaptureError {
             Self::Links(_) => "links",
             Self::Socket(_) => "socket",
             Self::Netlink(_) => "netlink",
+            Self::Changes(_) => "notifications",
+            Self::NoInterface => "no-interface",
+            Self::TooManyExcluded(_) => "too-many-excluded-ports",
             Self::DoesNotStand(_) => "does-not-stand",
         }
     }
@@ -110,6 +129,21 @@ pub struct Listeners {
     pub in_v6: Option<TcpListener>,
 }
 
+impl Listeners {
+    /// Each with the address that it was made for.
+    fn all(&self) -> impl Iterator<Item = (SocketAddr, &TcpListener)> {
+        let out = |address: IpAddr| SocketAddr::new(address, OUTBOUND_PORT);
+        let inward = |address: IpAddr| SocketAddr::new(address, INBOUND_PORT);
+        let all = [
+            (out(Ipv4Addr::LOCALHOST.into()), Some(&self.out_v4)),
+            (out(Ipv6Addr::LOCALHOST.into()), self.out_v6.as_ref()),
+            (inward(Ipv4Addr::UNSPECIFIED.into()), Some(&self.in_v4)),
+            (inward(Ipv6Addr::UNSPECIFIED.into()), self.in_v6.as_ref()),
+        ];
+        all.into_iter().filter_map(|(address, listener)| Some((address, listener?)))
+    }
+}
+
 /// A captured pod. Dropping it closes our descriptors and changes nothing in the pod; as long as it lives, so
 /// does the pod's network namespace (T42).
 #[derive(Debug)]
@@ -123,6 +157,26 @@ pub struct Capture {
     route: Socket,
     /// What must stand: the table, its normal form, and the generation in which it was last seen so.
     standing: Option<Expected>,
+    /// The guard that must stand.
+    guard: Option<Guard>,
+    /// Told by the kernel, until somebody takes them.
+    changes: Option<[Changes; 2]>,
+    /// Packets that the guard had dropped when it was last asked.
+    dropped: u64,
+}
+
+#[derive(Debug)]
+struct Guard {
+    strength: Strength,
+    filters: Vec<Filter>,
+}
+
+impl Guard {
+    fn of(plan: &CapturePlan, strength: Strength) -> Result<Guard, CaptureError> {
+        let count = plan.excluded_in.len() + plan.excluded_out.len();
+        let filters = guard::filters(plan, strength).ok_or(CaptureError::TooManyExcluded(count))?;
+        Ok(Guard { strength, filters })
+    }
 }
 
 #[derive(Debug)]
@@ -143,10 +197,12 @@ impl Capture {
         if let Some(missing) = plan.addresses.iter().find(|address| !there.contains(address)) {
             return Err(CaptureError::NotItsAddress(*missing));
         }
-        let (listeners, netfilter, mut route) = namespace.enter(|| {
+        let (listeners, netfilter, mut route, changes) = namespace.enter(|| {
             let listeners = listen(&plan, owner)?;
             let netfilter = Socket::open(Protocol::Netfilter)?;
-            Ok::<_, CaptureError>((listeners, netfilter, Socket::open(Protocol::Route)?))
+            let route = Socket::open(Protocol::Route)?;
+            let of = |subject| Changes::of(subject).map_err(CaptureError::Changes);
+            Ok::<_, CaptureError>((listeners, netfilter, route, [of(Subject::Network)?, of(Subject::Nftables)?]))
         })??;
         let mut families = vec![IpFamily::V4];
         if listeners.in_v6.is_some() {
@@ -157,7 +213,19 @@ impl Capture {
             delivery.add(&mut route, *family)?;
         }
         let listeners = Arc::new(listeners);
-        Ok(Capture { namespace, plan, listeners, families, delivery, netfilter, route, standing: None })
+        Ok(Capture {
+            namespace,
+            plan,
+            listeners,
+            families,
+            delivery,
+            netfilter,
+            route,
+            standing: None,
+            guard: None,
+            changes: Some(changes),
+            dropped: 0,
+        })
     }
 
     /// The listeners, to be duplicated and handed over.
@@ -175,15 +243,81 @@ impl Capture {
         &self.namespace
     }
 
-    /// Loads the rules in one transaction, and reads them back. From here on new connections are
-    /// captured; open ones go on as they are.
+    /// Loads the rules in one transaction, and reads them back; then arms the guard. From here on new connections are
+    /// captured; open ones go on as they are. What an agent before this one armed stays armed.
     pub fn begin(&mut self) -> Result<(), CaptureError> {
-        self.load(rules::ruleset(&self.plan))
+        self.load(rules::ruleset(&self.plan))?;
+        let whole = Guard::of(&self.plan, Strength::Everything)?;
+        if self.misses(&whole)?.is_none() {
+            self.guard = Some(whole);
+            return Ok(());
+        }
+        // Not before the rules: in between, what a running pod opens would wait for its SYN to be sent again.
+        self.arm()
     }
 
-    /// Whether table, rules and routes are as they were made. One question when no table in the
+    /// What the kernel tells of changes in the pod's namespace, from the beginning on; once.
+    pub fn take_changes(&mut self) -> Option<[Changes; 2]> {
+        self.changes.take()
+    }
+
+    /// Whether rules were loaded.
+    pub fn has_begun(&self) -> bool {
+        self.standing.is_some()
+    }
+
+    /// How much the guard judges; `None` while there is none.
+    pub fn guarded(&self) -> Option<Strength> {
+        self.guard.as_ref().map(|guard| guard.strength)
+    }
+
+    /// Makes the guard judge everything, if it does not yet and the pod's connections from before its capture have ended.
+    /// Says whether it did.
+    pub fn strengthen(&mut self) -> Result<bool, CaptureError> {
+        if self.guarded() != Some(Strength::Opening) || !self.from_before()?.is_empty() {
+            return Ok(false);
+        }
+        self.set_guard(Guard::of(&self.plan, Strength::Everything)?)?;
+        Ok(true)
+    }
+
+    /// How many packets the guard has dropped since this was last asked.
+    pub fn dropped(&mut self) -> Result<u64, CaptureError> {
+        let mut all = 0;
+        for interface in interfaces(&mut self.route, &self.plan)? {
+            all += tc::dropped(&mut self.route, interface)?;
+        }
+        // Somebody took it away, and it counts from 0 again.
+        let before = if all < self.dropped { 0 } else { self.dropped };
+        self.dropped = all;
+        Ok(all - before)
+    }
+
+    /// The address of a listener that does not listen any more: somebody who had it shut it down.
+    pub fn closed_listener(&self) -> Option<SocketAddr> {
+        let closed = self.listeners.all().find(|(_, listener)| !sockets::is_listening(listener));
+        closed.map(|(address, _)| address)
+    }
+
+    /// The pod's connections that go on in clear because they were open before their capture (T11).
+    pub fn from_before(&self) -> Result<Vec<diag::Connection>, CaptureError> {
+        let mut socket = self.namespace.enter(|| Socket::open(Protocol::SocketDiagnosis))??;
+        Ok(guard::from_before(&self.plan, &diag::connections(&mut socket)?))
+    }
+
+    /// Whether guard, table, rules and routes are as they were made. One question when no table in the
     /// namespace has changed since the last time.
     pub fn verify(&mut self) -> Result<Standing, CaptureError> {
+        if let Some(address) = self.closed_listener() {
+            return Ok(Standing::Broken(format!("the listener on {address} is closed")));
+        }
+        if let Some(guard) = self.guard.take() {
+            let missing = self.misses(&guard);
+            self.guard = Some(guard);
+            if let Some(missing) = missing? {
+                return Ok(Standing::Broken(missing));
+            }
+        }
         for family in &self.families {
             if let Some(missing) = self.delivery.missing(&mut self.route, *family)? {
                 return Ok(Standing::Broken(missing));
@@ -207,9 +341,15 @@ impl Capture {
         Ok(Standing::Intact)
     }
 
-    /// Makes anew what [`Capture::verify`] found broken: routes first, then the rules, in one transaction.
-    /// Connections that were captured and still live go on.
+    /// Makes anew what [`Capture::verify`] found broken: the guard first, as nothing else closes the pod while the rules are
+    /// gone; then routes, then the rules, in one transaction. Connections that were captured and still live go on.
     pub fn repair(&mut self) -> Result<(), CaptureError> {
+        if let Some(guard) = self.guard.take() {
+            self.set_guard(guard)?;
+        }
+        for (address, listener) in self.listeners.all() {
+            sockets::listen_again(listener, address, BACKLOG)?;
+        }
         for family in &self.families {
             self.delivery.add(&mut self.route, *family)?;
         }
@@ -224,17 +364,25 @@ impl Capture {
     /// noted for then; afterwards the rules are replaced in one transaction, and open connections go on as they are. After
     /// an error [`Capture::verify`] finds it broken, and [`Capture::repair`] completes it.
     pub fn exclude(&mut self, ports: BTreeSet<u16>) -> Result<(), CaptureError> {
+        let mut both = self.plan.clone();
+        both.excluded_in.extend(&ports);
+        both.excluded_out.extend(&ports);
         self.plan.excluded_in.clone_from(&ports);
         self.plan.excluded_out = ports;
-        match self.standing {
-            Some(_) => self.load(rules::ruleset(&self.plan)),
-            None => Ok(()),
+        if self.standing.is_none() {
+            return Ok(());
         }
+        // While the rules change the guard lets by what either of the two lets by.
+        let strength = self.guarded().unwrap_or(Strength::Opening);
+        self.set_guard(Guard::of(&both, strength)?)?;
+        self.load(rules::ruleset(&self.plan))?;
+        self.arm()
     }
 
     /// Captures no new connections from here on; those that were captured go on, and need the proxy
     /// until they end. Then comes [`Capture::remove`].
     pub fn drain(&mut self) -> Result<(), CaptureError> {
+        self.disarm()?;
         self.load(rules::draining(&self.plan))
     }
 
@@ -242,6 +390,7 @@ impl Capture {
     /// bytes of one would leave in clear (T3).
     pub fn remove(&mut self) -> Result<(), CaptureError> {
         self.standing = None;
+        self.disarm()?;
         nft::delete(&mut self.netfilter, rules::TABLE)?;
         for family in &self.families {
             self.delivery.remove(&mut self.route, *family)?;
@@ -270,6 +419,53 @@ impl Capture {
         Ok(made?)
     }
 
+    /// Arms the guard as far as the pod's open connections allow it. The rules stand: what opens meanwhile is captured.
+    fn arm(&mut self) -> Result<(), CaptureError> {
+        let strength = match self.from_before()?.is_empty() {
+            true => Strength::Everything,
+            false => Strength::Opening,
+        };
+        self.set_guard(Guard::of(&self.plan, strength)?)
+    }
+
+    /// On each interface in one step. First noted, so that what could not be set is found missing.
+    fn set_guard(&mut self, guard: Guard) -> Result<(), CaptureError> {
+        let guard = self.guard.insert(guard);
+        let interfaces = interfaces(&mut self.route, &self.plan)?;
+        if interfaces.is_empty() {
+            return Err(CaptureError::NoInterface);
+        }
+        for interface in interfaces {
+            tc::set(&mut self.route, interface, &guard.filters)?;
+            if let Some(difference) = tc::difference(&mut self.route, interface, &guard.filters)? {
+                return Err(CaptureError::DoesNotStand(difference));
+            }
+        }
+        Ok(())
+    }
+
+    /// What is missing of a guard.
+    fn misses(&mut self, guard: &Guard) -> Result<Option<String>, CaptureError> {
+        let interfaces = interfaces(&mut self.route, &self.plan)?;
+        if interfaces.is_empty() {
+            return Ok(Some(CaptureError::NoInterface.to_string()));
+        }
+        for interface in interfaces {
+            if let Some(difference) = tc::difference(&mut self.route, interface, &guard.filters)? {
+                return Ok(Some(difference));
+            }
+        }
+        Ok(None)
+    }
+
+    fn disarm(&mut self) -> Result<(), CaptureError> {
+        let Some(guard) = self.guard.take() else { return Ok(()) };
+        for interface in interfaces(&mut self.route, &self.plan)? {
+            tc::remove(&mut self.route, interface, guard.filters.len() as u16)?;
+        }
+        Ok(())
+    }
+
     fn load(&mut self, table: Table) -> Result<(), CaptureError> {
         let normal = table.normal();
         // First, so that what could not be loaded is found missing. No generation yet: the first look must be a whole one.
@@ -280,6 +476,15 @@ impl Capture {
             Standing::Broken(difference) => Err(CaptureError::DoesNotStand(difference)),
         }
     }
+}
+
+/// By which what the pod says leaves.
+fn interfaces(route: &mut Socket, plan: &CapturePlan) -> Result<BTreeSet<u32>, netlink::Error> {
+    let all = links::addresses(route)?.into_iter();
+    Ok(all
+        .filter(|(index, address)| *index != LOOPBACK && plan.addresses.contains(address))
+        .map(|(index, _)| index)
+        .collect())
 }
 
 fn listen(plan: &CapturePlan, owner: Option<u32>) -> Result<Listeners, SocketError> {

@@ -37,6 +37,8 @@ pub mod capture;
 
 pub mod rules;
 
+pub mod guard;
+
 mod journal;
 
 mod metrics;

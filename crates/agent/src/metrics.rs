@@ -40,6 +40,8 @@ pub(crate) struct Metrics {
     socket_failures: Family<Kind, Counter>,
     /// Captures that something had changed, and that were made anew.
     pub(crate) repairs: Counter,
+    /// Packets that the guards on pods' interfaces dropped.
+    pub(crate) guard_drops: Counter,
     /// Captures that could not be looked at, or not be made anew.
     pub(crate) repair_failures: Counter,
     /// Pods of this node, as the control plane or the runtime names them.
@@ -87,6 +89,7 @@ impl Default for Metrics {
             sockets: Family::default(),
             socket_failures: Family::default(),
             repairs: Counter::default(),
+            guard_drops: Counter::default(),
             repair_failures: Counter::default(),
             pods: Gauge::default(),
             captured: Gauge::default(),
@@ -107,6 +110,8 @@ impl Metrics {
         all.counter("sockets", "Sockets made for the proxy, by kind", self.sockets.clone());
         all.counter("socket_failures", "Batches that could not be made, by kind", self.socket_failures.clone());
         all.counter("repairs", "Captures that were changed by others and made anew", self.repairs.clone());
+        let help = "Packets that the guards on pods' interfaces kept from leaving in clear";
+        all.counter("guard_drops", help, self.guard_drops.clone());
         let help = "Captures that could not be verified or made anew";
         all.counter("repair_failures", help, self.repair_failures.clone());
         all.gauge("pods", "Pods of this node", self.pods.clone());

@@ -20,7 +20,7 @@ use crate::pods::{Action, Pods, Request};
 use crate::process::Event;
 use crate::proxy::{Batches, Link, Said};
 use crate::rules::{CapturePlan, Marks};
-use crate::verify::{self, Found};
+use crate::verify::{self, Depth, Follower, Found};
 
 /// All of it.
 pub(crate) struct Node {
@@ -37,12 +37,16 @@ pub(crate) struct Node {
     shown: Arc<Shown>,
     /// Owner of the listeners: a uid that no pod has (D5).
     listener_owner: Option<u32>,
+    /// How often all captures were looked at.
+    looks: u64,
 }
 
 /// What was made for a pod.
 struct Captured {
     capture: Arc<Mutex<Capture>>,
     listeners: Arc<Listeners>,
+    /// `None` where the kernel's notifications cannot be watched: it is looked at now and then.
+    _follower: Option<Follower>,
 }
 
 impl Node {
@@ -59,6 +63,7 @@ impl Node {
             events,
             shown,
             listener_owner,
+            looks: 0,
         }
     }
 
@@ -145,10 +150,16 @@ impl Node {
             Err(failure) => (None, Err(failure)),
         };
         let (keep, actions) = self.pods.prepared(pod, attempt, outcome);
-        if let Some(capture) = made.filter(|_| keep) {
-            let listeners = capture.listeners();
+        if let Some(mut capture) = made.filter(|_| keep) {
+            let (listeners, changes) = (capture.listeners(), capture.take_changes());
             let capture = Arc::new(Mutex::new(*capture));
-            self.captures.insert(pod.clone(), Captured { capture, listeners });
+            let followed =
+                changes.map(|changes| verify::follow(pod.clone(), capture.clone(), changes, self.events.clone()));
+            let _follower = followed.transpose().unwrap_or_else(|error| {
+                self.shown.journal.problem("not-followed", pod.as_str(), &error.to_string());
+                None
+            });
+            self.captures.insert(pod.clone(), Captured { capture, listeners, _follower });
         }
         self.act(actions);
     }
@@ -167,6 +178,13 @@ impl Node {
                     self.shown.metrics.repairs.inc();
                     self.shown.journal.problem("repaired", pod.as_str(), &broken);
                 }
+                Found::Strengthened => {
+                    let detail = "connections from before its capture have ended";
+                    self.shown.journal.change("guard-complete", pod.as_str(), detail);
+                }
+                Found::Dropped(packets) => {
+                    self.shown.metrics.guard_drops.inc_by(packets);
+                }
                 Found::Failed { sentence } => {
                     self.shown.metrics.repair_failures.inc();
                     self.shown.journal.problem("repair-failed", pod.as_str(), &sentence);
@@ -176,14 +194,16 @@ impl Node {
     }
 
     /// Looks at all captures, and sends what was found.
-    pub(crate) fn look(&self) {
+    pub(crate) fn look(&mut self) {
+        self.looks += 1;
+        let depth = if self.looks.is_multiple_of(verify::WHOLE) { Depth::Whole } else { Depth::Listeners };
         let captured = self.captured.borrow().clone();
         let captures = captured.into_iter().filter_map(|pod| {
             let capture = self.captures.get(&pod)?.capture.clone();
             Some((pod, capture))
         });
         let captures: Vec<_> = captures.collect();
-        self.blocking(move || Event::Looked(verify::sweep(captures)));
+        self.blocking(move || Event::Looked(verify::sweep(captures, depth)));
     }
 
     /// Tries again what failed.

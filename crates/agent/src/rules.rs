@@ -10,6 +10,7 @@
 //! | output | `capture_out` | a new connection to elsewhere goes to the proxy's outbound listener |
 //! | output | `guard_out` | what should have been captured and was not is dropped |
 //! | prerouting | `capture_in` | a new connection to a port that listens goes to the proxy's inbound listener |
+//! | postrouting | `let_by` | what the kernel says by itself, and what the pod forwards, is let by the guard on the interface |
 //! | input | `guard_in` | what comes from outside and was not captured is answered with a reset |
 //!
 //! Only segments that open a connection are judged: what was open before capture goes on.
@@ -59,6 +60,12 @@ pub struct Marks {
 }
 
 impl Marks {
+    /// The mark that the table gives to what it lets by although no socket of the proxy sent it. The guard on the pod's
+    /// interface passes nothing else (D2). Neither of the other two, and not 0, as those differ.
+    pub fn let_by(self) -> u32 {
+        self.outer ^ self.inner
+    }
+
     /// Two marks that nobody can guess, different and not 0.
     pub fn random() -> io::Result<Marks> {
         let mut source = File::open("/dev/urandom")?;
@@ -96,6 +103,7 @@ pub fn ruleset(plan: &CapturePlan) -> Table {
             chain("capture_out", ChainKind::Nat, HookPoint::Output, DESTINATION_NAT, capture_out(plan)),
             chain("capture_in", ChainKind::Nat, HookPoint::Prerouting, DESTINATION_NAT, capture_in()),
             chain("guard_out", ChainKind::Filter, HookPoint::Output, FILTER, guard_out(plan)),
+            chain("let_by", ChainKind::Filter, HookPoint::Postrouting, LAST, let_by(plan)),
             chain("guard_in", ChainKind::Filter, HookPoint::Input, FILTER, guard_in()),
         ],
     )
@@ -137,6 +145,7 @@ const RAW: i32 = -300;
 const MANGLE: i32 = -150;
 const DESTINATION_NAT: i32 = -100;
 const FILTER: i32 = 0;
+const LAST: i32 = 300;
 
 /// A table with what captured connections need, whether new ones are captured or not.
 fn table(plan: &CapturePlan, judging: Vec<Chain>) -> Table {
@@ -253,6 +262,16 @@ fn guard_out(plan: &CapturePlan) -> Vec<Rule> {
         ));
     }
     rules
+}
+
+/// Only where the mark is another's: the proxy's own resets have theirs.
+fn let_by(plan: &CapturePlan) -> Vec<Rule> {
+    let mark = E::SetMark(plan.marks.let_by());
+    let others = E::Mark(IsNot, plan.marks.outer);
+    vec![
+        rule("D2: resets of the kernel, which no socket sends", [others.clone(), E::TcpReset, mark.clone()]),
+        rule("T15: what is forwarded is not captured", [others, E::Forwarded, E::Protocol(L4Protocol::Tcp), mark]),
+    ]
 }
 
 /// IPV6_FREEBIND needs no privilege: a proxy that was taken over could speak from any address.

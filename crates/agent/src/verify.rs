@@ -1,14 +1,31 @@
-//! Captures are looked at again and again, and made anew where somebody changed them (T23).
+//! Captures are looked at whenever the kernel says that something changed in their namespaces, and made anew where somebody
+//! changed them (T23). They are looked at now and then, too, as nobody tells of a listener that was closed.
 
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use linux::changes::{Changes, Taken};
 use mesh::PodUid;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+use tokio::time::{sleep, timeout};
 
 use crate::capture::{Capture, Standing};
+use crate::process::Event;
+use crate::watched::watched;
 
-/// The pause between two looks: what a program of the pod that may change rules gains is bounded by it.
+/// The pause between two looks at all captures.
 pub(crate) const EVERY: Duration = Duration::from_millis(500);
+/// One of so many looks is a whole one; the others are at the listeners.
+pub(crate) const WHOLE: u64 = 10;
+
+/// The pause after a look that a change led to. It doubles while changes go on, so that a program that changes its pod's rules
+/// in a loop costs the node a few looks a second (T18), and starts anew after a time without any.
+const SHORTEST: Duration = Duration::from_millis(10);
+const LONGEST: Duration = Duration::from_millis(320);
+const QUIET: Duration = Duration::from_secs(2);
 
 /// What a look found, where it found something.
 #[derive(Debug, PartialEq, Eq)]
@@ -18,6 +35,10 @@ pub(crate) enum Found {
         /// What was broken.
         broken: String,
     },
+    /// The last of its connections from before capture has ended, and its guard judges everything now.
+    Strengthened,
+    /// The guard on its interface has dropped so many packets since the last time.
+    Dropped(u64),
     /// It could not be looked at, or not be made anew. The next look tries again.
     Failed {
         /// What happened.
@@ -25,23 +46,121 @@ pub(crate) enum Found {
     },
 }
 
-/// Looks at all captures, one after the other. Blocks for some microseconds each.
-pub(crate) fn sweep(captures: Vec<(PodUid, Arc<Mutex<Capture>>)>) -> Vec<(PodUid, Found)> {
-    let look = |(pod, capture): (PodUid, Arc<Mutex<Capture>>)| {
-        let found = look(&mut capture.lock().unwrap_or_else(PoisonError::into_inner))?;
-        Some((pod, found))
-    };
-    captures.into_iter().filter_map(look).collect()
+/// How much is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Depth {
+    /// The listeners.
+    Listeners,
+    /// Everything.
+    Whole,
 }
 
-fn look(capture: &mut Capture) -> Option<Found> {
-    let broken = match capture.verify() {
-        Ok(Standing::Intact) => return None,
-        Ok(Standing::Broken(broken)) => broken,
-        Err(error) => return Some(Found::Failed { sentence: format!("it cannot be verified: {error}") }),
+/// Follows the changes of one namespace while it lives.
+pub(crate) struct Follower(AbortHandle);
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Looks at a capture after each change in its namespace, and sends what was found.
+///
+/// # Errors
+/// The kernel does not let the notifications be watched.
+pub(crate) fn follow(
+    pod: PodUid,
+    capture: Arc<Mutex<Capture>>,
+    changes: [Changes; 2],
+    events: mpsc::Sender<Event>,
+) -> io::Result<Follower> {
+    let [network, nftables] = changes;
+    let changes = [watched(network)?, watched(nftables)?];
+    let task = tokio::spawn(async move {
+        let mut pause = SHORTEST;
+        loop {
+            let changed = match timeout(QUIET, changed(&changes)).await {
+                Ok(changed) => changed,
+                Err(_quiet) => {
+                    pause = SHORTEST;
+                    changed(&changes).await
+                }
+            };
+            if changed.is_err() {
+                // The looks at all captures go on.
+                return;
+            }
+            let (one, pods) = (capture.clone(), pod.clone());
+            let look = move || sweep(vec![(pods, one)], Depth::Whole);
+            let found = tokio::task::spawn_blocking(look).await.unwrap_or_default();
+            if !found.is_empty() && events.send(Event::Found(found)).await.is_err() {
+                return;
+            }
+            sleep(pause).await;
+            pause = LONGEST.min(pause * 2);
+        }
+    });
+    Ok(Follower(task.abort_handle()))
+}
+
+/// Waits until something has changed, and takes all notifications that are there.
+async fn changed(changes: &[AsyncFd<Changes>; 2]) -> io::Result<()> {
+    let [network, nftables] = changes;
+    loop {
+        let any = tokio::select! {
+            it = taken(network) => it?,
+            it = taken(nftables) => it?,
+        };
+        if any {
+            return Ok(());
+        }
+    }
+}
+
+async fn taken(changes: &AsyncFd<Changes>) -> io::Result<bool> {
+    let mut ready = changes.readable().await?;
+    match changes.get_ref().take()? {
+        Taken::Some => Ok(true),
+        Taken::All(any) => {
+            ready.clear_ready();
+            Ok(any)
+        }
+    }
+}
+
+/// Looks at captures, one after the other. Blocks for some microseconds each.
+pub(crate) fn sweep(captures: Vec<(PodUid, Arc<Mutex<Capture>>)>, depth: Depth) -> Vec<(PodUid, Found)> {
+    let look = |(pod, capture): (PodUid, Arc<Mutex<Capture>>)| {
+        let found = look(&mut capture.lock().unwrap_or_else(PoisonError::into_inner), depth);
+        found.into_iter().map(move |found| (pod.clone(), found))
     };
-    Some(match capture.repair() {
-        Ok(()) => Found::Repaired { broken },
-        Err(error) => Found::Failed { sentence: format!("{broken}, and it cannot be made anew: {error}") },
-    })
+    captures.into_iter().flat_map(look).collect()
+}
+
+fn look(capture: &mut Capture, depth: Depth) -> Vec<Found> {
+    // A pod that is not captured yet misses nothing.
+    if !capture.has_begun() || (depth == Depth::Listeners && capture.closed_listener().is_none()) {
+        return Vec::new();
+    }
+    let mut found = Vec::new();
+    let failed = |what: &str, error: &dyn std::fmt::Display| Found::Failed { sentence: format!("{what}: {error}") };
+    match capture.verify() {
+        Ok(Standing::Intact) => {}
+        Ok(Standing::Broken(broken)) => match capture.repair() {
+            Ok(()) => found.push(Found::Repaired { broken }),
+            Err(error) => return vec![failed(&format!("{broken}, and it cannot be made anew"), &error)],
+        },
+        Err(error) => return vec![failed("it cannot be verified", &error)],
+    }
+    match capture.strengthen() {
+        Ok(false) => {}
+        Ok(true) => found.push(Found::Strengthened),
+        Err(error) => found.push(failed("its guard cannot be completed", &error)),
+    }
+    match capture.dropped() {
+        Ok(0) => {}
+        Ok(packets) => found.push(Found::Dropped(packets)),
+        Err(error) => found.push(failed("its guard's counter cannot be read", &error)),
+    }
+    found
 }

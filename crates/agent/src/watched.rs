@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 
+use linux::changes::Changes;
 use linux::channel::{Channel, Listener};
 use tokio::io::unix::AsyncFd;
 
@@ -11,6 +12,7 @@ pub(crate) trait KeepsItsDescriptor: AsRawFd {}
 
 impl KeepsItsDescriptor for Listener {}
 impl KeepsItsDescriptor for Channel {}
+impl KeepsItsDescriptor for Changes {}
 
 /// Puts a non-blocking descriptor into the event queue of this thread's runtime. Dropping the result takes it out.
 ///

@@ -8,8 +8,11 @@
 //! - no C library but libc, and no program is called at run time;
 //! - nothing here knows a workload, a policy or a certificate.
 
+pub mod bpf;
 pub mod capture;
+pub mod changes;
 pub mod channel;
+pub mod diag;
 pub mod links;
 pub mod netlink;
 pub mod netns;
@@ -18,3 +21,4 @@ pub mod privileges;
 pub mod routes;
 pub mod sandbox;
 pub mod sockets;
+pub mod tc;

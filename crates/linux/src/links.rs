@@ -223,32 +223,7 @@ impl<'a> Links<'a> {
 
     /// The same, each with the index of its interface.
     fn listed(&mut self) -> Result<Vec<(u32, IpAddr)>, LinkError> {
-        let question = RouteNetlinkMessage::GetAddress(AddressMessage::default());
-        let mut all = Vec::new();
-        for answer in self.socket.dump("list addresses", question)? {
-            let RouteNetlinkMessage::NewAddress(message) = answer else { continue };
-            // IPv4 says `Local`; IPv6 only `Address`, unless the address has a peer.
-            let found = |pick: fn(&AddressAttribute) -> Option<IpAddr>| message.attributes.iter().find_map(pick);
-            let address = found(|attribute| match attribute {
-                AddressAttribute::Local(address) => Some(*address),
-                _ => None,
-            })
-            .or_else(|| {
-                found(|attribute| match attribute {
-                    AddressAttribute::Address(address) => Some(*address),
-                    _ => None,
-                })
-            });
-            let Some(address) = address else { continue };
-            let is_link_local = match address {
-                IpAddr::V4(v4) => v4.is_link_local(),
-                IpAddr::V6(v6) => v6.is_unicast_link_local(),
-            };
-            if !address.is_loopback() && !is_link_local {
-                all.push((message.header.index, address));
-            }
-        }
-        Ok(all)
+        Ok(addresses(&mut self.socket)?)
     }
 
     fn index(&mut self, name: &str) -> Result<u32, LinkError> {
@@ -266,6 +241,37 @@ impl<'a> Links<'a> {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// The addresses of all interfaces of a namespace, without those of loopback and link scope, each with the index of its
+/// interface. The socket is one of [`Protocol::Route`].
+pub fn addresses(socket: &mut Socket) -> Result<Vec<(u32, IpAddr)>, netlink::Error> {
+    let question = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+    let mut all = Vec::new();
+    for answer in socket.dump("list addresses", question)? {
+        let RouteNetlinkMessage::NewAddress(message) = answer else { continue };
+        // IPv4 says `Local`; IPv6 only `Address`, unless the address has a peer.
+        let found = |pick: fn(&AddressAttribute) -> Option<IpAddr>| message.attributes.iter().find_map(pick);
+        let address = found(|attribute| match attribute {
+            AddressAttribute::Local(address) => Some(*address),
+            _ => None,
+        })
+        .or_else(|| {
+            found(|attribute| match attribute {
+                AddressAttribute::Address(address) => Some(*address),
+                _ => None,
+            })
+        });
+        let Some(address) = address else { continue };
+        let is_link_local = match address {
+            IpAddr::V4(v4) => v4.is_link_local(),
+            IpAddr::V6(v6) => v6.is_unicast_link_local(),
+        };
+        if !address.is_loopback() && !is_link_local {
+            all.push((message.header.index, address));
+        }
+    }
+    Ok(all)
 }
 
 fn family(address: IpAddr) -> AddressFamily {

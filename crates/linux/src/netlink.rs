@@ -10,8 +10,8 @@ use std::io;
 use std::time::Duration;
 
 use netlink_packet_core::{
-    ErrorMessage, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkMessage, NetlinkPayload,
-    NetlinkSerializable, NlasIterator,
+    ErrorMessage, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload, NetlinkSerializable, NlasIterator,
 };
 use netlink_sys::{SocketAddr, protocols};
 use nix::sys::socket::sockopt::{ReceiveTimeout, SndBuf, SndBufForce};
@@ -106,6 +106,8 @@ pub enum Protocol {
     Route,
     /// nftables and conntrack (nfnetlink).
     Netfilter,
+    /// Sockets (sock_diag).
+    SocketDiagnosis,
 }
 
 /// A netlink socket.
@@ -121,6 +123,7 @@ impl Socket {
         let number = match protocol {
             Protocol::Route => protocols::NETLINK_ROUTE,
             Protocol::Netfilter => protocols::NETLINK_NETFILTER,
+            Protocol::SocketDiagnosis => protocols::NETLINK_SOCK_DIAG,
         };
         let mut socket = netlink_sys::Socket::new(number).map_err(Error::Open)?;
         socket.bind_auto().map_err(Error::Open)?;
@@ -384,6 +387,46 @@ fn explanation(attributes: &[u8]) -> String {
             format!(" ({})", String::from_utf8_lossy(text))
         })
         .unwrap_or_default()
+}
+
+/// A message that is not taken apart: what is in it may be of a kind that nobody here knows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Raw {
+    /// Its type.
+    pub(crate) kind: u16,
+    /// All after the netlink header.
+    pub(crate) body: Vec<u8>,
+}
+
+impl Raw {
+    /// A message of the library's as one.
+    pub(crate) fn of(message: &impl NetlinkSerializable) -> Raw {
+        let mut body = vec![0; message.buffer_len()];
+        message.serialize(&mut body);
+        Raw { kind: message.message_type(), body }
+    }
+}
+
+impl NetlinkSerializable for Raw {
+    fn message_type(&self) -> u16 {
+        self.kind
+    }
+
+    fn buffer_len(&self) -> usize {
+        self.body.len()
+    }
+
+    fn serialize(&self, buffer: &mut [u8]) {
+        buffer[..self.body.len()].copy_from_slice(&self.body);
+    }
+}
+
+impl NetlinkDeserializable for Raw {
+    type Error = std::convert::Infallible;
+
+    fn deserialize(header: &NetlinkHeader, payload: &[u8]) -> Result<Raw, Self::Error> {
+        Ok(Raw { kind: header.message_type, body: payload.to_vec() })
+    }
 }
 
 /// The attributes in `bytes`, each as (type, value). The order is kept; flags of the type are dropped.

@@ -9,11 +9,14 @@
 //! from capture and is not transparent; what carries IN speaks to the application in a client's name, is
 //! transparent and is never exempt.
 
+#![allow(unsafe_code)]
+
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::IpBindAddressNoPort;
 use nix::sys::uio::{readv, writev};
@@ -86,6 +89,25 @@ pub fn listener(listen: Listen<'_>) -> Result<TcpListener, SocketError> {
         Ok(socket.into())
     };
     make().map_err(|source| failed(format!("listen on {}", listen.address), source))
+}
+
+/// Whether connections can come to it. Whoever has a listener can end that for all who have it, by shutdown(2).
+pub fn is_listening(listener: &TcpListener) -> bool {
+    SockRef::from(listener).is_listener().unwrap_or(false)
+}
+
+/// Makes a listener listen that was made by [`listener`] and was shut down since; one that listens goes on. It has kept its
+/// port, its mark and its owner.
+pub fn listen_again(listener: &TcpListener, address: SocketAddr, backlog: u32) -> Result<(), SocketError> {
+    if is_listening(listener) {
+        return Ok(());
+    }
+    let again = || {
+        // Ended by `sock_diag` it would hand on its end to what it accepts.
+        disconnect(listener)?;
+        SockRef::from(listener).listen(i32::try_from(backlog).unwrap_or(i32::MAX))
+    };
+    again().map_err(|source| failed(format!("listen on {address} again"), source))
 }
 
 /// A client socket to the wire: marked, not transparent, not yet bound or connected, non-blocking.
@@ -176,6 +198,15 @@ pub fn not_sent_low_water(socket: &impl AsFd, bytes: u32) -> io::Result<()> {
 /// The socket's mark.
 pub fn mark(socket: &impl AsFd) -> io::Result<u32> {
     SockRef::from(socket).mark()
+}
+
+/// As connect(2) has it: to the address family "none".
+fn disconnect(socket: &impl AsFd) -> io::Result<()> {
+    let none = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
+    let length = size_of_val(&none) as libc::socklen_t;
+    // SAFETY: an address of its own length, which outlives the call; the descriptor is open.
+    Errno::result(unsafe { libc::connect(socket.as_fd().as_raw_fd(), &raw const none, length) })?;
+    Ok(())
 }
 
 fn tcp(family: IpFamily) -> io::Result<Socket> {

@@ -31,6 +31,22 @@ fn nft(cluster: &Cluster, pod: &str, command: &[&str]) {
     cluster.exec_with(&["--privileged"], pod, &["nft"]).args(command).run().ok();
 }
 
+/// Takes the guard on the pod's interface away.
+fn disarm(cluster: &Cluster, pod: &str) {
+    let command = ["tc", "qdisc", "del", "dev", "eth0", "clsact"];
+    cluster.exec_with(&["--privileged"], pod, &command).run().ok();
+}
+
+/// How many packets it has dropped.
+fn guard_drops(cluster: &Cluster, pod: &str) -> u64 {
+    let shown =
+        cluster.exec_with(&["--privileged"], pod, &["tc", "-s", "-j", "qdisc", "show", "dev", "eth0"]).run().ok();
+    let shown: serde_json::Value = serde_json::from_str(&shown).expect("tc prints JSON");
+    let mut all = shown.as_array().into_iter().flatten();
+    let guard = all.find(|it| it["kind"] == "clsact").expect("the guard stands");
+    guard["drops"].as_u64().expect("it is counted")
+}
+
 /// Whether the control plane tells everybody that the pod speaks our protocol.
 fn is_published(cluster: &Cluster, pod: &str) -> bool {
     let shown = cluster.admin("control", "/workloads");
@@ -113,8 +129,8 @@ fn a_pod_is_published_only_after_its_capture_is_confirmed() {
 }
 
 #[test]
-fn flushed_rules_are_repaired_and_what_slipped_by_is_named_a_bypass() {
-    needs!("root", "nft");
+fn what_slips_by_both_guards_is_named_a_bypass() {
+    needs!("root", "nft", "tc");
     let cluster = Cluster::start(MESH);
     let _server = cluster.serve("app/server", &["echo", "7000"]);
     let address = server(&cluster, Family::V4);
@@ -128,6 +144,11 @@ fn flushed_rules_are_repaired_and_what_slipped_by_is_named_a_bypass() {
     kill(agent, Signal::SIGSTOP).unwrap();
     nft(&cluster, "app/client", &["flush", "ruleset"]);
     assert_eq!(rules(&cluster, "app/client"), "");
+    // The guard on the interface stands, and lets nothing out.
+    let alone = cluster.tcp("app/client", &["ask", &address, "7000", "a-secret"]).spawn();
+    eventually("the guard to drop it", PATIENCE, || guard_drops(&cluster, "app/client") > 0);
+    disarm(&cluster, "app/client");
+    drop(alone);
     assert_eq!(outcome(&cluster, "app/client", &["ask", &address, "7000", "hello"]), "said hello");
     cluster.wait_edge("node-b", ["inbound", "app/client", "app/server", "7000", "plaintext", "bypass"]);
     // A strict receiver does not take it.

@@ -8,6 +8,7 @@ use linux::netlink::{Protocol, Socket as Netlink};
 use linux::nft;
 use socket2::{Domain, Protocol as IpProtocol, Socket, Type};
 
+use crate::armed::disarm;
 use crate::lab::{A, App, B, Client, FAMILIES, GATEWAY, Lab, is_refused, plan, prepared, with_privilege};
 use crate::proxy::Proxy;
 
@@ -46,7 +47,8 @@ fn a_flow_that_was_picked_up_without_translation_does_not_reach_the_application(
         let guard = counters.iter().find(|it| it.why.starts_with("D1, T46")).unwrap();
         assert_eq!((guard.chain.as_str(), guard.packets), ("guard_in", 1));
 
-        // The twin: without the guard the attack works, so it was the guard that stopped it.
+        // The twin: without the guards the attack works, so it was they that stopped it.
+        disarm(&lab.b, B);
         let mut open = agent::rules::ruleset(&plan);
         open.chains.retain(|chain| chain.name != "guard_in");
         nft::replace(&mut netfilter, &open).unwrap();

@@ -1,11 +1,14 @@
 //! Capture in a real kernel, with a proxy that only copies; and the agent itself, between a runtime, a proxy and a control
 //! plane that say what a test wants them to say.
 
+mod armed;
 mod control;
+mod frames;
 mod guard;
 mod keep;
 mod lab;
 mod node;
 mod proxy;
+mod repair;
 mod traffic;
 mod world;

@@ -177,7 +177,7 @@ fn a_proxy_that_comes_anew_gets_the_pods_anew_and_takes_the_olds_place() {
         assert!(first.hear().is_none(), "one proxy at a time");
         drop(second);
         eventually("the agent misses it", || world.page("/ready").starts_with("HTTP/1.1 503"));
-        assert_eq!(world.control.captured(), [PodUid::from("a")].into(), "the pod stays captured");
+        eventually("the pod stays captured", || world.control.captured() == [PodUid::from("a")].into());
         assert!(has_rules(&world.lab.a));
         assert_eq!(world.proxy().added().0.pod, PodUid::from("a"));
     });

@@ -19,6 +19,10 @@ use super::{IpFamily, LONGEST_COMMENT, Timeout};
 const LOOPBACK: u32 = 1;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
+const FIN: u8 = 0x01;
+const SYN: u8 = 0x02;
+const RST: u8 = 0x04;
+const ACK: u8 = 0x10;
 /// `IPS_DST_NAT`.
 const STATUS_DESTINATION_TRANSLATED: u32 = 1 << 5;
 /// `NF_CT_STATE_INVALID_BIT`.
@@ -111,6 +115,10 @@ impl Machine {
                 self.load_meta(MetaKey::Iif);
                 self.compare(*compare, &LOOPBACK.to_ne_bytes());
             }
+            E::Forwarded => {
+                self.load_meta(MetaKey::Iif);
+                self.compare(Compare::IsNot, &0u32.to_ne_bytes());
+            }
             E::Family(family) => self.require_family(*family),
             E::Protocol(protocol) => self.require_protocol(*protocol),
             E::Source(compare, network) => self.address(*compare, network, Side::Source),
@@ -119,7 +127,8 @@ impl Machine {
             E::DestinationType(compare, kind) => {
                 self.address_type(*compare, *kind, Side::Destination);
             }
-            E::TcpSyn => self.syn(),
+            E::TcpSyn => self.flags(FIN | SYN | RST | ACK, SYN),
+            E::TcpReset => self.flags(RST, RST),
             E::SourcePort(compare, port) => {
                 self.load_port(0);
                 self.compare(*compare, &port.to_be_bytes());
@@ -258,14 +267,13 @@ impl Machine {
         self.compare(compare, &kind.to_ne_bytes());
     }
 
-    fn syn(&mut self) {
+    /// Of the flags in `mask` the segment has these.
+    fn flags(&mut self, mask: u8, flags: u8) {
         const FLAGS_OFFSET: u32 = 13;
-        const FIN_SYN_RST_ACK: u8 = 0x17;
-        const SYN: u8 = 0x02;
         self.require_protocol(L4Protocol::Tcp);
         self.payload(TRANSPORT_HEADER, FLAGS_OFFSET, 1);
-        self.mask(vec![FIN_SYN_RST_ACK]);
-        self.compare(Compare::Is, &[SYN]);
+        self.mask(vec![mask]);
+        self.compare(Compare::Is, &[flags]);
     }
 
     fn load_port(&mut self, offset: u32) {

@@ -66,6 +66,8 @@ pub enum Expression {
     Mark(Compare, u32),
     /// The packet came in by the loopback interface, or did not.
     FromLoopback(Compare),
+    /// The packet came in by any interface, and is about to leave by another (hook postrouting only).
+    Forwarded,
     /// The packet is IPv4, or IPv6.
     Family(IpFamily),
     /// The transport protocol.
@@ -81,6 +83,8 @@ pub enum Expression {
     /// A TCP segment that may open a connection: of FIN, SYN, RST and ACK it has SYN alone. With fewer flags in
     /// the mask a rule would also catch segments that belong to open connections (T3).
     TcpSyn,
+    /// A TCP segment that ends a connection at once.
+    TcpReset,
     /// The source port, of TCP unless [`Expression::Protocol`] came first.
     SourcePort(Compare, u16),
     /// The destination port, of TCP unless [`Expression::Protocol`] came first.

@@ -91,6 +91,7 @@ fn expression_text(f: &mut Formatter<'_>, expression: &Expression, protocol: L4P
     match expression {
         E::Mark(compare, mark) => write!(f, "meta mark {}{mark:#010x}", not(*compare)),
         E::FromLoopback(compare) => write!(f, "iif {}\"lo\"", not(*compare)),
+        E::Forwarded => f.write_str("iif != 0"),
         E::Family(IpFamily::V4) => f.write_str("meta nfproto ipv4"),
         E::Family(IpFamily::V6) => f.write_str("meta nfproto ipv6"),
         E::Protocol(protocol) => write!(f, "meta l4proto {}", protocol_text(*protocol)),
@@ -103,6 +104,7 @@ fn expression_text(f: &mut Formatter<'_>, expression: &Expression, protocol: L4P
             write!(f, "fib daddr type {}local", not(*compare))
         }
         E::TcpSyn => f.write_str("tcp flags & (fin | syn | rst | ack) == syn"),
+        E::TcpReset => f.write_str("tcp flags & rst == rst"),
         E::SourcePort(compare, port) => write!(f, "{protocol} sport {}{port}", not(*compare)),
         E::DestinationPort(compare, port) => write!(f, "{protocol} dport {}{port}", not(*compare)),
         E::DestinationPortIn(set) => write!(f, "{protocol} dport @{set}"),

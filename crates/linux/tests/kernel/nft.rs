@@ -69,7 +69,10 @@ fn everything() -> Table {
                 ChainKind::Nat,
                 HookPoint::Postrouting,
                 100,
-                vec![rule(vec![E::Source(IsNot, "10.0.0.0/20".parse().unwrap()), E::Masquerade])],
+                vec![
+                    rule(vec![E::Source(IsNot, "10.0.0.0/20".parse().unwrap()), E::Masquerade]),
+                    rule(vec![E::Forwarded, E::TcpReset, E::Return]),
+                ],
             ),
             chain(
                 "zones",

@@ -1,0 +1,219 @@
+//! The guard on the pod's interface: what it keeps in when the rules are gone, and what it lets by.
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, Shutdown, SocketAddr};
+
+use agent::capture::{Capture, Standing};
+use agent::guard::Strength;
+use agent::rules;
+use linux::capture::{Direction, Interest, SNAP_LENGTH, Wiretap};
+use linux::netlink::{Protocol, Socket as Netlink};
+use linux::netns::NetNs;
+use linux::{links, nft, tc};
+
+use crate::lab::{A, App, B, Client, FAMILIES, Lab, eventually, plan, prepared, with_privilege};
+use crate::proxy::Proxy;
+
+pub(crate) fn netlink(pod: &NetNs, protocol: Protocol) -> Netlink {
+    pod.enter(|| Netlink::open(protocol)).unwrap().unwrap()
+}
+
+/// The pod's interface that has these addresses.
+pub(crate) fn interface(pod: &NetNs, addresses: [IpAddr; 2]) -> u32 {
+    let all = links::addresses(&mut netlink(pod, Protocol::Route)).unwrap();
+    all.into_iter().find(|(_, address)| addresses.contains(address)).unwrap().0
+}
+
+/// How many packets the guard on the pod's interface has dropped.
+fn dropped(pod: &NetNs, addresses: [IpAddr; 2]) -> u64 {
+    tc::dropped(&mut netlink(pod, Protocol::Route), interface(pod, addresses)).unwrap()
+}
+
+/// Takes the guard on a pod's interface away.
+pub(crate) fn disarm(pod: &NetNs, addresses: [IpAddr; 2]) {
+    tc::remove(&mut netlink(pod, Protocol::Route), interface(pod, addresses), 2).unwrap();
+}
+
+/// As `nft flush ruleset` does it.
+fn flush(pod: &NetNs) {
+    assert!(nft::delete(&mut netlink(pod, Protocol::Netfilter), rules::TABLE).unwrap());
+}
+
+/// What passes the node's end of a pod's link.
+struct Tap(Wiretap);
+
+impl Tap {
+    fn on(lab: &Lab, link: &str) -> Tap {
+        Tap(lab.node.enter(|| Wiretap::open(link, Interest::Everything)).unwrap().unwrap())
+    }
+
+    /// All packets that came out of the pod so far and have these bytes in them.
+    fn seen(&self, bytes: &[u8]) -> usize {
+        let mut buffer = vec![0; SNAP_LENGTH];
+        let mut count = 0;
+        while let Some(packet) = self.0.next(&mut buffer).unwrap() {
+            let is_it = buffer[..packet.captured].windows(bytes.len()).any(|window| window == bytes);
+            count += usize::from(is_it && packet.direction == Direction::In);
+        }
+        assert_eq!(self.0.dropped().unwrap(), 0, "the wiretap was too slow, so it proves nothing");
+        count
+    }
+}
+
+/// The ports of a segment from one to the other, as its header has them.
+fn ports(from: u16, to: u16) -> [u8; 4] {
+    let [a, b] = from.to_be_bytes();
+    let [c, d] = to.to_be_bytes();
+    [a, b, c, d]
+}
+
+#[test]
+fn a_flush_lets_nothing_out_and_captured_connections_go_on_after_it() {
+    with_privilege(a_flush_lets_nothing_out_and_captured_connections_go_on_after_it, || {
+        let lab = Lab::new();
+        let a = Proxy::start(prepared(&lab.a, plan(A))).begin();
+        let _apps = FAMILIES.map(|family| App::anywhere(&lab.b, family, 8080));
+        for family in FAMILIES {
+            let mut client = Client::connect(&lab.a, B[family], 8080).unwrap();
+            client.seen().unwrap();
+            client.echo().unwrap();
+            let tap = Tap::on(&lab, "a");
+            let (own, before) = (ports(client.local_port(), 8080), dropped(&lab.a, A));
+            flush(&lab.a);
+            client.say("secret\n").unwrap();
+            eventually("the guard drops what would leave in clear", || dropped(&lab.a, A) > before);
+            // New ones, too, do not get out.
+            let to = SocketAddr::new(B[family], 8080);
+            Client::connect_with(&lab.a, B[family], 8080, |socket| {
+                socket.set_nonblocking(true)?;
+                let _ = socket.connect(&to.into());
+                Err(ErrorKind::Other.into())
+            })
+            .unwrap_err();
+            assert_eq!((tap.seen(&own), tap.seen(b"secret")), (0, 0));
+            a.capture.lock().unwrap().repair().unwrap();
+            assert_eq!(client.line().unwrap(), "secret");
+            client.echo().unwrap();
+
+            // The twin: without the guard the client's own segments leave, and the tap sees them.
+            disarm(&lab.a, A);
+            flush(&lab.a);
+            // Its acknowledgement may have been answered with a reset by now.
+            let _ = client.say("secret\n");
+            let mut seen = 0;
+            eventually("the tap sees it", || {
+                seen += tap.seen(&own);
+                seen > 0
+            });
+            a.capture.lock().unwrap().repair().unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_server_answers_through_a_flush_without_a_word_in_clear() {
+    with_privilege(a_server_answers_through_a_flush_without_a_word_in_clear, || {
+        let lab = Lab::new();
+        let b = Proxy::start(prepared(&lab.b, plan(B))).begin();
+        for family in FAMILIES {
+            let mut connections = Vec::new();
+            // With the client's port kept inside, and with another one: what arrives meets the application's socket, or none.
+            let _app = App::anywhere(&lab.b, family, 8080);
+            for source in [0, 777] {
+                let mut client = Client::connect_with(&lab.node, B[family], 8080, |socket| {
+                    socket.bind(&SocketAddr::new(crate::lab::GATEWAY[family], source).into())
+                })
+                .unwrap();
+                client.seen().unwrap();
+                connections.push(client);
+            }
+            let before = dropped(&lab.b, B);
+            flush(&lab.b);
+            let tap = Tap::on(&lab, "b");
+            for client in &mut connections {
+                client.say("secret\n").unwrap();
+            }
+            eventually("the guard drops what answers", || dropped(&lab.b, B) >= before + 2);
+            // Nobody new is answered by the application itself.
+            let direct = Client::connect_with(&lab.node, B[family], 8080, |socket| {
+                socket.set_nonblocking(true)?;
+                let _ = socket.connect(&SocketAddr::new(B[family], 8080).into());
+                Err(ErrorKind::Other.into())
+            });
+            direct.unwrap_err();
+            eventually("its answer is dropped", || dropped(&lab.b, B) >= before + 3);
+            assert_eq!(tap.seen(&8080u16.to_be_bytes()), 0);
+            b.capture.lock().unwrap().repair().unwrap();
+            for client in &mut connections {
+                assert_eq!(client.line().unwrap(), "secret");
+                client.echo().unwrap();
+            }
+        }
+    });
+}
+
+#[test]
+fn connections_from_before_capture_hold_the_guard_back_until_they_end() {
+    with_privilege(connections_from_before_capture_hold_the_guard_back_until_they_end, || {
+        let lab = Lab::new();
+        let _apps = FAMILIES.map(|family| App::anywhere(&lab.b, family, 8080));
+        let mut open: Vec<Client> = Vec::new();
+        for family in FAMILIES {
+            let mut client = Client::connect(&lab.a, B[family], 8080).unwrap();
+            client.seen().unwrap();
+            open.push(client);
+        }
+        // One end in each pod; both have it from before their capture.
+        let proxies = [(&lab.a, A), (&lab.b, B)].map(|(pod, addresses)| {
+            let proxy = Proxy::start(prepared(pod, plan(addresses))).begin();
+            assert_eq!(proxy.capture.lock().unwrap().guarded(), Some(Strength::Opening));
+            proxy
+        });
+        let mut captured = Client::connect(&lab.a, B[0], 8080).unwrap();
+        captured.seen().unwrap();
+        let strengthen = || proxies.each_ref().map(|it| it.capture.lock().unwrap().strengthen().unwrap());
+        for client in &mut open {
+            assert_eq!(strengthen(), [false, false]);
+            client.echo().unwrap();
+            client.stream.get_ref().shutdown(Shutdown::Write).unwrap();
+            assert_eq!(client.end(), ErrorKind::UnexpectedEof);
+        }
+        drop(open);
+        // Captured ones do not count.
+        eventually("they have ended", || {
+            strengthen();
+            proxies.iter().all(|it| it.capture.lock().unwrap().guarded() == Some(Strength::Everything))
+        });
+        assert_eq!(strengthen(), [false, false], "it is said once");
+        captured.echo().unwrap();
+        for proxy in &proxies {
+            assert_eq!(proxy.capture.lock().unwrap().verify().unwrap(), Standing::Intact);
+        }
+    });
+}
+
+#[test]
+fn another_agent_finds_the_guard_armed_and_leaves_it_so() {
+    with_privilege(another_agent_finds_the_guard_armed_and_leaves_it_so, || {
+        let lab = Lab::new();
+        let plan = plan(A);
+        let mut first = prepared(&lab.a, plan.clone());
+        first.begin().unwrap();
+        assert_eq!(first.guarded(), Some(Strength::Everything));
+        drop(first);
+        // A connection that would hold a new guard back: what is armed already stays armed.
+        let _app = App::anywhere(&lab.b, 0, 8080);
+        disarm(&lab.a, A);
+        flush(&lab.a);
+        let _open = Client::connect(&lab.a, B[0], 8080).unwrap();
+        let mut second = prepared(&lab.a, plan.clone());
+        second.begin().unwrap();
+        assert_eq!(second.guarded(), Some(Strength::Opening), "the twin: nothing was armed");
+        let whole = agent::guard::filters(&plan, Strength::Everything).unwrap();
+        tc::set(&mut netlink(&lab.a, Protocol::Route), interface(&lab.a, A), &whole).unwrap();
+        drop(second);
+        let mut third: Capture = prepared(&lab.a, plan);
+        third.begin().unwrap();
+        assert_eq!(third.guarded(), Some(Strength::Everything));
+    });
+}

@@ -1,0 +1,123 @@
+//! The agent notices what is done to a capture, and undoes it: at once, by name, and without working itself to death.
+
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use agent::rules;
+use linux::netlink::Protocol;
+use linux::netns::NetNs;
+use linux::nft::{self, IpFamily, Table};
+use linux::routes::LocalDelivery;
+use linux::tc;
+use mesh::PodUid;
+use socket2::SockRef;
+use wire::pods::{FromAgent, SocketKind, ToAgent};
+
+use crate::armed::{disarm, interface, netlink};
+use crate::lab::{A, eventually, with_privilege};
+use crate::world::{FakeProxy, Room, World, pod};
+
+/// The promise.
+const WITHIN: Duration = Duration::from_secs(1);
+
+/// What the pod's rules deliver here, as the kernel has them: the proxy's sockets tell the mark.
+fn delivery(proxy: &FakeProxy) -> LocalDelivery {
+    proxy.say(&ToAgent::WantSockets { pod: PodUid::from("a"), kind: SocketKind::InnerV4, count: 1 });
+    let Some((FromAgent::Sockets { .. }, sockets)) = proxy.hear() else { panic!("sockets") };
+    let inner = linux::sockets::mark(&sockets[0]).unwrap();
+    rules::delivery(rules::Marks { outer: !inner, inner })
+}
+
+fn flush(pod: &NetNs) {
+    assert!(nft::delete(&mut netlink(pod, Protocol::Netfilter), rules::TABLE).unwrap());
+}
+
+fn counted(world: &World, metric: &str) -> u64 {
+    let metrics = world.page("/metrics");
+    let line = metrics.lines().find(|line| line.starts_with(metric)).unwrap();
+    line.rsplit_once(' ').unwrap().1.parse().unwrap()
+}
+
+fn repairs(world: &World) -> u64 {
+    counted(world, "justmtls_agent_repairs_total")
+}
+
+#[test]
+fn whatever_is_taken_away_is_seen_named_counted_and_back_within_a_second() {
+    with_privilege(whatever_is_taken_away_is_seen_named_counted_and_back_within_a_second, || {
+        let world = World::new(|_| ());
+        world.control.publish([pod("a", A)]);
+        let proxy = world.proxy();
+        let listeners: Vec<TcpListener> =
+            world.capture(&proxy, "a", &Room::of(&world.lab.a)).into_iter().map(TcpListener::from).collect();
+        let (delivery, inside) = (delivery(&proxy), &world.lab.a);
+        let remove = |family| delivery.remove(&mut netlink(inside, Protocol::Route), family).unwrap();
+        let shut = |listener: &TcpListener| SockRef::from(listener).shutdown(std::net::Shutdown::Both).unwrap();
+        let unarm = || disarm(inside, A);
+        let other = || {
+            // A filter of ours that lets everything by.
+            let mut pass = linux::bpf::Assembler::new();
+            pass.answer(tc::PASS);
+            let pass = tc::Filter { answer: tc::Answer::Pass, program: pass.finish().unwrap() };
+            tc::set(&mut netlink(inside, Protocol::Route), interface(inside, A), &[pass]).unwrap();
+        };
+        let faults: [(&str, &dyn Fn()); 8] = [
+            ("the table justmtls is gone", &|| flush(inside)),
+            ("the rule ip -4 rule pref 1000", &|| remove(IpFamily::V4)),
+            ("the rule ip -6 rule pref 1000", &|| remove(IpFamily::V6)),
+            ("is missing", &unarm),
+            ("differs", &other),
+            ("the listener on 127.0.0.1:15001 is closed", &|| shut(&listeners[0])),
+            ("the listener on [::]:15006 is closed", &|| shut(&listeners[3])),
+            ("is missing", &|| {
+                unarm();
+                flush(inside);
+                remove(IpFamily::V4);
+            }),
+        ];
+        for (broken, fault) in faults {
+            let before = repairs(&world);
+            let since = Instant::now();
+            fault();
+            eventually("it is repaired", || repairs(&world) > before);
+            let took = since.elapsed();
+            assert!(took < WITHIN, "{broken}: {took:?}");
+            println!("{broken}: {took:?}");
+            let events = world.page("/events");
+            assert!(events.contains(r#""event":"repaired""#) && events.contains(broken), "{broken}: {events}");
+            // It stands: the next look finds nothing to do.
+            assert!(listeners.iter().all(linux::sockets::is_listening));
+            assert_eq!(delivery.missing(&mut netlink(inside, Protocol::Route), IpFamily::V4).unwrap(), None);
+            assert!(nft::read(&mut netlink(inside, Protocol::Netfilter), rules::TABLE).unwrap().is_some());
+        }
+        assert!(world.page("/metrics").contains("justmtls_agent_repair_failures_total 0"));
+    });
+}
+
+#[test]
+fn a_program_that_changes_rules_in_a_loop_keeps_the_agent_from_nothing() {
+    with_privilege(a_program_that_changes_rules_in_a_loop_keeps_the_agent_from_nothing, || {
+        let world = World::new(|_| ());
+        world.control.publish([pod("a", A)]);
+        let proxy = world.proxy();
+        let _listeners: Vec<OwnedFd> = world.capture(&proxy, "a", &Room::of(&world.lab.a));
+        let mut netfilter = netlink(&world.lab.a, Protocol::Netfilter);
+        let none = Table { name: "others".into(), timeouts: vec![], sets: vec![], chains: vec![] };
+        // One that is undone before it was read back counts as failed.
+        let attempts = || repairs(&world) + counted(&world, "justmtls_agent_repair_failures_total");
+        let (since, before) = (Instant::now(), attempts());
+        let mut changes = 0;
+        while since.elapsed() < Duration::from_secs(3) {
+            nft::replace(&mut netfilter, &none).unwrap();
+            let _ = nft::delete(&mut netfilter, rules::TABLE).unwrap();
+            changes += 2;
+        }
+        let repaired = attempts() - before;
+        println!("{changes} changes, {repaired} attempts in {:?}", since.elapsed());
+        // At least one a second, and no more than the pauses allow: 10 ms, doubled up to 320.
+        assert!((3..=40).contains(&repaired), "{changes} changes, {repaired} attempts");
+        assert!(changes > 10 * repaired, "{changes} changes are no loop");
+        eventually("it stands in the end", || nft::read(&mut netfilter, rules::TABLE).unwrap().is_some());
+    });
+}

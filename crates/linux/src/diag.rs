@@ -1,0 +1,78 @@
+//! Which TCP connections a network namespace has, as the kernel lists its sockets (`sock_diag`).
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use crate::netlink::{Error, Raw, Socket, attributes};
+use crate::nft::IpFamily;
+
+/// A connection's socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Connection {
+    /// Its own address. IPv4 is IPv4, also where an IPv6 socket speaks it.
+    pub local: SocketAddr,
+    /// Its peer's.
+    pub remote: SocketAddr,
+    /// The socket's mark.
+    pub mark: u32,
+}
+
+/// `SOCK_DIAG_BY_FAMILY`.
+const BY_FAMILY: u16 = 20;
+/// `INET_DIAG_MARK`: told to who may administer the namespace's network.
+const MARK: u16 = 15;
+/// `struct inet_diag_req_v2` and `struct inet_diag_msg`.
+const REQUEST: usize = 56;
+const ANSWER: usize = 72;
+/// Where `struct inet_diag_sockid` begins in the answer: two ports, two addresses of 16 bytes.
+const ID: usize = 4;
+/// All states in which a socket may still send, or be sent to: not LISTEN (10), TIME_WAIT (6) and CLOSE (7).
+const OPEN: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11 | 1 << 12;
+
+/// All TCP connections of the namespace of the socket, one of [`Protocol::SocketDiagnosis`](crate::netlink::Protocol), that
+/// are being opened, open or being closed.
+pub fn connections(socket: &mut Socket) -> Result<Vec<Connection>, Error> {
+    let mut all = Vec::new();
+    for family in [IpFamily::V4, IpFamily::V6] {
+        let what = "list TCP connections";
+        let answers = match socket.dump(what, question(family)) {
+            // This kernel has no IPv6, or no list of its connections.
+            Err(error) if family == IpFamily::V6 && error.errno() == Some(libc::ENOENT) => continue,
+            other => other?,
+        };
+        for Raw { body, .. } in answers {
+            let connection = connection(&body);
+            all.push(connection.ok_or_else(|| Error::Malformed { what: what.into(), detail: "too short".into() })?);
+        }
+    }
+    Ok(all)
+}
+
+fn question(family: IpFamily) -> Raw {
+    let mut body = vec![0; REQUEST];
+    body[0] = match family {
+        IpFamily::V4 => libc::AF_INET as u8,
+        IpFamily::V6 => libc::AF_INET6 as u8,
+    };
+    body[1] = libc::IPPROTO_TCP as u8;
+    body[4..8].copy_from_slice(&OPEN.to_ne_bytes());
+    Raw { kind: BY_FAMILY, body }
+}
+
+fn connection(body: &[u8]) -> Option<Connection> {
+    let port = |at: usize| Some(u16::from_be_bytes(body.get(at..at + 2)?.try_into().ok()?));
+    let address = |at: usize| {
+        let bytes: [u8; 16] = body.get(at..at + 16)?.try_into().ok()?;
+        let [a, b, c, d, ..] = bytes;
+        Some(match i32::from(body[0]) {
+            libc::AF_INET => IpAddr::V4(Ipv4Addr::new(a, b, c, d)),
+            _ => IpAddr::V6(Ipv6Addr::from(bytes)).to_canonical(),
+        })
+    };
+    let marks = attributes(body.get(ANSWER..)?).ok()?;
+    let mark = marks.iter().find(|(kind, _)| *kind == MARK).and_then(|(_, bytes)| bytes.as_slice().try_into().ok());
+    Some(Connection {
+        local: SocketAddr::new(address(ID + 4)?, port(ID)?),
+        remote: SocketAddr::new(address(ID + 20)?, port(ID + 2)?),
+        mark: mark.map_or(0, u32::from_ne_bytes),
+    })
+}
