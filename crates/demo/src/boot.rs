@@ -18,7 +18,6 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-use crate::Options;
 use crate::admin;
 use crate::children::Children;
 use crate::cluster::{Action, Cluster, PodPlan};
@@ -37,6 +36,7 @@ use crate::server::{self, Reply};
 use crate::state::StateDirectory;
 use crate::story::{self, Scene};
 use crate::supervisor::Supervisor;
+use crate::{Options, ProcessArgument};
 
 /// What the starter says to end the box in order.
 pub(crate) const STOP: &[u8] = b"stop\n";
@@ -156,7 +156,7 @@ async fn live(
     folder.hold(cluster.objects()).context("cannot write the objects for the control plane")?;
     let recipes = {
         let (network, children) = (kubelet.network.clone(), kubelet.children.clone());
-        Recipes::new(authority, network, children, folder.path().to_owned(), options.process_arguments.clone())?
+        Recipes::new(authority, network, children, folder.path().to_owned(), process_arguments(options))?
     };
     let mut keeper = Keeper {
         authority,
@@ -196,6 +196,17 @@ async fn live(
         })?;
     }
     Ok(keeper.serve(options.story.is_some_and(|story| story.once)).await)
+}
+
+/// Those that were asked for. In the story of the built-in shop, certificates rotate while one watches.
+fn process_arguments(options: &Options) -> Vec<ProcessArgument> {
+    let mut all = options.process_arguments.clone();
+    let of_control = |argument: &ProcessArgument| argument.process == "control";
+    if options.story.is_some() && options.manifests.is_none() && !all.iter().any(of_control) {
+        let argument = format!("--leaf-validity={}", story::LEAF_LIFE);
+        all.push(ProcessArgument { process: "control".to_owned(), argument });
+    }
+    all
 }
 
 pub(crate) fn random_uuid() -> String {

@@ -2,6 +2,7 @@
 //!
 //! Nothing here is said because it should be so. A step that does not show what it should ends the story, with its name.
 
+mod faults;
 mod scene;
 mod steps;
 
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use serde_json::{Map, Value, json};
 
+pub(crate) use faults::LEAF_LIFE;
 pub(crate) use scene::Scene;
 
 /// How the story is told.
@@ -133,6 +135,12 @@ async fn shop(narrator: &mut Narrator, scene: &Scene) -> anyhow::Result<()> {
         facts => steps::outsider(scene, &mut facts));
     step!(narrator, "strict", "Strict: the pod outside is refused, the others notice nothing",
         facts => steps::strict(scene, &mut facts));
+    step!(narrator, "rotation", "Certificates are replaced while pods talk",
+        facts => faults::rotation(scene, &mut facts));
+    step!(narrator, "control-killed", "The control plane is killed: nobody notices",
+        facts => faults::kill(scene, "control", true, &mut facts));
+    step!(narrator, "proxy-killed", "A proxy is killed: what is open ends by an error, what is new waits for its successor",
+        facts => faults::kill(scene, "node-a", false, &mut facts));
     Ok(())
 }
 
@@ -141,7 +149,9 @@ async fn own(narrator: &mut Narrator, scene: &Scene) -> anyhow::Result<()> {
     step!(narrator, "pods", "Your pods", facts => steps::pods(scene, &mut facts));
     step!(narrator, "wire", "What a wiretap between the nodes sees", facts => steps::wire(scene, &mut facts));
     step!(narrator, "edges", "Who talks to whom, and how", facts => steps::edges(scene, &mut facts));
-    ["before", "capture", "after", "outsider", "strict"].into_iter().for_each(|name| narrator.skip(name));
+    ["before", "capture", "after", "outsider", "strict", "rotation", "control-killed", "proxy-killed"]
+        .into_iter()
+        .for_each(|name| narrator.skip(name));
     Ok(())
 }
 

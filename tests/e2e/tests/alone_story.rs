@@ -28,6 +28,13 @@ fn tell_story(program: impl Fn(&Path) -> Program) {
     let of = |name: &str| &steps.iter().find(|step| step["step"] == name).expect("a step of the story")["facts"];
     // The wiretap sees the secret before capture, and not afterwards.
     assert!(of("before")["secret_found"].as_u64() > Some(0) && of("after")["secret_found"] == 0, "{steps:#?}");
+    // Nothing of what happens under load is seen by a connection that begins afterwards; only a proxy has what is open.
+    for step in ["rotation", "control-killed", "proxy-killed"] {
+        let facts = of(step);
+        let (ok, failed) = (facts["short_ok"].as_u64(), facts["short_failed_after"].as_u64());
+        assert!(ok >= Some(500) && failed == Some(0), "{step}: {facts:#}");
+        assert!(step == "proxy-killed" || facts["short_failed"] == 0, "{step}: {facts:#}");
+    }
     assert!(!state.exists());
     assert_eq!(Machine::now(), before);
 }

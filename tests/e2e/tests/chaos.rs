@@ -58,12 +58,6 @@ fn a_killed_proxy_of_the_clients_node_breaks_what_is_open_and_refuses_nothing_ne
     breaks_what_is_open_and_no_more(&kill_under_load("node-a").0);
 }
 
-#[test]
-fn a_killed_proxy_of_the_servers_node_breaks_what_is_open_and_refuses_nothing_new() {
-    needs!("root", "dumpcap", "tshark");
-    breaks_what_is_open_and_no_more(&kill_under_load("node-b").0);
-}
-
 /// A proxy has the keys of what is open, and they go with it.
 fn breaks_what_is_open_and_no_more(report: &Report) {
     // What was open has an error, and each long connection was.

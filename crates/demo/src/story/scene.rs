@@ -1,7 +1,7 @@
 //! What the steps of the story can do: ask the box as anybody can, run programs in pods, and listen on a wire.
 
 use std::collections::BTreeSet;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -95,6 +95,12 @@ impl Scene {
         Ok(())
     }
 
+    /// As `demo kill`; the sentence that it gives.
+    pub(crate) async fn kill(&self, process: &str) -> anyhow::Result<String> {
+        let request = Request::Kill { process: process.to_owned(), hold: false };
+        Ok(self.ask(request).await?.0["sentence"].as_str().unwrap_or_default().to_owned())
+    }
+
     /// Waits until a question to the box has the answer that is wanted, and gives it.
     pub(crate) async fn until<T>(
         &self,
@@ -137,7 +143,8 @@ impl Scene {
         let (output, writer) = std::io::pipe()?;
         let mut command = Command::new(Path::new(RUN).join("bin/justmtls"));
         command.args(["demo-app", "load"]).args(arguments).env_clear();
-        command.stdin(Stdio::null()).stderr(Stdio::null()).stdout(writer);
+        let (reader, input) = std::io::pipe()?;
+        command.stdin(reader).stderr(Stdio::null()).stdout(writer);
         let place = sandbox::Place {
             mount,
             net,
@@ -149,7 +156,7 @@ impl Scene {
         };
         sandbox::run_in(&mut command, place);
         let child = self.children.spawn(&mut command)?;
-        // The command keeps the writing end, and with it the reader would never see the end.
+        // The command keeps its ends of the pipes, and with them the reader would never see the end.
         drop(command);
         let (sender, lines) = mpsc::channel();
         let reader = std::thread::Builder::new().name("load".into()).spawn(move || {
@@ -158,7 +165,7 @@ impl Scene {
                 let _ = sender.send(line);
             }
         })?;
-        Ok(Load { child: Some(child), lines, reader: Some(reader), last: Value::Null })
+        Ok(Load { child: Some(child), input, lines, reader: Some(reader), last: Value::Null })
     }
 
     /// Runs a client in a pod to its end and gives its last report.
@@ -225,26 +232,53 @@ pub(crate) struct Counts {
 /// A client that runs in a pod.
 pub(crate) struct Load {
     child: Option<children::Child>,
+    input: std::io::PipeWriter,
     lines: mpsc::Receiver<String>,
     reader: Option<JoinHandle<()>>,
     last: Value,
 }
 
 impl Load {
-    /// What it has counted by its last report.
-    pub(crate) fn counts(&mut self) -> Counts {
+    /// Says a word to one that is `--controlled`.
+    pub(crate) fn say(&mut self, word: &str) -> anyhow::Result<()> {
+        Ok(writeln!(self.input, "{word}")?)
+    }
+
+    /// Its last report.
+    pub(crate) fn report(&mut self) -> &Value {
         for line in self.lines.try_iter() {
             if let Ok(report) = serde_json::from_str(&line) {
                 self.last = report;
             }
         }
+        &self.last
+    }
+
+    /// What it has counted by its last report.
+    pub(crate) fn counts(&mut self) -> Counts {
+        self.report();
         let number = |field: &str| self.last[field].as_u64().unwrap_or(0);
         let last_error = self.last["last_error"].as_str().unwrap_or_default().to_owned();
         Counts { ok: number("ok"), failed: number("failed"), last_error }
     }
 
-    /// Waits for its end, and gives its last report.
+    /// Waits for its end, and gives what it has counted.
     pub(crate) async fn end(mut self) -> anyhow::Result<Counts> {
+        self.wait().await?;
+        let counts = self.counts();
+        if counts.ok + counts.failed == 0 {
+            bail!("a client ended without a report");
+        }
+        Ok(counts)
+    }
+
+    /// Waits for its end, and gives its last report.
+    pub(crate) async fn end_with_report(mut self) -> anyhow::Result<Value> {
+        self.wait().await?;
+        Ok(self.report().clone())
+    }
+
+    async fn wait(&mut self) -> anyhow::Result<()> {
         if let Some(child) = &mut self.child {
             (&mut child.ended).await.context("a client was lost")?;
         }
@@ -252,11 +286,7 @@ impl Load {
         if let Some(reader) = self.reader.take() {
             let _ = tokio::task::spawn_blocking(move || reader.join()).await?;
         }
-        let counts = self.counts();
-        if counts.ok + counts.failed == 0 {
-            bail!("a client ended without a report");
-        }
-        Ok(counts)
+        Ok(())
     }
 }
 

@@ -18,11 +18,11 @@ const PICTURE: u64 = 100;
 /// The part of the bytes, one in so many, that connections from before the wiretap may have sent.
 const UNKNOWN: u64 = 20;
 /// Requests of the load that spans the switch to strict, at least; half of them after it.
-const SPAN: u64 = 1_000;
+pub(super) const SPAN: u64 = 1_000;
 /// How soon a new mode must count for what is open already.
 const SOON: Duration = Duration::from_secs(1);
 /// For what takes as long as it takes, within reason.
-const PATIENCE: Duration = Duration::from_secs(15);
+pub(super) const PATIENCE: Duration = Duration::from_secs(15);
 /// How long the wire of a cluster of the user's own is listened to.
 const LISTEN: Duration = Duration::from_secs(3);
 
@@ -379,7 +379,7 @@ async fn edge_of(scene: &Scene, security: &str) -> anyhow::Result<Value> {
 }
 
 /// What is in a list of the status, or nothing.
-fn each(list: &Value) -> impl Iterator<Item = &Value> {
+pub(super) fn each(list: &Value) -> impl Iterator<Item = &Value> {
     list.as_array().into_iter().flatten()
 }
 
@@ -388,6 +388,6 @@ fn name_of(pod: &Value) -> String {
     format!("{}/{}", text(&pod["namespace"]), text(&pod["name"]))
 }
 
-fn text(value: &Value) -> &str {
+pub(super) fn text(value: &Value) -> &str {
     value.as_str().unwrap_or("")
 }
