@@ -1,33 +1,15 @@
-//! Many connections: at the same time, one after the other, and while a pod goes. They take the whole machine, so they run alone.
+//! Many connections: one after the other, and while a pod goes. They take the whole machine, so they run alone.
 
 #![forbid(unsafe_code)]
 
 use std::time::{Duration, Instant};
 
 use e2e::{Cluster, Family, PATIENCE, Report, Server, Wiretap, eventually, needs, wait_until};
-use nix::sys::resource::{Resource, getrlimit};
 
 const MESH: &str = include_str!("../manifests/mesh.yaml");
 const PORT: u16 = 8080;
 /// Short connections, one after the other and some at the same time.
 const MANY: u64 = 20_000;
-
-/// As many connections as this machine's limit allows, and no more than are asked for.
-fn flood() -> u64 {
-    let (_, limit) = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit");
-    (limit / 3).min(10_000)
-}
-
-/// Connections that are established between the pod and the server's port, as the pod's kernel counts them.
-fn established(cluster: &Cluster, pod: &str) -> u64 {
-    let table = cluster.exec(pod, &["cat", "/proc/net/tcp"]).run().ok();
-    let remote = format!(":{PORT:04X}");
-    let is_one = |line: &&str| {
-        let fields: Vec<_> = line.split_whitespace().collect();
-        fields.get(2).is_some_and(|it| it.ends_with(&remote)) && fields.get(3) == Some(&"01")
-    };
-    table.lines().filter(is_one).count() as u64
-}
 
 /// Connections of this edge that the node's proxy has counted as mTLS.
 fn counted(cluster: &Cluster, node: &str, direction: &str) -> u64 {
@@ -38,26 +20,6 @@ fn counted(cluster: &Cluster, node: &str, direction: &str) -> u64 {
         edge["direction"] == direction && edge["port"] == PORT && edge["security"] == "mtls"
     });
     ours.filter_map(|it| it["counts"]["connections"].as_u64()).sum()
-}
-
-#[test]
-fn thousands_of_connections_of_one_client_are_open_at_the_same_time() {
-    needs!("root", "curl");
-    let cluster = Cluster::start(MESH);
-    let server = Server::start(&cluster, "app/server", PORT);
-    let flood = flood();
-    println!("{flood} connections from one client address");
-    let load = server.load("app/client", Family::V4).long(flood, Duration::from_secs(5));
-    let load = load.patience(Duration::from_secs(60)).start();
-    assert!(established(&cluster, "app/client") >= flood);
-    // Each of them once more, all being open.
-    load.wait_for_more(flood);
-    let report = load.finish();
-    println!("{report}");
-    report.assert_nothing_failed();
-    assert_eq!(report.long(), (flood, 0, flood), "{report}");
-    let (connections, requests) = server.counts();
-    assert_eq!((connections, requests), (flood, report.answered()));
 }
 
 #[test]
