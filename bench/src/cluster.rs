@@ -40,7 +40,8 @@ impl Cluster {
         std::fs::write(manifests.join("all.yaml"), manifest)?;
         let mut cluster = Cluster { folder, binary: binary.to_owned(), init: 0, ending: ending.clone() };
         ending.set(Some(cluster.state()));
-        cluster.said(cluster.verb(&["start", "--manifests"]).arg(&manifests))?;
+        let quiet = ["start", "--process-argument", "proxy=--access-log=off", "--manifests"];
+        cluster.said(cluster.verb(&quiet).arg(&manifests))?;
         let lock = std::fs::read_to_string(cluster.state().join("lock")).context("a box holds its lock")?;
         let starter = lock.split_whitespace().next().and_then(|pid| pid.parse().ok());
         let children = processor::children(starter.context("the lock does not name the starter")?);

@@ -18,6 +18,9 @@ pub(crate) struct Results {
     pub(crate) rounds: Vec<Round>,
     /// Rounds in which other programs used too much.
     pub(crate) discarded: Vec<Round>,
+    /// Measures that were given up because something failed, and why.
+    #[serde(default)]
+    pub(crate) failed: Vec<String>,
     pub(crate) memory: Option<Memory>,
 }
 
@@ -159,6 +162,9 @@ impl Results {
              in the others they used {foreign:.2} processors, and the hypervisor {stolen:.2} (median)",
             self.discarded.len()
         );
+        for failure in &self.failed {
+            let _ = writeln!(text, "FAILED {failure}");
+        }
         text
     }
 }

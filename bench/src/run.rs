@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use crate::cluster::Cluster;
 use crate::contender::{Contender, Kind, manifest};
@@ -46,7 +46,11 @@ pub(crate) fn run(cluster: &Cluster, processors: [usize; 2], settings: &Settings
         place(*layout, processors, cluster, &contenders)?;
         for measure in MEASURES.iter().filter(|measure| measure.name.contains(&settings.only)) {
             eprintln!("{} {}", layout.name(), measure.name);
-            bench.measure(*layout, *measure, &mut contenders, results)?;
+            if let Err(error) = bench.measure(*layout, *measure, &mut contenders, results) {
+                // The others may still be worth knowing.
+                eprintln!("  failed: {error:#}");
+                results.failed.push(format!("{} {}: {error:#}", layout.name(), measure.name));
+            }
         }
     }
     Ok(())
@@ -132,7 +136,9 @@ impl Bench<'_> {
         let mut round = Round::new(layout, measure);
         for number in order {
             let contender = &mut contenders[*number];
-            round.numbers.insert(contender.kind.name().to_owned(), self.slice(measure, contender, port)?);
+            let name = contender.kind.name();
+            let numbers = self.slice(measure, contender, port).with_context(|| name.to_owned())?;
+            round.numbers.insert(name.to_owned(), numbers);
         }
         let (wall, after) = (start.elapsed().as_secs_f64(), processor::machine()?);
         let foreign = (after.busy - machine.busy).saturating_sub(time_of_all(&ours) - own);

@@ -75,10 +75,11 @@ impl Prepared {
             }
             Work::ConnectCold { .. } => Vec::new(),
             Work::Hold { connections } => {
-                let each = connections.div_ceil(WORKERS);
-                let open_some = move |_| (0..each).map(|_| open(to, ECHO)).collect::<io::Result<Vec<_>>>();
+                let open_some = move |worker: usize| {
+                    (worker..connections).step_by(WORKERS).map(|_| open(to, ECHO)).collect::<io::Result<Vec<_>>>()
+                };
                 let all = workers.run(WORKERS, open_some)?.into_iter().collect::<io::Result<Vec<_>>>()?;
-                all.into_iter().flatten().take(connections).collect()
+                all.into_iter().flatten().collect()
             }
         };
         Ok(Prepared { work, to, time, connections })
