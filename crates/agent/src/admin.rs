@@ -29,6 +29,8 @@ pub(crate) struct Shown {
     pub(crate) journal: Journal,
     pods: Mutex<Vec<pods::Shown>>,
     complete: AtomicBool,
+    /// All that was to be captured was, once.
+    settled: AtomicBool,
     config: Value,
 }
 
@@ -40,6 +42,7 @@ impl Shown {
             journal: Journal::default(),
             pods: Mutex::default(),
             complete: AtomicBool::new(false),
+            settled: AtomicBool::new(false),
             config,
         }
     }
@@ -73,23 +76,44 @@ pub(crate) fn serve(path: &Path, shown: Arc<Shown>) -> io::Result<()> {
     fs::set_permissions(&new, fs::Permissions::from_mode(0o600))?;
     fs::rename(&new, path)?;
     let router = Router::new()
-        .route("/ready", get(ready))
+        .route("/readyz", get(ready))
         .route("/pods", get(pods))
         .route("/events", get(events))
         .route("/config", get(config))
         .route("/metrics", get(metrics))
+        .fallback(async || {
+            (StatusCode::NOT_FOUND, "there is no such page; there are /config, /events, /metrics, /pods, /readyz")
+        })
         .with_state(shown);
     tokio::spawn(async move { axum::serve(listener, router).await });
     Ok(())
 }
 
-/// Ready means: a pod that starts here gets captured.
+/// Ready means: the pods that there were are captured, and one that starts here gets captured. A pod whose capture fails
+/// is named, and does not hold up its node; nor do pods that come later.
 async fn ready(State(shown): Shared) -> impl IntoResponse {
-    let pods = shown.complete.load(Ordering::Relaxed);
+    let named = shown.complete.load(Ordering::Relaxed);
     let proxy = shown.metrics.proxy.get() == 1;
     let control_plane = shown.metrics.control_plane.get() == 1;
-    let status = if pods && proxy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(json!({ "pods_named": pods, "proxy": proxy, "control_plane": control_plane })))
+    let of_state = |states: &[&str]| -> Vec<String> {
+        let pods = shown.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        pods.iter().filter(|pod| states.contains(&pod.state)).map(|pod| pod.name.clone()).collect()
+    };
+    let pending = of_state(&["waiting", "preparing", "offered", "beginning"]);
+    if named && proxy && pending.is_empty() {
+        shown.settled.store(true, Ordering::Relaxed);
+    }
+    let ready = named && proxy && shown.settled.load(Ordering::Relaxed);
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let page = json!({
+        "ready": ready,
+        "pods_named": named,
+        "proxy": proxy,
+        "control_plane": control_plane,
+        "pending": pending,
+        "failed": of_state(&["failed"]),
+    });
+    (status, Json(page))
 }
 
 async fn pods(State(shown): Shared) -> Json<Vec<pods::Shown>> {

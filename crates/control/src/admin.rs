@@ -58,11 +58,14 @@ pub(crate) fn serve(path: &Path, shown: Arc<Shown>) -> io::Result<()> {
     let listener = UnixListener::bind(path)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
     let router = Router::new()
-        .route("/ready", get(ready))
+        .route("/readyz", get(ready))
         .route("/problems", get(problems))
         .route("/nodes", get(nodes))
         .route("/workloads", get(workloads))
         .route("/metrics", get(metrics))
+        .fallback(async || {
+            (StatusCode::NOT_FOUND, "there is no such page; there are /metrics, /nodes, /problems, /readyz, /workloads")
+        })
         .with_state(shown);
     tokio::spawn(async move { axum::serve(listener, router).await });
     Ok(())
@@ -139,6 +142,9 @@ fn workload(workload: &mesh::Workload) -> Value {
         "name": &*workload.name,
         "node": &*workload.node,
         "identity": workload.identity.as_str(),
+        "workload": &*workload.canonical.workload,
+        "canonical_service": &*workload.canonical.service,
+        "canonical_revision": &*workload.canonical.revision,
         "addresses": workload.addresses,
         "captured": workload.speaks == mesh::Speaks::JustMtls,
         "uncaptured": workload.uncaptured.map(uncaptured_name),

@@ -43,6 +43,9 @@ async fn get(socket: &Path, path: &str) -> anyhow::Result<String> {
     driver.abort();
     let body = body.map_err(|error| anyhow::anyhow!("the page cannot be read: {error}"))?.to_bytes();
     let text = String::from_utf8_lossy(&body).into_owned();
+    if status == hyper::StatusCode::NOT_FOUND {
+        bail!("{}, and /log", text.trim());
+    }
     if !status.is_success() {
         bail!("{status}: {}", text.trim());
     }

@@ -206,6 +206,7 @@ impl Recipes {
         of_node(&mut command, node, &directory);
         command.arg("--agent-socket").arg(proxy_socket(node)).arg("--admin").arg(&admin);
         command.arg("--metrics").arg(metrics.to_string());
+        command.arg("--access-log-file").arg(directory.join("access.log"));
         let child = self.spawn(&role, command, self.namespace(node)?, Some(self.proxy_user()), Capabilities::NONE)?;
         Ok(Started { child, admin, metrics: Some(metrics) })
     }

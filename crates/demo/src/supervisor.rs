@@ -368,7 +368,7 @@ fn refuse(reply: &Sender<Reply>, sentence: String) {
 async fn wait_until_ready(admin: PathBuf) -> Result<(), String> {
     let deadline = Instant::now() + READY;
     loop {
-        match admin::page(admin.clone(), "/ready").await {
+        match admin::page(admin.clone(), "/readyz").await {
             Ok(_) => return Ok(()),
             Err(error) if Instant::now() > deadline => return Err(format!("{error:#}")),
             Err(_) => sleep(LOOK).await,

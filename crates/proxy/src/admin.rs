@@ -9,7 +9,6 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -61,11 +60,19 @@ pub(crate) fn serve_dumps<A: Authority>(path: &Path, shown: Arc<Shown<A>>) -> io
         .route("/certificates", get(certificates::<A>))
         .route("/pods", get(pods::<A>))
         .route("/config", get(config::<A>))
-        .route("/ready", get(ready::<A>))
+        .route("/readyz", get(ready::<A>))
         .route("/metrics", get(metrics::<A>))
+        .fallback(async || no_such_page(PAGES))
         .with_state(shown);
     tokio::spawn(async move { axum::serve(listener, router).await });
     Ok(())
+}
+
+/// All pages of the Unix socket.
+const PAGES: &str = "/certificates, /config, /connections, /coverage, /metrics, /pods, /readyz, /workloads";
+
+fn no_such_page(pages: &str) -> (StatusCode, String) {
+    (StatusCode::NOT_FOUND, format!("there is no such page; there are {pages}"))
 }
 
 /// Serves the numbers, and whether we are ready, on a TCP port. Anybody who reaches it may read them.
@@ -74,7 +81,11 @@ pub(crate) fn serve_dumps<A: Authority>(path: &Path, shown: Arc<Shown<A>>) -> io
 /// The port cannot be listened on.
 pub(crate) async fn serve_metrics<A: Authority>(address: SocketAddr, shown: Arc<Shown<A>>) -> io::Result<()> {
     let listener = TcpListener::bind(address).await?;
-    let router = Router::new().route("/metrics", get(metrics::<A>)).route("/ready", get(ready::<A>)).with_state(shown);
+    let router = Router::new()
+        .route("/metrics", get(metrics::<A>))
+        .route("/readyz", get(ready::<A>))
+        .fallback(async || no_such_page("/metrics, /readyz"))
+        .with_state(shown);
     tokio::spawn(async move { axum::serve(listener, router).await });
     Ok(())
 }
@@ -91,13 +102,28 @@ async fn metrics<A: Authority>(State(shown): Shared<A>) -> impl IntoResponse {
     ([(CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], node.metrics.text(&now))
 }
 
-/// Ready means: whoever starts a pod here gets it captured and certified.
+/// Ready means: the view is live, and each pod that is served here can prove who it is. A proxy whose agent is away
+/// serves its pods as before; one that has never had one has none.
 async fn ready<A: Authority>(State(shown): Shared<A>) -> impl IntoResponse {
-    let view = shown.node.view.read(|view| view.settings().is_some());
-    let bundle = shown.node.certificates.bundle().is_some();
-    let agent = shown.node.metrics.agent.get() == 1;
-    let status = if view && bundle && agent { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(json!({ "view": view, "bundle": bundle, "agent": agent })))
+    let node = &shown.node;
+    let view = node.view.read(|view| view.settings().is_some());
+    let bundle = node.certificates.bundle().is_some();
+    let agent = node.metrics.agent.get() == 1;
+    let pods = shown.pods.all();
+    let mut waiting: Vec<_> = pods.iter().filter(|it| !node.certificates.has(&it.pod.identity)).collect();
+    waiting.sort_by(|a, b| a.pod.name.cmp(&b.pod.name));
+    let ready = view && bundle && waiting.is_empty() && (agent || !pods.is_empty());
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let without_certificate: Vec<_> = waiting.iter().map(|it| &*it.pod.name).collect();
+    let page = json!({
+        "ready": ready,
+        "view": view,
+        "bundle": bundle,
+        "agent": agent,
+        "pods": pods.len(),
+        "without_certificate": without_certificate,
+    });
+    (status, Json(page))
 }
 
 async fn config<A: Authority>(State(shown): Shared<A>) -> Json<Value> {
@@ -111,6 +137,7 @@ async fn connections<A: Authority>(State(shown): Shared<A>) -> Json<Value> {
 }
 
 fn dump(connection: &Connection) -> Value {
+    let (sent, received) = connection.bytes.now();
     let decision = connection.decision();
     let security = decision.as_ref().map(|decision| &decision.security);
     let handshake = match security {
@@ -133,9 +160,10 @@ fn dump(connection: &Connection) -> Value {
         "tls": handshake.map(|handshake| handshake.version()),
         "group": handshake.map(|handshake| handshake.group()),
         "cipher": handshake.map(|handshake| handshake.cipher()),
-        "sent": connection.bytes.sent.load(Ordering::Relaxed),
-        "received": connection.bytes.received.load(Ordering::Relaxed),
+        "sent": sent,
+        "received": received,
         "since": connection.since.as_secs(),
+        "age_ms": u64::try_from(connection.age().as_millis()).unwrap_or(u64::MAX),
     })
 }
 
@@ -155,6 +183,8 @@ async fn certificates<A: Authority>(State(shown): Shared<A>) -> Json<Value> {
             "not_before": svid.not_before().as_secs(),
             "not_after": svid.not_after().as_secs(),
             "valid": svid.validity().contains(now),
+            "age": now.as_secs().saturating_sub(svid.not_before().as_secs()),
+            "left": svid.not_after().as_secs().saturating_sub(now.as_secs()),
             "certificates": svid.chain().len(),
         })
     });
@@ -236,9 +266,14 @@ fn of_workload(workload: &mesh::Workload) -> Value {
         "identity": workload.identity.as_str(),
         "addresses": workload.addresses,
         "node": &*workload.node,
+        "workload": &*workload.canonical.workload,
+        "canonical_service": &*workload.canonical.service,
+        "canonical_revision": &*workload.canonical.revision,
         "captured": workload.speaks == mesh::Speaks::JustMtls,
         "mode": format!("{:?}", workload.modes.default).to_lowercase(),
         "port_modes": ports,
+        "uncaptured": workload.uncaptured.map(|why| format!("{why:?}")),
+        "services": workload.endpoints.iter().map(|endpoint| endpoint.service.to_string()).collect::<Vec<_>>(),
         "policies": workload.policies.iter().map(ToString::to_string).collect::<Vec<_>>(),
     })
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::reasons::EndedEarly;
 
@@ -18,19 +18,31 @@ const HALF_READ_PER_SOURCE: usize = 512;
 /// The same of all sources together.
 const HALF_READ: usize = 8192;
 
+/// How many of these strangers may have: the rest is for addresses that the view knows.
+const HALF_READ_OF_STRANGERS: usize = HALF_READ / 2;
+
 /// Handshakes under way between one source and one destination. They cost a third of a millisecond of one core each, so
 /// that more of them at once only makes each of them late. It is no bound for all together: a destination that does not
 /// answer must not hold up the others.
 const HANDSHAKES: usize = 32;
 
+/// Handshakes of one source in a second, which is a third of a core; who has made none for a second may make as many at once.
+const HANDSHAKES_PER_SECOND: u32 = 1000;
+
 /// How long a connection stands in line for its handshake: longer than a flood of ten thousand takes on one core.
 const HANDSHAKE_LINE: Duration = Duration::from_secs(20);
+
+/// Connections of one pod that wait for the view to know their destination. Each may take seconds.
+const LOOK_UPS: usize = 256;
 
 /// Descriptors that a connection takes: one for each leg.
 const PER_CONNECTION: u64 = 2;
 
 /// Descriptors for everything else: listeners, stashes, runtimes.
 const RESERVED: u64 = 512;
+
+/// The most sources whose rate is remembered one by one. Strangers choose their addresses; those beyond share one rate.
+const MOST_RATES: usize = 8192;
 
 /// What may run out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,8 +51,12 @@ pub(crate) enum Budget {
     Connections,
     /// Connections that have not proven anything yet.
     HalfRead,
+    /// Connections of a source, to all pods of this node.
+    Source,
     /// Handshakes under way.
     Handshakes,
+    /// Questions to the view.
+    LookUps,
 }
 
 impl Budget {
@@ -49,7 +65,9 @@ impl Budget {
         match self {
             Self::Connections => "connections",
             Self::HalfRead => "half-read",
+            Self::Source => "source",
             Self::Handshakes => "handshakes",
+            Self::LookUps => "look-ups",
         }
     }
 }
@@ -58,30 +76,28 @@ impl Budget {
 #[derive(Debug)]
 pub(crate) struct Budgets {
     connections_per_pod: usize,
-    half_read: Arc<Mutex<HashMap<IpAddr, usize>>>,
-    half_read_total: Arc<AtomicUsize>,
+    sources: Counts,
+    half_read: Counts,
+    half_read_of_all: Arc<AtomicUsize>,
+    look_ups: Counts,
     dials: Lines,
     accepts: Lines,
-}
-
-/// What is held while something is under way; dropping it gives it back.
-#[derive(Debug)]
-pub(crate) struct HalfRead {
-    source: IpAddr,
-    counts: Arc<Mutex<HashMap<IpAddr, usize>>>,
-    total: Arc<AtomicUsize>,
+    rates: Rates,
 }
 
 impl Budgets {
-    /// Budgets for a process that may have so many descriptors. One pod gets at most half of them.
+    /// Budgets for a process that may have so many descriptors. One pod gets at most half of them, and so does one source.
     pub(crate) fn new(descriptors: u64) -> Self {
         let connections = descriptors.saturating_sub(RESERVED) / PER_CONNECTION / 2;
         Self {
             connections_per_pod: usize::try_from(connections.max(64)).unwrap_or(usize::MAX),
-            half_read: Arc::default(),
-            half_read_total: Arc::default(),
+            sources: Counts::default(),
+            half_read: Counts::default(),
+            half_read_of_all: Arc::default(),
+            look_ups: Counts::default(),
             dials: Lines::default(),
             accepts: Lines::default(),
+            rates: Rates::default(),
         }
     }
 
@@ -90,41 +106,137 @@ impl Budgets {
         self.connections_per_pod
     }
 
-    /// Room for a connection that has not shown what it is.
+    /// Room for a connection of a source, whichever pod it goes to: a peer that takes a little of each pod takes all.
     ///
     /// # Errors
-    /// [`EndedEarly::OverBudget`] at once: to wait would cost the same room.
-    pub(crate) fn half_read(&self, source: IpAddr) -> Result<HalfRead, EndedEarly> {
-        let held = HalfRead { source, counts: self.half_read.clone(), total: self.half_read_total.clone() };
-        let of_source = {
-            let mut counts = held.counts.lock().unwrap_or_else(PoisonError::into_inner);
-            let count = counts.entry(source).or_default();
-            *count += 1;
-            *count
-        };
-        let total = held.total.fetch_add(1, Ordering::Relaxed) + 1;
+    /// [`Budget::Source`].
+    pub(crate) fn of_source(&self, source: IpAddr) -> Result<Held, EndedEarly> {
+        self.sources.hold(source, self.connections_per_pod, Budget::Source)
+    }
+
+    /// Room for a connection that has not shown what it is. Addresses that the view knows have a half for themselves.
+    ///
+    /// # Errors
+    /// [`Budget::HalfRead`] at once: to wait would cost the same room.
+    pub(crate) fn half_read(&self, source: IpAddr, known: bool) -> Result<HalfRead, EndedEarly> {
+        let most = if known { HALF_READ } else { HALF_READ_OF_STRANGERS };
+        let of_source = self.half_read.hold(source, HALF_READ_PER_SOURCE, Budget::HalfRead)?;
+        let held = HalfRead { _of_source: of_source, of_all: self.half_read_of_all.clone() };
         // `held` gives both back when this refuses.
-        if of_source > HALF_READ_PER_SOURCE || total > HALF_READ {
-            Err(EndedEarly::OverBudget(Budget::HalfRead))
-        } else {
-            Ok(held)
+        if held.of_all.fetch_add(1, Ordering::Relaxed) >= most {
+            return Err(EndedEarly::OverBudget(Budget::HalfRead));
         }
+        Ok(held)
+    }
+
+    /// Room for a pod's connection to wait until the view knows where it goes.
+    ///
+    /// # Errors
+    /// [`Budget::LookUps`].
+    pub(crate) fn look_up(&self, source: IpAddr) -> Result<Held, EndedEarly> {
+        self.look_ups.hold(source, LOOK_UPS, Budget::LookUps)
     }
 
     /// A place for a connection and its handshake from `source` to `destination`; stands in line for it.
     ///
     /// # Errors
-    /// [`EndedEarly::OverBudget`] when the line does not move.
+    /// [`Budget::Handshakes`] when the line does not move.
     pub(crate) async fn dial(&self, source: IpAddr, destination: SocketAddr) -> Result<Place, EndedEarly> {
-        self.dials.place(source, destination).await
+        self.place(&self.dials, source, destination).await
     }
 
     /// A place for a handshake with `source`, which dialled `destination`; stands in line for it.
     ///
     /// # Errors
-    /// [`EndedEarly::OverBudget`] when the line does not move.
+    /// [`Budget::Handshakes`] when the line does not move.
     pub(crate) async fn accept(&self, source: IpAddr, destination: SocketAddr) -> Result<Place, EndedEarly> {
-        self.accepts.place(source, destination).await
+        self.place(&self.accepts, source, destination).await
+    }
+
+    async fn place(&self, lines: &Lines, source: IpAddr, destination: SocketAddr) -> Result<Place, EndedEarly> {
+        let standing = async {
+            let place = lines.place(source, destination).await?;
+            // In turn, which the line keeps: whoever is next waits here, and holds its place.
+            sleep_until(self.rates.next(source, Instant::now())).await;
+            Ok(place)
+        };
+        let over = EndedEarly::OverBudget(Budget::Handshakes);
+        timeout(HANDSHAKE_LINE, standing).await.unwrap_or(Err(over))
+    }
+}
+
+/// How many things each address has under way.
+#[derive(Clone, Default, Debug)]
+struct Counts(Arc<Mutex<HashMap<IpAddr, usize>>>);
+
+/// One of them; dropping it gives it back.
+#[derive(Debug)]
+pub(crate) struct Held {
+    address: IpAddr,
+    counts: Counts,
+}
+
+impl Counts {
+    fn hold(&self, address: IpAddr, most: usize, budget: Budget) -> Result<Held, EndedEarly> {
+        let mut counts = self.lock();
+        let count = counts.entry(address).or_default();
+        if *count >= most {
+            return Err(EndedEarly::OverBudget(budget));
+        }
+        *count += 1;
+        Ok(Held { address, counts: self.clone() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let mut counts = self.counts.lock();
+        if let Some(count) = counts.get_mut(&self.address) {
+            *count -= 1;
+            // Strangers choose their addresses: an entry without a connection would be a leak that they control.
+            if *count == 0 {
+                counts.remove(&self.address);
+            }
+        }
+    }
+}
+
+/// What is held while a connection has not shown what it is; dropping it gives it back.
+#[derive(Debug)]
+pub(crate) struct HalfRead {
+    _of_source: Held,
+    of_all: Arc<AtomicUsize>,
+}
+
+impl Drop for HalfRead {
+    fn drop(&mut self) {
+        self.of_all.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// When each source may make its next handshake (the generic cell rate algorithm, ITU-T I.371).
+#[derive(Default, Debug)]
+struct Rates(Mutex<HashMap<IpAddr, Instant>>);
+
+impl Rates {
+    /// When the next handshake of a source may begin, counting it.
+    fn next(&self, source: IpAddr, now: Instant) -> Instant {
+        let burst = Duration::from_secs(1);
+        let mut rates = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if rates.len() >= MOST_RATES && !rates.contains_key(&source) {
+            // What lies in the past says nothing any more.
+            rates.retain(|_, due| *due > now);
+        }
+        let source =
+            if rates.len() >= MOST_RATES && !rates.contains_key(&source) { IpAddr::from([0, 0, 0, 0]) } else { source };
+        let due = rates.entry(source).or_insert(now);
+        *due = (*due).max(now) + burst / HANDSHAKES_PER_SECOND;
+        // Never in the past; the burst is what may be ahead of its time.
+        due.checked_sub(burst).map_or(now, |begin| begin.max(now))
     }
 }
 
@@ -148,11 +260,9 @@ impl Lines {
         let pair = (source, destination);
         let line = self.lock().entry(pair).or_insert_with(|| Arc::new(Semaphore::new(HANDSHAKES))).clone();
         let mut place = Place { permit: None, pair, lines: self.clone() };
-        match timeout(HANDSHAKE_LINE, line.acquire_owned()).await {
-            Ok(Ok(permit)) => place.permit = Some(permit),
-            // `place` forgets the line where it was the last in it.
-            Ok(Err(_)) | Err(_) => return Err(EndedEarly::OverBudget(Budget::Handshakes)),
-        }
+        // Whoever gives up here forgets the line where it was the last in it: `place` does when it is dropped.
+        let permit = line.acquire_owned().await.map_err(|_| EndedEarly::OverBudget(Budget::Handshakes))?;
+        place.permit = Some(permit);
         Ok(place)
     }
 
@@ -172,20 +282,6 @@ impl Drop for Place {
     }
 }
 
-impl Drop for HalfRead {
-    fn drop(&mut self) {
-        self.total.fetch_sub(1, Ordering::Relaxed);
-        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = counts.get_mut(&self.source) {
-            *count -= 1;
-            // Strangers choose their addresses: an entry without a connection would be a leak that they control.
-            if *count == 0 {
-                counts.remove(&self.source);
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -199,11 +295,65 @@ mod tests {
     #[test]
     fn a_source_over_its_budget_is_refused_and_its_neighbour_is_not() {
         let budgets = Budgets::new(4096);
-        let held: Vec<_> = (0..HALF_READ_PER_SOURCE).map(|_| budgets.half_read(address(1)).unwrap()).collect();
-        assert_eq!(budgets.half_read(address(1)).unwrap_err(), EndedEarly::OverBudget(Budget::HalfRead));
-        assert!(budgets.half_read(address(2)).is_ok());
+        let held: Vec<_> = (0..HALF_READ_PER_SOURCE).map(|_| budgets.half_read(address(1), true).unwrap()).collect();
+        assert_eq!(budgets.half_read(address(1), true).unwrap_err(), EndedEarly::OverBudget(Budget::HalfRead));
+        assert!(budgets.half_read(address(2), true).is_ok());
         drop(held);
-        assert!(budgets.half_read(address(1)).is_ok());
+        assert!(budgets.half_read(address(1), true).is_ok());
+
+        let held: Vec<_> = (0..budgets.connections_per_pod).map(|_| budgets.of_source(address(1)).unwrap()).collect();
+        assert_eq!(budgets.of_source(address(1)).unwrap_err(), EndedEarly::OverBudget(Budget::Source));
+        assert!(budgets.of_source(address(2)).is_ok());
+        drop(held);
+        assert!(budgets.of_source(address(1)).is_ok());
+
+        let held: Vec<_> = (0..LOOK_UPS).map(|_| budgets.look_up(address(1)).unwrap()).collect();
+        assert_eq!(budgets.look_up(address(1)).unwrap_err(), EndedEarly::OverBudget(Budget::LookUps));
+        assert!(budgets.look_up(address(2)).is_ok());
+        drop(held);
+        assert!(budgets.look_ups.lock().is_empty(), "nothing is remembered of who has nothing");
+    }
+
+    #[test]
+    fn strangers_however_many_leave_room_for_addresses_of_the_mesh() {
+        let budgets = Budgets::new(4096);
+        let stranger = |number: usize| IpAddr::from([203, 0, (number >> 8) as u8, number as u8]);
+        let held: Vec<_> =
+            (0..HALF_READ_OF_STRANGERS).map(|number| budgets.half_read(stranger(number), false).unwrap()).collect();
+        let refused = budgets.half_read(stranger(HALF_READ_OF_STRANGERS), false).unwrap_err();
+        assert_eq!(refused, EndedEarly::OverBudget(Budget::HalfRead));
+        assert!(budgets.half_read(address(1), true).is_ok());
+        drop(held);
+        assert_eq!(budgets.half_read_of_all.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn handshakes_of_one_source_have_a_rate_and_those_of_another_their_own() {
+        let (rates, now) = (Rates::default(), Instant::now());
+        let second = Duration::from_secs(1);
+        for _ in 0..HANDSHAKES_PER_SECOND {
+            assert_eq!(rates.next(address(1), now), now, "a burst");
+        }
+        let mut last = now;
+        for _ in 0..HANDSHAKES_PER_SECOND {
+            let next = rates.next(address(1), now);
+            assert!(next > last);
+            last = next;
+        }
+        assert!(last <= now + second && last > now + second * 9 / 10, "{:?}", last - now);
+        assert_eq!(rates.next(address(2), now), now);
+        assert_eq!(rates.next(address(1), now + second * 3), now + second * 3, "who has waited may go on");
+    }
+
+    #[test]
+    fn rates_of_strangers_are_bounded() {
+        let (rates, now) = (Rates::default(), Instant::now());
+        for number in 0..MOST_RATES as u32 + 100 {
+            rates.next(IpAddr::from((0x0a00_0000 + number).to_be_bytes()), now);
+        }
+        assert!(rates.0.lock().unwrap().len() <= MOST_RATES + 1);
+        rates.next(IpAddr::from([203, 0, 113, 1]), now + Duration::from_secs(1));
+        assert!(rates.0.lock().unwrap().len() <= 2, "what is over is forgotten");
     }
 
     #[tokio::test(start_paused = true)]
@@ -234,11 +384,11 @@ mod tests {
         #[test]
         fn what_was_taken_is_given_back(sources in prop::collection::vec(0_u8..4, 0..600)) {
             let budgets = Budgets::new(4096);
-            let held: Vec<_> = sources.iter().filter_map(|source| budgets.half_read(address(*source)).ok()).collect();
-            prop_assert_eq!(budgets.half_read_total.load(Ordering::Relaxed), held.len());
+            let held: Vec<_> = sources.iter().filter_map(|source| budgets.half_read(address(*source), true).ok()).collect();
+            prop_assert_eq!(budgets.half_read_of_all.load(Ordering::Relaxed), held.len());
             drop(held);
-            prop_assert_eq!(budgets.half_read_total.load(Ordering::Relaxed), 0);
-            prop_assert!(budgets.half_read.lock().unwrap().is_empty());
+            prop_assert_eq!(budgets.half_read_of_all.load(Ordering::Relaxed), 0);
+            prop_assert!(budgets.half_read.lock().is_empty());
         }
     }
 }

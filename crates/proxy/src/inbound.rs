@@ -60,7 +60,8 @@ async fn arrive(
     let destination = connection.destination().ok_or(EndedEarly::System("getsockopt"))?;
     let source = connection.source;
     let expected = expect(node, pod, destination, source)?;
-    let half_read = node.budgets.half_read(source.ip())?;
+    let known = node.view.read(|view| view.workload_at(source.ip()).is_some());
+    let half_read = node.budgets.half_read(source.ip(), known)?;
 
     let mut first = FirstBytes::new();
     let seen = first.wait(&client, expected.wait).await?;
@@ -75,7 +76,7 @@ async fn arrive(
                 return Ok(Arrived::InClear(guarded_leg(client, first, seen), server));
             }
             // Before the application has said a word, the client begins a tunnel: its capture is newer than our view.
-            (first, node.budgets.half_read(source.ip())?)
+            (first, node.budgets.half_read(source.ip(), known)?)
         }
     };
 

@@ -44,7 +44,7 @@ pub(crate) async fn serve(
     let outgoing = Outgoing { pod: &pod.uid, source: connection.source.ip(), destination: dialled, dice: dice::roll() };
 
     // What comes before the first byte is in memory of its own: most connections are idle most of their lives.
-    let target = match Box::pin(decide(node, connection, outgoing)).await {
+    let target = match Box::pin(decide(node, connection, outgoing)).await? {
         Decided::Tunnel(target) => target,
         Decided::Plaintext => return Box::pin(in_clear(node, pod, connection, client)).await,
         Decided::Refuse(because) => return Err(because.into()),
@@ -227,17 +227,21 @@ enum Decided {
 }
 
 /// Asks the view, and waits for it where it does not know.
-async fn decide(node: &Node, connection: &Connection, outgoing: Outgoing<'_>) -> Decided {
+async fn decide(node: &Node, connection: &Connection, outgoing: Outgoing<'_>) -> Result<Decided, EndedEarly> {
     let started = Instant::now();
     let mut changes = node.view.changes();
+    let mut asking = None;
     loop {
         changes.mark_unchanged();
         let fallback = match look(node, connection, outgoing) {
-            Route::Tunnel(target) => return Decided::Tunnel(target),
-            Route::Plaintext { .. } => return Decided::Plaintext,
-            Route::Refuse { because } => return Decided::Refuse(because),
+            Route::Tunnel(target) => return Ok(Decided::Tunnel(target)),
+            Route::Plaintext { .. } => return Ok(Decided::Plaintext),
+            Route::Refuse { because } => return Ok(Decided::Refuse(because)),
             Route::Ask(fallback) => fallback,
         };
+        if asking.is_none() {
+            asking = Some(node.budgets.look_up(connection.source.ip())?);
+        }
         let patience = match fallback {
             Fallback::Plaintext { .. } => ASK_FOR_CAPTURE,
             Fallback::Refuse { .. } => ASK,
@@ -247,7 +251,7 @@ async fn decide(node: &Node, connection: &Connection, outgoing: Outgoing<'_>) ->
             continue;
         }
         match fallback {
-            Fallback::Refuse { because } => return Decided::Refuse(because),
+            Fallback::Refuse { because } => return Ok(Decided::Refuse(because)),
             Fallback::Plaintext { to, because } => {
                 // The last look and this decision are one step, or a change between the two would go unseen.
                 let still = node.view.read(|view| {
@@ -258,7 +262,7 @@ async fn decide(node: &Node, connection: &Connection, outgoing: Outgoing<'_>) ->
                     still
                 });
                 if still {
-                    return Decided::Plaintext;
+                    return Ok(Decided::Plaintext);
                 }
             }
         }

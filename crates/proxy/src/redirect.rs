@@ -101,7 +101,10 @@ pub(crate) async fn serve(node: &Node, captured: Captured) {
     let Captured { stream, source, pod, direction } = captured;
     let connection = node.connections.open(&node.clock, &pod, direction, source);
     // For the tunnel's whole life, also between two connections: its descriptors are held all that time.
-    let counted = pod.count_in(node.budgets.connections_per_pod());
+    let counted = pod.count_in(node.budgets.connections_per_pod()).and_then(|of_pod| match direction {
+        Direction::Outbound => Ok((of_pod, None)),
+        Direction::Inbound => Ok((of_pod, Some(node.budgets.of_source(source.ip())?))),
+    });
     let first = async {
         counted.as_ref().map_err(EndedEarly::clone)?;
         life(node, stream, &connection).await

@@ -2,6 +2,7 @@
 
 pub(crate) mod world;
 
+mod attacker;
 mod captured;
 mod certificates;
 mod hostile;

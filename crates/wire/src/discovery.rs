@@ -23,6 +23,7 @@ pub use published::{MAX_RESOURCE, Published};
 pub use server_state::Asked;
 
 pub(crate) use client_state::ClientState;
+pub(crate) use published::decode;
 pub(crate) use server_state::ServerState;
 
 /// A type of resource, each with a subscription of its own.

@@ -44,6 +44,9 @@ pub mod client;
 
 pub mod server;
 
+#[doc(hidden)]
+pub mod hostile;
+
 /// The metadata of a certificate request that names the identity asked for, as Istio's.
 const IMPERSONATED: &str = "ImpersonatedIdentity";
 

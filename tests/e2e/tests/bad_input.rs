@@ -93,6 +93,10 @@ fn wrong_command_lines_say_what_is_wrong_and_what_there_is() {
     has_all(&cluster.verb(&["admin", "node-z", "/metrics"]).run().fails(), &["node-z"]);
     let argument = ["--process-argument", "kubelet=--v=9"];
     has_all(&cluster.verb(&argument).args(["status"]).run().fails(), &["kubelet=--v=9", "PROCESS=ARGUMENT"]);
+    for (process, page) in [("node-a", "/connections"), ("agent@node-a", "/events"), ("control", "/problems")] {
+        has_all(&cluster.verb(&["admin", process, "/nothing"]).run().fails(), &["/log", page, "/readyz", "/metrics"]);
+        assert_eq!(cluster.admin(process, "/readyz")["ready"], true, "{process}");
+    }
     let nowhere = Program::new(binary()).args(["demo", "--state", "/no/such/box", "status"]).run().fails();
     has_all(&nowhere, &["/no/such/box", "justmtls demo start"]);
     let empty = cluster.data("empty");

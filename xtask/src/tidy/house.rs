@@ -20,6 +20,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("cli", &["identity", "mesh", "wire", "linux", "manifests", "proxy", "agent", "control", "demo"]),
     ("bench", &["linux"]),
     ("e2e", &["identity", "mesh", "wire", "linux", "manifests"]),
+    ("fuzzing", &["identity", "wire", "manifests"]),
     ("xtask", &[]),
 ];
 

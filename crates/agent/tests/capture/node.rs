@@ -59,13 +59,15 @@ fn a_pod_is_captured_and_reported_after_the_proxy_has_it_and_not_before() {
 
         assert!(!has_rules(&world.lab.a), "nobody has said that it accepts");
         assert!(world.control.captured().is_empty() && !answer.is_finished());
+        let waiting = world.page("/readyz");
+        assert!(waiting.starts_with("HTTP/1.1 503") && waiting.contains(r#""pending":["shop/a"]"#), "{waiting}");
         proxy.say(&ToAgent::PodReady { pod: added.pod });
         assert_eq!(answer.join().unwrap(), CniResult::Captured);
         assert!(has_rules(&world.lab.a) && !has_rules(&world.lab.b));
         eventually("the control plane hears of it", || world.control.captured() == [PodUid::from("a")].into());
         let pods = world.page("/pods");
         assert!(pods.contains(r#""state":"captured""#), "{pods}");
-        assert!(world.page("/ready").starts_with("HTTP/1.1 200"));
+        assert!(world.page("/readyz").starts_with("HTTP/1.1 200"));
         assert!(world.page("/events").contains(r#""event":"captured""#));
     });
 }
@@ -117,7 +119,7 @@ fn a_namespace_of_another_pod_is_refused() {
 fn a_pod_that_nobody_knows_fails_when_the_time_is_up() {
     with_privilege(a_pod_that_nobody_knows_fails_when_the_time_is_up, || {
         let world = World::new(|args| args.cni_wait = 1);
-        eventually("all pods are named", || world.page("/ready").contains(r#""pods_named":true"#));
+        eventually("all pods are named", || world.page("/readyz").contains(r#""pods_named":true"#));
         let since = Instant::now();
         let answer = world.add("a", &Room::of(&world.lab.a)).join().unwrap();
         is_failed(answer, "pod shop/a is not captured: the control plane does not name this pod on this node");
@@ -176,7 +178,7 @@ fn a_proxy_that_comes_anew_gets_the_pods_anew_and_takes_the_olds_place() {
         assert_eq!((added.pod, listeners.len()), (PodUid::from("a"), 4));
         assert!(first.hear().is_none(), "one proxy at a time");
         drop(second);
-        eventually("the agent misses it", || world.page("/ready").starts_with("HTTP/1.1 503"));
+        eventually("the agent misses it", || world.page("/readyz").starts_with("HTTP/1.1 503"));
         eventually("the pod stays captured", || world.control.captured() == [PodUid::from("a")].into());
         assert!(has_rules(&world.lab.a));
         assert_eq!(world.proxy().added().0.pod, PodUid::from("a"));

@@ -147,7 +147,9 @@ fn the_dumps_show_what_there_is_and_no_key() {
             ("/certificates", "spiffe://cluster.local/ns/shop/sa/web"),
             ("/pods", "\"ready\":true"),
             ("/config", "node-a"),
-            ("/ready", "503 Service Unavailable"),
+            ("/readyz", "503 Service Unavailable"),
+            ("/readyz", "\"without_certificate\":[]"),
+            ("/nothing", "there are /certificates, /config, /connections"),
             ("/metrics", "justmtls_proxy_pods 1"),
         ];
         for (path, part) in expected {

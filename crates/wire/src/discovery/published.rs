@@ -65,7 +65,7 @@ impl Published {
         self.content.len() + self.name.len() + self.version.len() + self.kind.type_url().len() + 32
     }
 
-    pub(super) fn to_proto(&self) -> envoy::Resource {
+    pub(crate) fn to_proto(&self) -> envoy::Resource {
         envoy::Resource {
             version: self.version.to_string(),
             resource: Some(Any { type_url: self.kind.type_url().to_owned(), value: self.content.to_vec() }),
@@ -75,7 +75,7 @@ impl Published {
 }
 
 /// The resource that came on the stream of a kind.
-pub(super) fn decode(kind: Kind, resource: &envoy::Resource) -> Result<Resource, Malformed> {
+pub(crate) fn decode(kind: Kind, resource: &envoy::Resource) -> Result<Resource, Malformed> {
     let content = || -> Result<Resource, Fault> {
         let any = resource.resource.as_ref().ok_or(Fault::Empty)?;
         if any.type_url != kind.type_url() {

@@ -126,7 +126,7 @@ async fn the_own_certificate_is_renewed_before_it_ends() {
     assert!(client.connect().await.is_ok());
     bed.clock.advance(Duration::from_secs(700));
     bed.events.send(Event::LookAtClock).await.unwrap();
-    bed.admin("/ready").await;
+    bed.admin("/readyz").await;
     // The first certificate is over by now, and the second is not.
     bed.clock.advance(Duration::from_secs(700));
     assert!(client.connect().await.is_ok());
