@@ -5,7 +5,6 @@
 
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::time::Duration;
 
 use identity::lifecycle;
 use mesh::PodUid;
@@ -15,9 +14,6 @@ use wire::client::{ClientError, Connected, ControlPlane};
 use wire::discovery::{Batch, Change, Kind, Known, NodePod, Removed, Resource};
 
 use crate::process::Event;
-
-/// The longest pause between two attempts to connect.
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// What is heard of the control plane.
 #[derive(Debug)]
@@ -64,7 +60,7 @@ pub(crate) async fn follow(
         };
         failures = failures.saturating_add(1);
         tracing::warn!(reason = lost.as_str(), failures, "{lost}");
-        sleep(lifecycle::retry_after(failures, fraction()).min(LONGEST_PAUSE)).await;
+        sleep(lifecycle::reconnect_after(failures, fraction())).await;
     }
 }
 
@@ -114,7 +110,8 @@ async fn take_in(batch: Batch, events: &mpsc::Sender<Event>) -> Result<(), Ended
             Change::Set(Resource::NodePod(pod)) => tell(events, Heard::Pod(pod)).await?,
             Change::Removed(Removed::NodePod(pod)) => tell(events, Heard::PodGone(pod)).await?,
             // Nothing else is subscribed to.
-            Change::Set(Resource::Mesh(_) | Resource::Bundle(_)) | Change::Removed(Removed::Mesh(_)) => {}
+            Change::Set(Resource::Mesh(_) | Resource::Bundle(_) | Resource::Heartbeat(_))
+            | Change::Removed(Removed::Mesh(_)) => {}
         }
     }
     Ok(())

@@ -23,11 +23,13 @@ use crate::control::Event;
 use crate::metrics::Metrics;
 use crate::nodes::Nodes;
 use crate::problem::Problem;
+use crate::publication::Publication;
 
 /// What is shown.
 pub(crate) struct Shown {
     pub(crate) events: mpsc::Sender<Event>,
     pub(crate) nodes: Nodes,
+    pub(crate) publication: Arc<Publication>,
     pub(crate) metrics: Arc<Metrics>,
 }
 
@@ -79,10 +81,16 @@ async fn dump(shown: &Shown) -> Result<Dump, StatusCode> {
     dump.await.map_err(|_| StatusCode::SERVICE_UNAVAILABLE)
 }
 
-/// Ready means: every object was listed, and nodes are served. The socket is not there before that.
+/// Ready means: every object was listed, and nodes are served. The socket is not there before the list was read.
 async fn ready(State(shown): Shared) -> Result<Json<Value>, StatusCode> {
     let dump = dump(&shown).await?;
-    Ok(Json(json!({ "ready": true, "workloads": dump.workloads.len(), "problems": dump.problems.len() })))
+    let withheld = shown.publication.withheld();
+    Ok(Json(json!({
+        "ready": withheld.is_none(),
+        "withheld": withheld,
+        "workloads": dump.workloads.len(),
+        "problems": dump.problems.len(),
+    })))
 }
 
 async fn problems(State(shown): Shared) -> Result<Json<Value>, StatusCode> {
@@ -184,6 +192,8 @@ async fn metrics(State(shown): Shared) -> Result<impl IntoResponse, StatusCode> 
         (&metrics.workloads, dump.workloads.len()),
         (&metrics.captured, captured),
         (&metrics.streams, shown.nodes.open()),
+        (&metrics.nodes, dump.nodes.len()),
+        (&metrics.nodes_current, shown.nodes.current()),
     ] {
         gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
     }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use identity::lifecycle::{self, Next};
 use identity::{Svid, tls};
-use mesh::PodUid;
+use mesh::{PodUid, Speaks};
 use rustls::ServerConfig;
 use tokio::net::TcpListener;
 use tokio::select;
@@ -26,8 +26,9 @@ use crate::admin::{self, Dump, Shown};
 use crate::ca::authority::{self, Authority};
 use crate::ca::token::Tokens;
 use crate::ca::{Application, Certifier, Refused};
+use crate::captures::Captures;
 use crate::clock::Clock;
-use crate::index::{self, Index};
+use crate::index::{self, Index, Told};
 use crate::metrics::Metrics;
 use crate::nodes::Nodes;
 use crate::problem::Problem;
@@ -107,6 +108,9 @@ pub(crate) struct Control {
     index: Index,
     publication: Arc<Publication>,
     certifier: Arc<Certifier>,
+    captures: Captures,
+    /// Whether nodes may know more than this process was started with.
+    follows: bool,
     tokens: Arc<Tokens>,
     metrics: Arc<Metrics>,
     clock: Clock,
@@ -134,14 +138,21 @@ impl Control {
         let tokens = Tokens::open(&args.tokens).with_context(|| format!("{} (--tokens)", args.tokens.display()))?;
         let (folder, first) = Folder::open(&args.objects)?;
         let trust_domain = index::trust_domain(folder.objects()).map_err(|problem| anyhow!("{problem}"))?;
+        let follows = Authority::is_in(&args.ca);
         let authority = Authority::open(&args.ca, &trust_domain, clock.now())?;
         let own = authority.own_svid(clock.now(), args.leaf_validity)?;
         authority::publish(authority.bundle(), &args.publish_bundle)?;
 
         let metrics = Arc::new(Metrics::new());
+        let mut captures = Captures::open(&args.ca)?;
         let mut index = Index::new(trust_domain);
+        index.remember(captures.all());
         take_in(&mut index, &first, &metrics);
+        if first.unlisted.is_empty() {
+            captures.retain(|(node, uid)| index.has_pod(node, uid))?;
+        }
         let publication = Arc::new(Publication::new(authority.bundle(), index.views()));
+        publication.withhold(withheld(follows, &first));
         let certifier = Arc::new(Certifier::new(authority, args.leaf_validity, clock.clone()));
         let tokens = Arc::new(tokens);
         let nodes = Nodes::default();
@@ -157,6 +168,7 @@ impl Control {
             tokens: tokens.clone(),
             nodes: nodes.clone(),
             metrics: metrics.clone(),
+            clock: clock.clone(),
             events: sender.clone(),
         };
         let config = tls.subscribe();
@@ -167,13 +179,23 @@ impl Control {
         };
         let served = wire::server::serve(listener, move || config.borrow().clone(), Arc::new(served), shutdown);
         let serving = tokio::spawn(served);
-        admin::serve(&args.admin, Arc::new(Shown { events: sender.clone(), nodes, metrics: metrics.clone() }))
-            .with_context(|| format!("cannot listen on {} (--admin)", args.admin.display()))?;
+        admin::serve(
+            &args.admin,
+            Arc::new(Shown {
+                events: sender.clone(),
+                nodes,
+                publication: publication.clone(),
+                metrics: metrics.clone(),
+            }),
+        )
+        .with_context(|| format!("cannot listen on {} (--admin)", args.admin.display()))?;
         tokio::spawn(follow(folder, sender.clone()));
         let mut control = Self {
             index,
             publication,
             certifier,
+            captures,
+            follows,
             tokens,
             metrics,
             clock,
@@ -238,11 +260,20 @@ impl Control {
     fn take(&mut self, batch: Batch) {
         let touched = take_in(&mut self.index, &batch, &self.metrics);
         self.publish(touched);
+        self.publication.withhold(withheld(self.follows, &batch));
         self.source_problems = batch.problems;
         self.log_problems();
     }
 
-    fn publish(&self, touched: index::Touched) {
+    fn publish(&mut self, touched: index::Touched) {
+        let workloads = &self.index.views().workloads;
+        let touched_workloads = touched.iter().filter_map(|told| match told {
+            Told::Workload(uid) => workloads.get(uid),
+            _ => None,
+        });
+        // On disk before anybody is told.
+        let captured = touched_workloads.filter(|workload| workload.speaks == Speaks::JustMtls);
+        self.captures.add(captured.map(|workload| (workload.node.to_string(), workload.pod_uid.clone())));
         self.metrics.published.inc_by(touched.len() as u64);
         self.publication.publish(self.index.views(), touched);
     }
@@ -250,6 +281,9 @@ impl Control {
     /// Everything that is wrong, wherever it was found.
     fn problems(&self) -> BTreeSet<Problem> {
         let elsewhere = self.tokens.problem().into_iter().chain(self.certifier.authority().problem(self.clock.now()));
+        let elsewhere = elsewhere.chain(self.captures.problem());
+        let withheld = self.publication.withheld().map(|because| Problem::error("the control plane", because));
+        let elsewhere = elsewhere.chain(withheld);
         self.index.problems().into_iter().chain(&self.source_problems).cloned().chain(elsewhere).collect()
     }
 
@@ -306,6 +340,20 @@ impl Control {
             }
         }
     }
+}
+
+/// Why nodes are told nothing, where that is so (T10). They may know, from the control plane before this one, what a file
+/// said that cannot be read now: to tell them of a mesh without it would take it away from them, and a strict mode with it.
+/// They keep what they know, and get certificates for pods that are known here.
+fn withheld(follows: bool, batch: &Batch) -> Option<String> {
+    let files: Vec<&str> = batch.unlisted.iter().map(String::as_str).collect();
+    (follows && !files.is_empty()).then(|| {
+        format!(
+            "nodes are told nothing and keep what they know, because {} could not be read since the start; mend or remove {}",
+            files.join(", "),
+            if files.len() == 1 { "it" } else { "them" }
+        )
+    })
 }
 
 /// Applies a batch to the index.

@@ -4,36 +4,50 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use tokio::select;
 use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
 use tracing::{debug, info, warn};
 use wire::discovery::{Asked, Kind};
 use wire::server::{DiscoveryStream, Refused};
 
 use crate::ca::token::{Caller, Role};
-use crate::nodes::{Nodes, Registered};
+use crate::clock::Clock;
+use crate::metrics::Metrics;
+use crate::nodes::Registered;
 use crate::publication::{News, Publication};
+use crate::server::Served;
 
 /// The kinds that a process may have. An agent's are its own node's alone.
 fn allowed(role: Role) -> &'static [Kind] {
     match role {
         Role::Agent => &[Kind::Bundle, Kind::NodePod],
-        Role::Proxy => &[Kind::Address, Kind::Policy, Kind::Bundle, Kind::Settings],
+        Role::Proxy => &[Kind::Address, Kind::Policy, Kind::Bundle, Kind::Settings, Kind::Heartbeat],
     }
 }
 
 /// Serves a stream until it ends.
-pub(crate) async fn serve(
-    publication: &Publication,
-    nodes: &Nodes,
-    caller: Caller,
-    stream: DiscoveryStream,
-) -> Result<(), Refused> {
+pub(crate) async fn serve(served: &Served, caller: Caller, stream: DiscoveryStream) -> Result<(), Refused> {
+    let Served { publication, nodes, metrics, clock, .. } = served;
+    if let Some(because) = publication.withheld() {
+        return Err(Refused::Unavailable(because));
+    }
     let Some(registered) = nodes.register(&caller) else {
         let message = format!("the {} of node {} has too many discovery streams", caller.role.as_str(), caller.node);
         return Err(Refused::TooMany(message));
     };
     info!(node = caller.node, role = caller.role.as_str(), "discovery stream opened");
     let changes = publication.subscribe();
-    let mut subscriber = Subscriber { publication, registered, stream, caller, seen: BTreeMap::new() };
+    let seen = BTreeMap::new();
+    let mut subscriber = Subscriber {
+        publication,
+        metrics,
+        clock,
+        registered,
+        stream,
+        caller,
+        seen,
+        beats: Beats::default(),
+        counted: 0,
+    };
     let result = subscriber.run(changes).await;
     let Caller { node, role } = subscriber.caller;
     info!(
@@ -45,18 +59,35 @@ pub(crate) async fn serve(
     result
 }
 
+/// Heartbeats of a stream.
+#[derive(Default)]
+struct Beats {
+    /// When the last one was sent.
+    last: Option<Instant>,
+    /// When the next one is due: never before the last one was answered.
+    next: Option<Instant>,
+}
+
 struct Subscriber<'a> {
     publication: &'a Publication,
+    metrics: &'a Metrics,
+    clock: &'a Clock,
     registered: Registered,
     stream: DiscoveryStream,
     caller: Caller,
     /// By subscribed kind, up to which change the node has been told.
     seen: BTreeMap<Kind, u64>,
+    beats: Beats,
+    /// What of all that was told is in the metrics.
+    counted: u64,
 }
 
 impl Subscriber<'_> {
     async fn run(&mut self, mut changes: watch::Receiver<u64>) -> Result<(), Refused> {
         loop {
+            let told = self.stream.told();
+            self.metrics.told.inc_by(told - std::mem::replace(&mut self.counted, told));
+            let due = self.beats.next;
             let asked = select! {
                 asked = self.stream.next() => asked?,
                 changed = changes.changed() => {
@@ -64,6 +95,10 @@ impl Subscriber<'_> {
                         return Err(Refused::Unavailable("the control plane is ending".to_owned()));
                     }
                     self.tell_news().await;
+                    continue;
+                }
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                    self.beat().await;
                     continue;
                 }
             };
@@ -80,8 +115,21 @@ impl Subscriber<'_> {
         if !allowed(self.caller.role).contains(&kind) {
             return Err(Refused::NotAllowed(format!("{kind} is not for the {} of a node", self.caller.role.as_str())));
         }
-        self.reconcile(kind).await;
+        if kind == Kind::Heartbeat {
+            self.beat().await;
+        } else {
+            self.reconcile(kind).await;
+        }
         Ok(())
+    }
+
+    /// Says that the control plane is there. All news that there is goes before: a heartbeat says that nothing is missing.
+    async fn beat(&mut self) {
+        self.tell_news().await;
+        self.beats.next = None;
+        if self.stream.beat(self.clock.now()).await {
+            self.beats.last = Some(Instant::now());
+        }
     }
 
     /// Tells everything of a kind that the node does not have.
@@ -145,6 +193,12 @@ impl Subscriber<'_> {
     }
 
     fn accepted(&mut self, kind: Kind, current: bool) {
+        if kind == Kind::Heartbeat {
+            self.beats.next = self.beats.last.map(|last| last + self.publication.heartbeat());
+            self.registered.note(kind, |progress| progress.accepted += 1);
+            return;
+        }
+        self.metrics.accepted.inc();
         self.registered.note(kind, |progress| {
             progress.accepted += 1;
             if current {
@@ -162,6 +216,7 @@ impl Subscriber<'_> {
             detail,
             "a node refuses what it was told"
         );
+        self.metrics.refused(kind);
         self.registered.note(kind, |progress| {
             progress.refused += 1;
             progress.refusal = Some(detail);

@@ -145,6 +145,17 @@ impl Index {
         self.refresh(dirty)
     }
 
+    /// Takes in what a control plane before this one knew to be captured, before the first object: a pod that was published
+    /// as captured is never published as anything else (T47), also when the agent that said so is not back yet.
+    pub(crate) fn remember(&mut self, captured: impl IntoIterator<Item = (String, PodUid)>) {
+        self.cluster.remember(captured);
+    }
+
+    /// Whether a node has a pod, published or not.
+    pub(crate) fn has_pod(&self, node: &str, uid: &PodUid) -> bool {
+        self.cluster.pods_with(uid).filter_map(|name| self.cluster.pods.get(name)).any(|pod| pod.node == node)
+    }
+
     /// Takes in which objects are there in a form that cannot be read, and were never there in another. A policy among
     /// them refuses all that it may be about (D13).
     pub(crate) fn unreadable(&mut self, keys: &BTreeSet<ObjectKey>) -> Touched {

@@ -10,7 +10,8 @@
 //!
 //! Invariants, stated as absences:
 //! - the index knows no client, no clock and no stream, and Kubernetes ends at its `apply`;
-//! - nothing is served before every object has been listed once;
+//! - nothing is served before every object has been listed once, and a control plane that follows another one tells nobody
+//!   anything while it cannot read what that one may have read;
 //! - no removal is derived from something that could not be read: the last good state stays;
 //! - a policy is never dropped and never weakened: what cannot be enforced refuses what it selects;
 //! - no pod that was published as captured is ever published as anything else while it lives;
@@ -22,6 +23,7 @@
 mod clock;
 mod problem;
 
+mod captures;
 mod index;
 mod publication;
 mod watch;
@@ -61,7 +63,8 @@ pub struct Args {
     /// File of lines `token,role,node`, where the role is agent or proxy. It is read again when it changes.
     #[arg(long, value_name = "FILE")]
     pub tokens: PathBuf,
-    /// Folder of the certificate authority, made and filled if it is empty: root.pem, intermediate.pem, intermediate.key.
+    /// Folder of the certificate authority, made and filled if it is empty: root.pem, intermediate.pem, intermediate.key, and
+    /// the record of captured pods.
     #[arg(long, value_name = "DIR")]
     pub ca: PathBuf,
     /// File to publish the roots in, as PEM.

@@ -6,6 +6,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Metric, Registry};
+use wire::discovery::Kind;
 
 /// What all names begin with.
 const PREFIX: &str = "justmtls_control";
@@ -18,6 +19,13 @@ pub(crate) struct Metrics {
     refused_calls: Family<Outcome, Counter>,
     pub(crate) changes: Counter,
     pub(crate) published: Counter,
+    /// Resources and removals that nodes were sent: what subscribers cost.
+    pub(crate) told: Counter,
+    /// Messages that nodes took in.
+    pub(crate) accepted: Counter,
+    refused: Family<OfKind, Counter>,
+    pub(crate) nodes: Gauge,
+    pub(crate) nodes_current: Gauge,
     pub(crate) streams: Gauge,
     pub(crate) problems: Gauge,
     pub(crate) workloads: Gauge,
@@ -48,6 +56,11 @@ struct Outcome {
     outcome: String,
 }
 
+#[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
+struct OfKind {
+    kind: &'static str,
+}
+
 impl Metrics {
     pub(crate) fn new() -> Self {
         let mut registry = Names { registry: Registry::with_prefix(PREFIX), names: Vec::new() };
@@ -59,6 +72,17 @@ impl Metrics {
         registry.counter("object_changes", "Changes of objects taken in", changes.clone());
         let published = Counter::default();
         registry.counter("resource_changes", "Changes of what nodes are told", published.clone());
+        let told = Counter::default();
+        registry.counter("resources_sent", "Resources and removals sent to nodes", told.clone());
+        let accepted = Counter::default();
+        registry.counter("messages_accepted", "Messages that nodes took in", accepted.clone());
+        let refused = Family::<OfKind, Counter>::default();
+        registry.counter("messages_refused", "Messages that nodes refused, by kind", refused.clone());
+        let nodes = Gauge::default();
+        registry.gauge("nodes", "Nodes of the cluster", nodes.clone());
+        let nodes_current = Gauge::default();
+        let help = "Nodes whose proxy has taken in everything that it was told";
+        registry.gauge("nodes_current", help, nodes_current.clone());
         let streams = Gauge::default();
         registry.gauge("streams", "Open discovery streams", streams.clone());
         let problems = Gauge::default();
@@ -67,7 +91,22 @@ impl Metrics {
         registry.gauge("workloads", "Workloads published", workloads.clone());
         let captured = Gauge::default();
         registry.gauge("workloads_captured", "Workloads published as speaking justmtls/1", captured.clone());
-        Self { registry, certificates, refused_calls, changes, published, streams, problems, workloads, captured }
+        Self {
+            registry,
+            certificates,
+            refused_calls,
+            changes,
+            published,
+            told,
+            accepted,
+            refused,
+            nodes,
+            nodes_current,
+            streams,
+            problems,
+            workloads,
+            captured,
+        }
     }
 
     /// Counts a request for a certificate: `issued`, or why not.
@@ -78,6 +117,11 @@ impl Metrics {
     /// Counts a call that was refused.
     pub(crate) fn refused_call(&self, reason: &str) {
         self.refused_calls.get_or_create(&Outcome { outcome: reason.to_owned() }).inc();
+    }
+
+    /// Counts a message that a node refused.
+    pub(crate) fn refused(&self, kind: Kind) {
+        self.refused.get_or_create(&OfKind { kind: kind.as_str() }).inc();
     }
 
     /// All of it, in OpenMetrics' text format.

@@ -1,12 +1,12 @@
 //! Which nodes are connected, and what each has acknowledged: the control plane knows N of N.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
 use wire::discovery::Kind;
 
-use crate::ca::token::Caller;
+use crate::ca::token::{Caller, Role};
 
 /// Discovery streams that one process of a node may have: its own, that of its successor in an upgrade, and a few that are
 /// dead without our knowing yet.
@@ -20,14 +20,27 @@ pub(crate) struct Nodes(Arc<Mutex<Open>>);
 struct Open {
     last_id: u64,
     streams: BTreeMap<u64, Stream>,
+    /// What the last stream of a process had come to when it ended. As many as there are tokens, at most.
+    ended: BTreeMap<(String, &'static str), Stream>,
 }
 
-/// One open stream, for `/nodes`.
+/// One stream, for `/nodes`.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Stream {
     node: String,
     role: &'static str,
+    /// Whether it stands; otherwise it is the last one that the process had.
+    open: bool,
     kinds: BTreeMap<&'static str, Progress>,
+}
+
+impl Stream {
+    /// Whether its node has taken in everything that it was told.
+    fn is_current(&self) -> bool {
+        let everything =
+            |(_, progress): (_, &Progress)| progress.acknowledged == progress.sent && progress.refusal.is_none();
+        self.open && !self.kinds.is_empty() && self.kinds.iter().all(everything)
+    }
 }
 
 /// How far a stream is with one kind.
@@ -63,18 +76,27 @@ impl Nodes {
         open.last_id += 1;
         let number = open.last_id;
         let role = caller.role.as_str();
-        let stream = Stream { node: caller.node.clone(), role, kinds: BTreeMap::new() };
+        let stream = Stream { node: caller.node.clone(), role, open: true, kinds: BTreeMap::new() };
+        open.ended.remove(&(caller.node.clone(), role));
         open.streams.insert(number, stream);
         Some(Registered { nodes: self.clone(), id: number })
     }
 
-    /// The streams that are open, by node.
+    /// The streams that are open, and the last ones of processes that have none, by node.
     pub(crate) fn all(&self) -> BTreeMap<String, Vec<Stream>> {
         let mut nodes: BTreeMap<String, Vec<Stream>> = BTreeMap::new();
-        for stream in self.lock().streams.values() {
+        let open = self.lock();
+        for stream in open.streams.values().chain(open.ended.values()) {
             nodes.entry(stream.node.clone()).or_default().push(stream.clone());
         }
         nodes
+    }
+
+    /// How many nodes' proxies have taken in everything that they were told.
+    pub(crate) fn current(&self) -> usize {
+        let open = self.lock();
+        let proxies = open.streams.values().filter(|stream| stream.role == Role::Proxy.as_str() && stream.is_current());
+        proxies.map(|stream| stream.node.as_str()).collect::<BTreeSet<_>>().len()
     }
 
     /// How many streams are open.
@@ -99,14 +121,18 @@ impl Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        self.nodes.lock().streams.remove(&self.id);
+        let mut open = self.nodes.lock();
+        let Some(mut stream) = open.streams.remove(&self.id) else { return };
+        stream.open = false;
+        if !open.streams.values().any(|other| other.node == stream.node && other.role == stream.role) {
+            open.ended.insert((stream.node.clone(), stream.role), stream);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ca::token::Role;
 
     #[test]
     fn a_stream_is_listed_while_it_is_open() {
@@ -115,8 +141,15 @@ mod tests {
         let stream = nodes.register(&proxy).unwrap();
         stream.note(Kind::Address, |progress| progress.sent = 3);
         assert_eq!(nodes.all()["node-a"][0].kinds["address"].sent, 3);
+        assert!(nodes.all()["node-a"][0].open && nodes.current() == 0);
+        stream.note(Kind::Address, |progress| progress.acknowledged = 3);
+        assert_eq!(nodes.current(), 1);
         drop(stream);
-        assert!(nodes.all().is_empty());
+        let last = &nodes.all()["node-a"][0];
+        assert!(!last.open && last.kinds["address"].acknowledged == 3, "what it had come to stays visible");
+        assert_eq!((nodes.open(), nodes.current()), (0, 0));
+        let _next = nodes.register(&proxy).unwrap();
+        assert_eq!(nodes.all()["node-a"].len(), 1);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
 
 use identity::TrustBundle;
 use tokio::sync::watch;
@@ -13,6 +14,10 @@ use crate::index::{Told, Touched, Views};
 
 /// Changes that are remembered. A stream that is further behind than that looks at everything.
 const MAX_LOG: usize = 16 * 1024;
+
+/// The pauses between two heartbeats of a stream: 5,000 nodes cost 1,000 small messages a second at the longest.
+const SHORTEST_BEAT: Duration = Duration::from_millis(200);
+const LONGEST_BEAT: Duration = Duration::from_secs(5);
 
 /// All resources, and what changed when.
 #[derive(Debug)]
@@ -33,6 +38,10 @@ struct State {
     log: VecDeque<(u64, Place)>,
     /// Up to this number the log has holes.
     forgotten: u64,
+    /// How old a view may be.
+    view_lifetime: Duration,
+    /// Why nothing is told yet.
+    withheld: Option<String>,
 }
 
 /// Where a resource stands.
@@ -59,6 +68,7 @@ impl Publication {
         let publication = Self { state: RwLock::default(), changed: watch::Sender::new(0) };
         {
             let mut state = publication.state.write().unwrap_or_else(PoisonError::into_inner);
+            state.view_lifetime = views.settings.view_lifetime;
             let bundle = Published::new(&Resource::Bundle(bundle.clone()));
             state.put(Place { kind: Kind::Bundle, node: None, name: BUNDLE_NAME.to_owned() }, Some(bundle));
             for told in views.all() {
@@ -83,12 +93,28 @@ impl Publication {
         let number = {
             let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
             state.number += 1;
+            state.view_lifetime = views.settings.view_lifetime;
             for (place, resource) in changes {
                 state.put(place, resource);
             }
             state.number
         };
         self.changed.send_replace(number);
+    }
+
+    /// Says why nothing may be told, or that everything may.
+    pub(crate) fn withhold(&self, because: Option<String>) {
+        self.state.write().unwrap_or_else(PoisonError::into_inner).withheld = because;
+    }
+
+    /// Why nothing may be told: what nodes know may be more than what is known here (T10).
+    pub(crate) fn withheld(&self) -> Option<String> {
+        self.read().withheld.clone()
+    }
+
+    /// The pause between two heartbeats: several fit into the life of a view, so that one that is late harms nobody.
+    pub(crate) fn heartbeat(&self) -> Duration {
+        (self.read().view_lifetime / 6).clamp(SHORTEST_BEAT, LONGEST_BEAT)
     }
 
     /// Wakes whoever waits when something changes.

@@ -8,6 +8,7 @@ use wire::server::{self, CaptureStream, CertificateRequest, DiscoveryStream, Han
 
 use crate::ca::token::{Caller, Tokens};
 use crate::ca::{self, Certifier};
+use crate::clock::Clock;
 use crate::control::Event;
 use crate::metrics::Metrics;
 use crate::nodes::Nodes;
@@ -21,6 +22,7 @@ pub(crate) struct Served {
     pub(crate) tokens: Arc<Tokens>,
     pub(crate) nodes: Nodes,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) clock: Clock,
     pub(crate) events: mpsc::Sender<Event>,
 }
 
@@ -87,7 +89,7 @@ impl From<ca::Refused> for Refused {
 impl Handler for Served {
     async fn discovery(&self, caller: server::Caller, stream: DiscoveryStream) -> Result<(), Refused> {
         let caller = self.authenticate(&caller)?;
-        self.count(discovery::serve(&self.publication, &self.nodes, caller, stream).await)
+        self.count(discovery::serve(self, caller, stream).await)
     }
 
     async fn certify(&self, caller: server::Caller, request: CertificateRequest) -> Result<Vec<String>, Refused> {

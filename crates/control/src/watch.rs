@@ -20,6 +20,8 @@ pub(crate) struct Batch {
     pub(crate) changes: Vec<Change>,
     /// Everything that is there, cannot be read and was never read: the whole list.
     pub(crate) unreadable: BTreeSet<ObjectKey>,
+    /// What was there at the start, could not be read wholly, and still cannot: the whole list, by name.
+    pub(crate) unlisted: BTreeSet<String>,
     /// Everything that is wrong: the whole list.
     pub(crate) problems: Vec<Problem>,
 }

@@ -18,6 +18,9 @@ const FIRST_RETRY: Duration = Duration::from_millis(500);
 /// The longest pause between two attempts. Seconds, not minutes: when the control plane is back, so are certificates.
 const LONGEST_RETRY: Duration = Duration::from_secs(15);
 
+/// The longest first pause before a lost control plane is dialled again.
+const FIRST_RECONNECT: Duration = Duration::from_secs(2);
+
 /// What to do with a certificate now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
@@ -52,6 +55,14 @@ pub fn retry_after(failures: u32, jitter: f64) -> Duration {
     let doublings = failures.saturating_sub(1).min(16);
     let pause = FIRST_RETRY.saturating_mul(1 << doublings).min(LONGEST_RETRY);
     pause.mul_f64(0.5 + 0.5 * unit(jitter))
+}
+
+/// The pause before a lost control plane is dialled again, after `failures` attempts in a row (at least one): anywhere
+/// between nothing and a bound that doubles from 2 s to 8 s, by `jitter`. All nodes lose it in the same moment; so they
+/// do not come back in one.
+pub fn reconnect_after(failures: u32, jitter: f64) -> Duration {
+    let doublings = failures.saturating_sub(1).min(2);
+    (FIRST_RECONNECT * (1 << doublings)).mul_f64(unit(jitter))
 }
 
 /// `jitter` as a number from 0 to 1, and NaN as 0.
@@ -104,6 +115,14 @@ mod tests {
         assert_eq!(pauses, [500, 1000, 2000, 4000, 8000, 15000, 15000, 15000]);
         assert_eq!(retry_after(1, 0.0), Duration::from_millis(250));
         assert_eq!(retry_after(0, 1.0), retry_after(1, 1.0));
+    }
+
+    #[test]
+    fn reconnects_are_spread_over_seconds_and_not_over_minutes() {
+        let longest: Vec<_> = (0..=5).map(|failures| reconnect_after(failures, 1.0).as_millis()).collect();
+        assert_eq!(longest, [2000, 2000, 4000, 8000, 8000, 8000]);
+        assert_eq!(reconnect_after(3, 0.0), Duration::ZERO);
+        assert_eq!(reconnect_after(1, 0.25), Duration::from_millis(500));
     }
 
     proptest! {

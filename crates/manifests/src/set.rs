@@ -48,6 +48,10 @@ pub struct Reloaded {
     pub problems: Vec<Problem>,
     /// Objects that are kept in their earlier state, because their present one cannot be read.
     pub kept: Vec<ObjectKey>,
+    /// Objects that the file has in a form that cannot be taken, whatever is known of them from before.
+    pub unreadable: Vec<ObjectKey>,
+    /// Some part of the file cannot be said to be any particular object.
+    pub unidentified: bool,
 }
 
 impl Set {
@@ -68,7 +72,7 @@ impl Set {
         let Parsed { file, objects, mut problems, unreadable, unidentified } = parsed;
         let file: Arc<str> = file.into();
         let old = self.files.get(&file).cloned().unwrap_or_default();
-        let mut new = File { unreadable: unreadable.into_iter().collect(), ..File::default() };
+        let mut new = File { unreadable: unreadable.iter().cloned().collect(), ..File::default() };
         for (object, location) in objects {
             new.objects.insert(object.key(), (object, location));
         }
@@ -82,7 +86,7 @@ impl Set {
         let keys: BTreeSet<ObjectKey> = old.objects.keys().chain(new.objects.keys()).cloned().collect();
         let changes = self.changing(keys, |set| set.put(&file, new));
         problems.extend(self.duplicates(&file));
-        Reloaded { changes, problems, kept }
+        Reloaded { changes, problems, kept, unreadable, unidentified }
     }
 
     /// Forgets a file that is no more, with its objects.

@@ -29,6 +29,16 @@ pub struct Expectation {
 pub fn expect(view: &View, destination: &Workload, port: u16, source: IpAddr) -> Expectation {
     let mode = destination.modes.at(port);
     let (wait, plaintext) = by_source(view, source);
+    let (wait, plaintext) = match plaintext {
+        // What the view says of who it is may be over: its hello is waited for, and its plaintext is called what it is.
+        _ if !view.is_stale() => (wait, plaintext),
+        PlaintextReason::OptedOut
+        | PlaintextReason::SystemNamespace
+        | PlaintextReason::CapturePending
+        | PlaintextReason::UnknownSource => (UNKNOWN, PlaintextReason::StaleView),
+        PlaintextReason::NotAPod if view.is_within(source) => (UNKNOWN, PlaintextReason::StaleView),
+        _ => (wait, plaintext),
+    };
     // A strict port lets no plaintext through, so nobody is kept from speaking by waiting, and a client that our view
     // does not know as captured yet may still send its hello.
     let wait = if mode == Mode::Strict { HELLO } else { wait };

@@ -29,6 +29,6 @@ pub use policy::{Action, Clause, Match, Policy, PolicyName, Rule, Scope, Service
 pub use reason::{PlaintextReason, RefuseReason};
 pub use route::{Fallback, Outgoing, Route, Target, route};
 pub use service::{Affinity, Reach, Service, ServiceName, ServicePort};
-pub use settings::{AddressClass, MeshSettings};
+pub use settings::{AddressClass, MeshSettings, VIEW_LIFETIME};
 pub use view::{Resource, ResourceKey, View};
 pub use workload::{Canonical, Endpoint, EndpointPort, Mode, Modes, PodUid, Speaks, Uncaptured, Workload, WorkloadUid};

@@ -54,6 +54,8 @@ reasons! {
         SelfPod = "self",
         /// The client's address is in the cluster's ranges and nobody knows it.
         UnknownSource = "unknown-source",
+        /// The other end is inside the cluster, and what the view says of it is older than it may be.
+        StaleView = "stale-view",
         /// The client's pod is captured and yet no TLS came: something in it goes round the capture.
         Bypass = "bypass",
     }
@@ -66,6 +68,9 @@ reasons! {
         NoView = "no-view",
         /// The destination is in the cluster's ranges and nobody knows it.
         UnknownDestination = "unknown-destination",
+        /// One of the two ends is strict, and the view that would let the other one be spoken to in clear is older than it
+        /// may be.
+        StrictStaleView = "strict-stale-view",
         /// The Service has no usable endpoint.
         NoEndpoint = "no-endpoint",
         /// The Service has no such port.

@@ -93,7 +93,7 @@ pub fn route(view: &View, connection: Outgoing<'_>) -> Route {
         return through_service(view, service, client, connection);
     }
     if let Some(workload) = view.workload_at(destination.ip()) {
-        return to_workload(client, workload, destination, None);
+        return to_workload(view, client, workload, destination, None);
     }
     match settings.classify(destination.ip()) {
         AddressClass::Node => Route::Plaintext { to: destination, because: PlaintextReason::Node },
@@ -119,7 +119,7 @@ fn through_service(view: &View, service: &Service, client: &Workload, connection
         Affinity::ClientIp => candidates.iter().max_by_key(|(_, address)| weight(connection.source, *address)),
     };
     match chosen {
-        Some((workload, address)) => to_workload(client, workload, *address, Some(&service.name)),
+        Some((workload, address)) => to_workload(view, client, workload, *address, Some(&service.name)),
         None => Route::refuse(RefuseReason::NoEndpoint),
     }
 }
@@ -147,7 +147,13 @@ fn weight(client: IpAddr, endpoint: SocketAddr) -> u64 {
     hash ^ (hash >> 33)
 }
 
-fn to_workload(client: &Workload, workload: &Arc<Workload>, to: SocketAddr, service: Option<&ServiceName>) -> Route {
+fn to_workload(
+    view: &View,
+    client: &Workload,
+    workload: &Arc<Workload>,
+    to: SocketAddr,
+    service: Option<&ServiceName>,
+) -> Route {
     if workload.uid == client.uid {
         return Route::Plaintext { to, because: PlaintextReason::SelfPod };
     }
@@ -159,13 +165,24 @@ fn to_workload(client: &Workload, workload: &Arc<Workload>, to: SocketAddr, serv
         Some(Uncaptured::HostNetwork) => PlaintextReason::HostNetwork,
         Some(Uncaptured::SystemNamespace) => PlaintextReason::SystemNamespace,
         Some(Uncaptured::NotAPod) => PlaintextReason::NotAPod,
-        // It will speak our dialect in a moment, and then never plaintext again: worth waiting for.
-        Some(Uncaptured::Pending) | None => {
-            return Route::Ask(match workload.modes.at(to.port()) {
-                Mode::Permissive => Fallback::Plaintext { to, because: PlaintextReason::CapturePending },
-                Mode::Strict => Fallback::Refuse { because: RefuseReason::Strict },
-            });
-        }
+        Some(Uncaptured::Pending) | None => PlaintextReason::CapturePending,
     };
-    Route::Plaintext { to, because }
+    // T2: that its pod is outside of the mesh is the view's word alone, and that word has its time. Whoever asked for
+    // strict, on either end, is not spoken for by a view that somebody may be keeping old.
+    let strict_there = workload.modes.at(to.port()) == Mode::Strict;
+    let is_pod = !workload.pod_uid.as_str().is_empty() && because != PlaintextReason::HostNetwork;
+    let stale = view.is_stale() && (is_pod || view.is_within(to.ip()));
+    if stale && (strict_there || client.modes.default == Mode::Strict) {
+        return Route::refuse(RefuseReason::StrictStaleView);
+    }
+    match because {
+        // It will speak our dialect in a moment, and then never plaintext again: worth waiting for.
+        PlaintextReason::CapturePending if strict_there => Route::ask_or_refuse(RefuseReason::Strict),
+        PlaintextReason::CapturePending => {
+            let because = if stale { PlaintextReason::StaleView } else { because };
+            Route::Ask(Fallback::Plaintext { to, because })
+        }
+        _ if stale => Route::Plaintext { to, because: PlaintextReason::StaleView },
+        _ => Route::Plaintext { to, because },
+    }
 }

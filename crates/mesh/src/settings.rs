@@ -1,6 +1,7 @@
 //! Settings of the whole mesh that decisions depend on.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use ipnet::IpNet;
 
@@ -17,8 +18,11 @@ pub enum AddressClass {
     Outside,
 }
 
+/// How old a view may be before plaintext inside the cluster no longer rests on it, where the settings do not say (T2).
+pub const VIEW_LIFETIME: Duration = Duration::from_secs(30);
+
 /// Published by the control plane.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct MeshSettings {
     /// Ranges that belong to pods and Services alone.
     pub inside: Vec<IpNet>,
@@ -26,6 +30,14 @@ pub struct MeshSettings {
     pub mixed: Vec<IpNet>,
     /// Addresses of the nodes themselves.
     pub nodes: Vec<IpAddr>,
+    /// How old the last heartbeat of the control plane may be before the view counts as stale. Whole milliseconds.
+    pub view_lifetime: Duration,
+}
+
+impl Default for MeshSettings {
+    fn default() -> Self {
+        Self { inside: Vec::new(), mixed: Vec::new(), nodes: Vec::new(), view_lifetime: VIEW_LIFETIME }
+    }
 }
 
 impl MeshSettings {

@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::claims::Claims;
-use crate::{MeshSettings, PodUid, Policy, PolicyName, Scope, Service, ServiceName, Speaks, Workload, WorkloadUid};
+use crate::{
+    AddressClass, MeshSettings, PodUid, Policy, PolicyName, Scope, Service, ServiceName, Speaks, Workload, WorkloadUid,
+};
 
 /// One thing that the control plane says.
 #[derive(Clone, PartialEq, Debug)]
@@ -47,6 +49,8 @@ pub struct View {
     settings: Option<MeshSettings>,
     /// Pods whose capability was published: they never fall back to "speaks nothing" while they live (T47).
     published: HashSet<PodUid>,
+    /// The control plane has not been heard of for longer than the settings allow (T2).
+    stale: bool,
 }
 
 impl View {
@@ -75,6 +79,18 @@ impl View {
                 self.policies.remove(name);
             }
         }
+    }
+
+    /// Takes note of whether the view is too old for plaintext inside the cluster to rest on it. Time is the caller's.
+    pub fn set_stale(&mut self, stale: bool) {
+        self.stale = stale;
+    }
+
+    /// Whether the view is too old for plaintext inside the cluster to rest on it (T2): who was not in the mesh when it was
+    /// last known to be right may be by now, and an attacker may be who keeps that from us. What a certificate proves does
+    /// not rest on the view's age.
+    pub fn is_stale(&self) -> bool {
+        self.stale
     }
 
     fn apply_workload(&mut self, mut workload: Workload) {
@@ -173,6 +189,12 @@ impl View {
     /// The settings, once the control plane has sent them.
     pub fn settings(&self) -> Option<&MeshSettings> {
         self.settings.as_ref()
+    }
+
+    /// Whether an address is in ranges in which pods live: inside, or mixed. Without settings, each may be.
+    pub(crate) fn is_within(&self, address: IpAddr) -> bool {
+        let class = self.settings.as_ref().map(|settings| settings.classify(address));
+        !matches!(class, Some(AddressClass::Outside | AddressClass::Node))
     }
 
     /// All workloads, for dumps.

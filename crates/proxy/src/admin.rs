@@ -92,6 +92,9 @@ pub(crate) async fn serve_metrics<A: Authority>(address: SocketAddr, shown: Arc<
 
 async fn metrics<A: Authority>(State(shown): Shared<A>) -> impl IntoResponse {
     let node = &shown.node;
+    let age = node.view.age().map_or(-1, |age| i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
+    node.metrics.view_age.set(age);
+    node.metrics.view_stale.set(node.view.read(mesh::View::is_stale).into());
     let now = Now {
         time: node.clock.monotonic(),
         connections: &node.connections.all(),

@@ -42,6 +42,11 @@ pub(crate) trait Authority: Send + Sync + 'static {
         id: &SpiffeId,
         request: &CertificateRequest,
     ) -> impl Future<Output = Result<identity::chain::Chain, String>> + Send;
+
+    /// Waits until the authority can be reached again, after it could not: whoever waits to try again need not wait longer.
+    fn restored(&self) -> impl Future<Output = ()> + Send {
+        std::future::pending()
+    }
 }
 
 /// All certificates of the process.
@@ -256,7 +261,15 @@ async fn keep<A: Authority>(certificates: Arc<Certificates>, id: SpiffeId, autho
                 failures = failures.saturating_add(1);
                 metrics.certificate_failures.inc();
                 tracing::warn!(identity = %id, failures, "no certificate: {why}");
-                sleep(lifecycle::retry_after(failures, dice::fraction())).await;
+                tokio::select! {
+                    () = sleep(lifecycle::retry_after(failures, dice::fraction())) => {}
+                    () = authority.restored() => {
+                        // Who still has a valid one leaves the first moment to those who have none.
+                        if current.as_ref().is_some_and(|svid| svid.validity().contains(certificates.clock.wall())) {
+                            sleep(lifecycle::reconnect_after(1, dice::fraction())).await;
+                        }
+                    }
+                }
             }
         }
     }

@@ -16,7 +16,7 @@ use mesh::View;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use wire::client::{ClientError, Connected, Role};
-use wire::discovery::{Batch, Change, Kind, Known, Removed, Resource};
+use wire::discovery::{Batch, Change, Heartbeat, Kind, Known, Removed, Resource};
 
 use crate::certs::Authority;
 use crate::dice;
@@ -24,7 +24,7 @@ use crate::node::Node;
 use crate::process::Args;
 
 /// What a proxy subscribes to.
-const KINDS: &[Kind] = &[Kind::Settings, Kind::Bundle, Kind::Policy, Kind::Address];
+const KINDS: &[Kind] = &[Kind::Settings, Kind::Bundle, Kind::Policy, Kind::Address, Kind::Heartbeat];
 
 /// The life to ask for. The authority may give less, never more than it allows.
 const LIFE: Duration = Duration::from_secs(24 * 3600);
@@ -32,8 +32,9 @@ const LIFE: Duration = Duration::from_secs(24 * 3600);
 /// How long a certificate request waits for a connection, before it counts as failed and is tried anew.
 const WAIT_FOR_CONNECTION: Duration = Duration::from_secs(10);
 
-/// The longest pause between two attempts to connect.
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// How far this node's clock may be from the control plane's before that is worth a warning: certificates are backdated by
+/// a minute, or by a tenth of a short life.
+const MOST_SKEW: u64 = 5;
 
 /// The control plane, as this node's proxy has it.
 #[derive(Debug)]
@@ -75,10 +76,9 @@ impl ControlPlane {
             let lost = match self.place.connect().await {
                 Ok(connected) => {
                     tracing::info!(control = %self.place.address, "connected to the control plane");
-                    failures = 0;
                     self.node.metrics.connected.set(1);
                     self.connection.send_replace(Some(Connection(connected.clone())));
-                    let lost = self.discover(&connected, &mut received).await;
+                    let lost = self.discover(&connected, &mut received, &mut failures).await;
                     self.connection.send_replace(None);
                     self.node.metrics.connected.set(0);
                     lost
@@ -87,12 +87,12 @@ impl ControlPlane {
             };
             failures = failures.saturating_add(1);
             tracing::warn!(reason = lost.as_str(), failures, "{lost}");
-            sleep(lifecycle::retry_after(failures, dice::fraction()).min(LONGEST_PAUSE)).await;
+            sleep(lifecycle::reconnect_after(failures, dice::fraction())).await;
         }
     }
 
     /// Takes in what comes, until the stream ends.
-    async fn discover(&self, connected: &Connected, received: &mut Received) -> ClientError {
+    async fn discover(&self, connected: &Connected, received: &mut Received, failures: &mut u32) -> ClientError {
         let mut stream = match connected.discover(KINDS, received.known.clone()).await {
             Ok(stream) => stream,
             Err(error) => return error,
@@ -101,6 +101,7 @@ impl ControlPlane {
             // Asking for the next batch accepts the last one, and only then is it known whether that made the view whole.
             let ready = stream.next().now_or_never();
             if stream.is_complete() {
+                *failures = 0;
                 received.go_live(&self.node);
             }
             let batch = match ready {
@@ -108,7 +109,13 @@ impl ControlPlane {
                 None => stream.next().await,
             };
             match batch {
-                Ok(batch) => received.take_in(batch, &self.node),
+                Ok(batch) => {
+                    received.take_in(batch, &self.node);
+                    if let Some(as_of) = stream.as_of() {
+                        received.go_live(&self.node);
+                        self.node.view.confirm(as_of);
+                    }
+                }
                 Err(error) => {
                     received.known = stream.known().clone();
                     return error;
@@ -125,6 +132,8 @@ struct Received {
     /// What came before the view was whole, in order.
     staged: Vec<Change>,
     live: bool,
+    /// The clocks differed at the last heartbeat.
+    skewed: bool,
 }
 
 impl Received {
@@ -132,19 +141,45 @@ impl Received {
         for refused in &batch.refused {
             tracing::error!("the control plane sent what is not understood: {refused}");
         }
-        tracing::debug!(kind = %batch.kind, changes = batch.changes.len(), live = self.live, "news");
-        let (bundles, changes): (Vec<_>, Vec<_>) =
-            batch.changes.into_iter().partition(|change| matches!(change, Change::Set(Resource::Bundle(_))));
-        for change in bundles {
-            if let Change::Set(Resource::Bundle(bundle)) = change {
-                node.certificates.set_bundle(bundle);
+        if batch.kind != Kind::Heartbeat {
+            tracing::debug!(kind = %batch.kind, changes = batch.changes.len(), live = self.live, "news");
+        }
+        let of_the_view =
+            |change: &Change| !matches!(change, Change::Set(Resource::Bundle(_) | Resource::Heartbeat(_)));
+        let (changes, others): (Vec<_>, Vec<_>) = batch.changes.into_iter().partition(of_the_view);
+        for change in others {
+            match change {
+                Change::Set(Resource::Bundle(bundle)) => node.certificates.set_bundle(bundle),
+                Change::Set(Resource::Heartbeat(heartbeat)) => self.compare_clocks(node, heartbeat),
+                _ => {}
             }
+        }
+        if changes.is_empty() {
+            return;
         }
         if self.live {
             node.view.change(|view| changes.into_iter().for_each(|change| apply(view, change)));
         } else {
             self.staged.extend(changes);
         }
+    }
+
+    /// How far the control plane's clock is ahead of ours (T29), the time on the wire included. It decides nothing: each
+    /// certificate is judged by the clock of whoever judges. But two clocks that differ by more than certificates are
+    /// backdated refuse each other, and this is where a person sees why.
+    fn compare_clocks(&mut self, node: &Node, heartbeat: Heartbeat) {
+        let (theirs, ours) = (heartbeat.time.as_secs(), node.clock.wall().as_secs());
+        node.metrics.clock_skew.set(i64::try_from(i128::from(theirs) - i128::from(ours)).unwrap_or(i64::MAX));
+        let skewed = theirs.abs_diff(ours) > MOST_SKEW;
+        if skewed && !self.skewed {
+            tracing::warn!(
+                control = theirs,
+                node = ours,
+                "this node's clock and the control plane's are {} s apart: certificates may be refused; set the clock",
+                theirs.abs_diff(ours)
+            );
+        }
+        self.skewed = skewed;
     }
 
     fn go_live(&mut self, node: &Node) {
@@ -161,8 +196,9 @@ fn apply(view: &mut View, change: Change) {
     match change {
         Change::Set(Resource::Mesh(resource)) => view.apply(resource),
         Change::Removed(Removed::Mesh(key)) => view.remove(&key),
-        // Bundles go to the certificates; pods of the node are not subscribed to.
-        Change::Set(Resource::Bundle(_) | Resource::NodePod(_)) | Change::Removed(Removed::NodePod(_)) => {}
+        // Bundles go to the certificates, heartbeats to the clock; pods of the node are not subscribed to.
+        Change::Set(Resource::Bundle(_) | Resource::NodePod(_) | Resource::Heartbeat(_))
+        | Change::Removed(Removed::NodePod(_)) => {}
     }
 }
 
@@ -178,6 +214,13 @@ impl Authority for ControlPlane {
         };
         let texts = connected.certify(request.as_pem(), id, LIFE).await.map_err(|error| error.to_string())?;
         Chain::from_pem(&texts.concat()).map_err(|error| error.to_string())
+    }
+
+    async fn restored(&self) {
+        let mut connection = self.connection.subscribe();
+        // Nobody comes back without having been away. The sender is a part of `self`.
+        let _ = connection.wait_for(Option::is_none).await;
+        let _ = connection.wait_for(Option::is_some).await;
     }
 }
 

@@ -46,7 +46,9 @@ fn refused_now(view: &View, connection: &Connection) -> Option<RefuseReason> {
         },
     };
     // A pod that leaves the view before it leaves the node ends when the agent says so, not in the middle of its farewell.
-    (because != RefuseReason::NoSuchPod && because != RefuseReason::NoView).then_some(because)
+    // And who is at the other end of an open connection does not change with the age of the view.
+    let not_now = [RefuseReason::NoSuchPod, RefuseReason::NoView, RefuseReason::StrictStaleView];
+    (!not_now.contains(&because)).then_some(because)
 }
 
 /// Why plaintext to this address would be refused now.

@@ -81,6 +81,12 @@ pub(crate) struct Metrics {
     pub(crate) pods: Gauge,
     /// Changes of the view so far.
     pub(crate) view: Gauge,
+    /// Seconds that the control plane's clock is ahead of this node's.
+    pub(crate) clock_skew: Gauge,
+    /// Milliseconds since the view was last known to be right; -1 before the first time.
+    pub(crate) view_age: Gauge,
+    /// 1 while the view is stale.
+    pub(crate) view_stale: Gauge,
     /// 1 while the control plane's stream is up.
     pub(crate) connected: Gauge,
     /// 1 while the agent's link is up.
@@ -139,6 +145,9 @@ impl Metrics {
             open: Gauge::default(),
             pods: Gauge::default(),
             view: Gauge::default(),
+            clock_skew: Gauge::default(),
+            view_age: Gauge::default(),
+            view_stale: Gauge::default(),
             connected: Gauge::default(),
             agent: Gauge::default(),
             certificates: Counter::default(),
@@ -162,6 +171,11 @@ impl Metrics {
         self.gauge("connections", "Connections that are open", self.open.clone());
         self.gauge("pods", "Pods that are captured", self.pods.clone());
         self.gauge("view_changes", "Changes of the view so far", self.view.clone());
+        let help = "Seconds that the control plane's clock is ahead of this node's";
+        self.gauge("clock_skew_seconds", help, self.clock_skew.clone());
+        let help = "Time since the view was last known to be right; -1: never yet";
+        self.gauge("view_age_milliseconds", help, self.view_age.clone());
+        self.gauge("view_stale", "1 while the view is too old for plaintext", self.view_stale.clone());
         self.gauge("control_plane_connected", "1 while the stream is up", self.connected.clone());
         self.gauge("agent_connected", "1 while the link to the agent is up", self.agent.clone());
         self.counter("certificates_issued", "Certificates that were issued", self.certificates.clone());

@@ -62,7 +62,6 @@ impl Node {
 
     /// Takes a connection out of what is open, counts it, and writes its line of the access log.
     pub(crate) fn closed(&self, connection: &Connection, end: Result<(), &EndedEarly>) {
-        self.connections.close(connection);
         self.metrics.open.dec();
         self.metrics.closed(connection, end, self.clock.monotonic());
         let (sent, received) = connection.bytes.now();
@@ -75,6 +74,8 @@ impl Node {
                 tracing::error!(id = connection.id, pod = %connection.pod.name, "a connection ended for a fault of ours: {early}");
             }
         }
+        // Last: who finds nothing open finds everything told.
+        self.connections.close(connection);
     }
 
     /// Who is at the other end, as far as the view knows. A connection that was refused has no decision that says so, and it is

@@ -155,6 +155,10 @@ async fn serve(args: Args, descriptors: u64) -> Result<()> {
         unjudged: false,
     };
     tokio::spawn(control.follow());
+    tokio::spawn({
+        let node = node.clone();
+        async move { node.view.grow_old().await }
+    });
     tokio::spawn(agent::keep(args.agent_socket, said, outgoing));
     tracing::info!(node = args.node, cores = count, descriptors, "the proxy runs");
 

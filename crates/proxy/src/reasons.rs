@@ -146,7 +146,7 @@ impl EndedEarly {
 fn fault_of(reason: RefuseReason) -> Fault {
     match reason {
         RefuseReason::NoView | RefuseReason::UnknownDestination | RefuseReason::NoEndpoint => Fault::Environment,
-        RefuseReason::NoSuchPort | RefuseReason::NoSuchPod => Fault::Environment,
+        RefuseReason::NoSuchPort | RefuseReason::NoSuchPod | RefuseReason::StrictStaleView => Fault::Environment,
         RefuseReason::OwnListener | RefuseReason::LateHello | RefuseReason::IdentityAddressMismatch => Fault::Peer,
         RefuseReason::Loop => Fault::Ours,
         RefuseReason::Strict | RefuseReason::StrictBypass | RefuseReason::HelloTimeout => Fault::Policy,

@@ -15,7 +15,7 @@ mod tests;
 use std::fmt;
 use std::net::IpAddr;
 
-use identity::{SpiffeId, TrustBundle};
+use identity::{SpiffeId, TrustBundle, UnixTime};
 use mesh::{PodUid, PolicyName, ResourceKey, ServiceName, Uncaptured, WorkloadUid};
 
 pub use client_state::{Batch, Known};
@@ -39,11 +39,15 @@ pub enum Kind {
     Settings,
     /// The pods of the subscriber's own node.
     NodePod,
+    /// That the control plane is there, and what time it has. The last of the kinds, so that the first one comes after
+    /// everything else that a new stream asks for.
+    Heartbeat,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: &'static [Self] = &[Self::Address, Self::Policy, Self::Bundle, Self::Settings, Self::NodePod];
+    pub const ALL: &'static [Self] =
+        &[Self::Address, Self::Policy, Self::Bundle, Self::Settings, Self::NodePod, Self::Heartbeat];
 
     /// The type URL on the stream.
     pub fn type_url(self) -> &'static str {
@@ -53,6 +57,7 @@ impl Kind {
             Self::Bundle => "type.googleapis.com/justmtls.v1.TrustBundle",
             Self::Settings => "type.googleapis.com/justmtls.v1.MeshSettings",
             Self::NodePod => "type.googleapis.com/justmtls.v1.NodePod",
+            Self::Heartbeat => "type.googleapis.com/justmtls.v1.Heartbeat",
         }
     }
 
@@ -69,6 +74,7 @@ impl Kind {
             Self::Bundle => "trust-bundle",
             Self::Settings => "mesh-settings",
             Self::NodePod => "node-pod",
+            Self::Heartbeat => "heartbeat",
         }
     }
 }
@@ -98,6 +104,13 @@ pub struct NodePod {
     pub excluded_ports: Vec<u16>,
 }
 
+/// A word of the control plane that it is there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Heartbeat {
+    /// The control plane's clock when it said so. It is shown and compared, and no decision rests on it.
+    pub time: UnixTime,
+}
+
 /// One resource, new or changed.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Resource {
@@ -107,6 +120,8 @@ pub enum Resource {
     Bundle(TrustBundle),
     /// A pod of this node.
     NodePod(NodePod),
+    /// A heartbeat.
+    Heartbeat(Heartbeat),
 }
 
 impl Resource {
@@ -118,6 +133,7 @@ impl Resource {
             Self::Mesh(mesh::Resource::Settings(_)) => Kind::Settings,
             Self::Bundle(_) => Kind::Bundle,
             Self::NodePod(_) => Kind::NodePod,
+            Self::Heartbeat(_) => Kind::Heartbeat,
         }
     }
 
@@ -130,6 +146,7 @@ impl Resource {
             Self::Mesh(mesh::Resource::Settings(_)) => SETTINGS_NAME.to_owned(),
             Self::Bundle(_) => BUNDLE_NAME.to_owned(),
             Self::NodePod(pod) => pod.pod.to_string(),
+            Self::Heartbeat(_) => HEARTBEAT_NAME.to_owned(),
         }
     }
 }
@@ -138,6 +155,8 @@ impl Resource {
 pub const SETTINGS_NAME: &str = "mesh";
 /// The name of the one [`Kind::Bundle`].
 pub const BUNDLE_NAME: &str = "bundle";
+/// The name of the one [`Kind::Heartbeat`].
+pub const HEARTBEAT_NAME: &str = "heartbeat";
 
 /// The key of a resource that the control plane took back. Settings and the trust bundle change and are never taken
 /// back: without them nothing can be decided.
@@ -241,7 +260,7 @@ fn removed(kind: Kind, name: &str) -> Result<Removed, Fault> {
         })),
         Kind::Policy => Ok(Removed::Mesh(ResourceKey::Policy(policy_name(name, "name")?))),
         Kind::NodePod => Ok(Removed::NodePod(PodUid::from(name))),
-        Kind::Bundle | Kind::Settings => Err(Fault::NotRemovable),
+        Kind::Bundle | Kind::Settings | Kind::Heartbeat => Err(Fault::NotRemovable),
     }
 }
 

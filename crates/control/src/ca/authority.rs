@@ -70,6 +70,11 @@ pub(crate) enum AuthorityError {
 }
 
 impl Authority {
+    /// Whether a folder has an authority already: another control plane ran with it.
+    pub(crate) fn is_in(directory: &Path) -> bool {
+        directory.join(ROOT).exists()
+    }
+
     /// Loads the authority of a folder, or makes one where there is none.
     pub(crate) fn open(directory: &Path, trust_domain: &TrustDomain, now: UnixTime) -> Result<Self, AuthorityError> {
         check_directory(directory)?;

@@ -1,6 +1,7 @@
 //! The whole control plane over real TLS and gRPC on loopback, with the client that nodes use.
 
 mod calls;
+mod restart;
 mod streams;
 
 use std::collections::BTreeSet;
@@ -25,6 +26,7 @@ use crate::clock::Clock;
 const LONG: Duration = Duration::from_secs(20);
 
 const PROXY_KINDS: &[Kind] = &[Kind::Address, Kind::Policy, Kind::Bundle, Kind::Settings];
+const WITH_HEARTBEAT: &[Kind] = &[Kind::Address, Kind::Policy, Kind::Bundle, Kind::Settings, Kind::Heartbeat];
 const AGENT_KINDS: &[Kind] = &[Kind::Bundle, Kind::NodePod];
 
 /// A running control plane, and the files it was started with.
@@ -70,6 +72,19 @@ impl Bed {
         let control = Control::start(&args(directory.path(), leaf_validity), clock.clone()).await.unwrap();
         let (address, events) = (control.address, control.sender.clone());
         Self { directory, address, clock, events, running: tokio::spawn(control.run()) }
+    }
+
+    /// Ends the control plane, as a signal would.
+    async fn stop(&mut self) {
+        self.events.send(Event::Terminate).await.unwrap();
+        timeout(LONG, &mut self.running).await.unwrap().unwrap().unwrap();
+    }
+
+    /// Starts another one from the same files.
+    async fn start_again(&mut self) {
+        let control = Control::start(&args(self.path(), Duration::from_secs(3600)), self.clock.clone()).await.unwrap();
+        (self.address, self.events) = (control.address, control.sender.clone());
+        self.running = tokio::spawn(control.run());
     }
 
     fn path(&self) -> &Path {
@@ -157,6 +172,8 @@ struct Watched {
     view: View,
     node_pods: std::collections::BTreeMap<PodUid, wire::discovery::NodePod>,
     bundles: usize,
+    /// The times that heartbeats told.
+    beats: Vec<u64>,
     /// Every batch that came, by kind and number of changes.
     batches: Vec<(Kind, usize)>,
 }
@@ -165,8 +182,14 @@ impl Watched {
     /// Opens a stream and reads until it is complete.
     async fn open(connected: &Connected, kinds: &[Kind], known: Known) -> Self {
         let stream = connected.discover(kinds, known).await.unwrap();
-        let mut watched =
-            Self { stream, view: View::default(), node_pods: Default::default(), bundles: 0, batches: Vec::new() };
+        let mut watched = Self {
+            stream,
+            view: View::default(),
+            node_pods: Default::default(),
+            bundles: 0,
+            beats: Vec::new(),
+            batches: Vec::new(),
+        };
         let kinds: BTreeSet<_> = kinds.iter().copied().collect();
         watched.until(|watched| watched.batches.iter().map(|(kind, _)| *kind).collect::<BTreeSet<_>>() == kinds).await;
         watched
@@ -187,6 +210,7 @@ impl Watched {
             match change {
                 Change::Set(Resource::Mesh(resource)) => self.view.apply(resource),
                 Change::Set(Resource::Bundle(_)) => self.bundles += 1,
+                Change::Set(Resource::Heartbeat(heartbeat)) => self.beats.push(heartbeat.time.as_secs()),
                 Change::Set(Resource::NodePod(pod)) => drop(self.node_pods.insert(pod.pod.clone(), pod)),
                 Change::Removed(wire::discovery::Removed::Mesh(key)) => self.view.remove(&key),
                 Change::Removed(wire::discovery::Removed::NodePod(pod)) => drop(self.node_pods.remove(&pod)),

@@ -132,6 +132,11 @@ impl Cluster {
         self.captured.insert((pod.node.clone(), pod.uid.clone()));
     }
 
+    /// Takes note of what nodes have said before.
+    pub(crate) fn remember(&mut self, captured: impl IntoIterator<Item = (String, PodUid)>) {
+        self.captured.extend(captured);
+    }
+
     /// Whether its node has ever said so.
     pub(crate) fn is_captured(&self, pod: &Pod) -> bool {
         self.captured.contains(&(pod.node.clone(), pod.uid.clone()))

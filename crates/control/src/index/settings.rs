@@ -1,6 +1,8 @@
 //! Settings of the whole mesh, from the ConfigMap `justmtls-system/justmtls` and from Nodes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use identity::TrustDomain;
 use ipnet::IpNet;
@@ -17,6 +19,12 @@ const INSIDE: &str = "insideCIDRs";
 const MIXED: &str = "mixedCIDRs";
 const SERVICES: &str = "serviceCIDRs";
 const EXCLUDED_PORTS: &str = "excludedPorts";
+const VIEW_LIFETIME: &str = "viewLifetime";
+const ALL: [&str; 6] = [TRUST_DOMAIN, INSIDE, MIXED, SERVICES, EXCLUDED_PORTS, VIEW_LIFETIME];
+
+/// How short and how long a view may be allowed to live. Below, a busy machine is taken for an attacker; above, an attacker
+/// has his time.
+const VIEW_LIFETIMES: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(300);
 
 /// The trust domain where nobody names one.
 const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
@@ -28,6 +36,7 @@ pub(crate) struct Settings {
     mixed: BTreeSet<IpNet>,
     services: BTreeSet<IpNet>,
     excluded_ports: BTreeSet<u16>,
+    view_lifetime: Option<Duration>,
 }
 
 /// Whether an object is the one with the settings.
@@ -63,9 +72,7 @@ impl Settings {
     ) -> Self {
         let empty = BTreeMap::new();
         let data = settings.and_then(|settings| settings.data.as_ref()).unwrap_or(&empty);
-        for key in
-            data.keys().filter(|key| ![TRUST_DOMAIN, INSIDE, MIXED, SERVICES, EXCLUDED_PORTS].contains(&key.as_str()))
-        {
+        for key in data.keys().filter(|key| !ALL.contains(&key.as_str())) {
             let message = format!("field data.{} is not a setting and is left out; remove it", quoted(key));
             problems.push(Problem::warning(object(), message));
         }
@@ -83,6 +90,7 @@ impl Settings {
             mixed: list(data, MIXED, &self.mixed, problems),
             services: list(data, SERVICES, &self.services, problems),
             excluded_ports: list(data, EXCLUDED_PORTS, &self.excluded_ports, problems),
+            view_lifetime: view_lifetime(data, self.view_lifetime, problems),
         }
     }
 
@@ -110,8 +118,26 @@ impl Settings {
             inside: inside.into_iter().collect(),
             mixed: self.mixed.iter().copied().collect(),
             nodes: nodes.into_iter().collect(),
+            view_lifetime: self.view_lifetime.unwrap_or(mesh::VIEW_LIFETIME),
         }
     }
+}
+
+fn view_lifetime(
+    data: &BTreeMap<String, String>,
+    last: Option<Duration>,
+    problems: &mut Vec<Problem>,
+) -> Option<Duration> {
+    let text = data.get(VIEW_LIFETIME)?;
+    let read = crate::lifetime(text.trim()).ok().filter(|time| VIEW_LIFETIMES.contains(time));
+    if read.is_none() {
+        let message = format!(
+            "field data.{VIEW_LIFETIME}: {} is not a time from 1s to 300s; the last good value of the field stays",
+            quoted(text)
+        );
+        problems.push(Problem::error(object(), message));
+    }
+    read.or(last)
 }
 
 /// A list with commas or white space between its entries.

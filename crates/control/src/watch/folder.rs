@@ -41,6 +41,10 @@ pub(crate) struct Folder {
     problems: BTreeMap<String, Vec<Problem>>,
     /// What is wrong with the folder itself.
     own_problem: Option<Problem>,
+    /// Whether this is the first reading of all files.
+    first: bool,
+    /// Files that could not be read wholly at the start, and have not been since: what they hold was never known here.
+    unlisted: BTreeSet<String>,
 }
 
 /// Why a folder cannot be watched.
@@ -72,8 +76,11 @@ impl Folder {
             set: Set::default(),
             problems: BTreeMap::new(),
             own_problem: None,
+            first: true,
+            unlisted: BTreeSet::new(),
         };
         let changes = folder.read_all().map_err(|error| FolderError::List { path: path.to_owned(), error })?;
+        folder.first = false;
         let batch = folder.batch(changes);
         Ok((folder, batch))
     }
@@ -148,11 +155,15 @@ impl Folder {
             let message =
                 format!("is not read: there are {MAX_FILES} files or {MAX_OBJECTS} objects already; remove some");
             self.own_problem = Some(Problem::error(format!("{}/{}", self.path.display(), quoted(file)), message));
+            self.note_listed(file, false);
             return Vec::new();
         }
         match read_file(&self.path.join(file)) {
             Ok(text) => {
-                let Reloaded { changes, problems, kept } = self.set.reload(file, text);
+                let Reloaded { changes, problems, kept, unreadable, unidentified } = self.set.reload(file, text);
+                // For a policy that cannot be read another one stands in, which refuses (D13).
+                let missing = unreadable.iter().any(|key| key.kind != manifests::Kind::AuthorizationPolicy);
+                self.note_listed(file, !unidentified && !missing);
                 let kept = kept.iter().map(|key| {
                     Problem::warning(
                         file,
@@ -165,13 +176,25 @@ impl Folder {
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 self.problems.remove(file);
+                self.unlisted.remove(file);
                 self.set.forget(file)
             }
             Err(error) => {
                 let message = format!("cannot be read: {error}; the last good state of its objects stays");
                 self.problems.insert(file.to_owned(), vec![Problem::error(file, message)]);
+                self.note_listed(file, false);
                 Vec::new()
             }
+        }
+    }
+
+    /// Takes note of whether all that a file holds is known. After the start there is an earlier state of whatever was
+    /// listed, and what is new and cannot be read affects only itself.
+    fn note_listed(&mut self, file: &str, wholly: bool) {
+        if wholly {
+            self.unlisted.remove(file);
+        } else if self.first {
+            self.unlisted.insert(file.to_owned());
         }
     }
 
@@ -183,6 +206,7 @@ impl Folder {
         Batch {
             changes: applied.chain(deleted.into_iter().map(Change::Deleted)).collect(),
             unreadable: self.set.unreadable().cloned().collect(),
+            unlisted: self.unlisted.clone(),
             problems: self.own_problem.iter().chain(self.problems.values().flatten()).cloned().collect(),
         }
     }

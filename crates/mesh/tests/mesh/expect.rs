@@ -61,3 +61,22 @@ fn without_settings_nobody_is_taken_for_outside() {
     let expectation = expect(&view, &pod("server", 1), 80, ip("203.0.113.9"));
     assert_eq!((expectation.wait, expectation.plaintext), (Duration::from_millis(300), Plain::UnknownSource));
 }
+
+#[test]
+fn a_stale_view_waits_for_the_hello_of_whoever_is_inside_and_calls_the_plaintext_stale() {
+    let mut view = world();
+    view.set_stale(true);
+    let server = with_modes(pod("server", 1), Mode::Permissive, 443);
+    // Who is known to be captured is no less so, and what is not a pod's address does not rest on the view's age.
+    let names_that_stay = [Plain::Bypass, Plain::HostNetwork, Plain::Node, Plain::Outside];
+    for (source, millis, plaintext) in SOURCES {
+        let (millis, plaintext) = match names_that_stay.contains(&plaintext) {
+            true => (millis, plaintext),
+            false => (300, Plain::StaleView),
+        };
+        let expected = Expectation { wait: Duration::from_millis(millis), plaintext, mode: Mode::Permissive };
+        assert_eq!(expect(&view, &server, 80, ip(source)), expected, "{source}");
+        let strict = expect(&view, &server, 443, ip(source));
+        assert_eq!((strict.wait, strict.mode), (Duration::from_secs(3), Mode::Strict), "{source}");
+    }
+}

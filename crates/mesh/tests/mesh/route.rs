@@ -111,6 +111,43 @@ fn every_destination_has_its_route() {
 }
 
 #[test]
+fn a_stale_view_sends_nothing_in_clear_inside_the_cluster_but_by_that_name() {
+    let mut view = world();
+    view.set_stale(true);
+    let cases = [
+        // Whoever proves an identity is who it is, whatever the age.
+        ("10.0.0.2:5432", Is::Tunnel("web", "10.0.0.2:5432")),
+        ("10.96.0.1:80", Is::Tunnel("web", "10.0.0.2:8080")),
+        ("10.0.0.3:80", Is::Clear("10.0.0.3:80", Plain::StaleView)),
+        ("10.0.0.5:80", Is::Clear("10.0.0.5:80", Plain::StaleView)),
+        ("10.0.0.8:80", Is::Clear("10.0.0.8:80", Plain::StaleView)),
+        ("10.96.0.5:80", Is::Clear("10.0.0.8:80", Plain::StaleView)),
+        ("10.0.0.7:80", Is::AskThenClear("10.0.0.7:80", Plain::StaleView)),
+        // A port that is strict there.
+        ("10.0.0.7:443", Is::Refused(No::StrictStaleView)),
+        ("10.0.0.6:80", Is::Refused(No::StrictStaleView)),
+        ("10.0.0.6:9", Is::AskThenClear("10.0.0.6:9", Plain::StaleView)),
+        ("10.0.0.99:80", Is::AskThenRefuse(No::UnknownDestination)),
+        ("172.16.5.5:80", Is::AskThenRefuse(No::UnknownDestination)),
+        // What is not a pod's does not rest on the view's age.
+        ("10.0.0.1:80", Is::Clear("10.0.0.1:80", Plain::SelfPod)),
+        ("192.0.2.10:10250", Is::Clear("192.0.2.10:10250", Plain::Node)),
+        ("203.0.113.9:443", Is::Clear("203.0.113.9:443", Plain::Outside)),
+    ];
+    for (to, expected) in cases {
+        check(&view, to, expected);
+    }
+    // A client whose own mode is strict is not let out in clear by an old view, to whomever inside.
+    view.apply(Resource::Workload(Box::new(with_modes(pod("client", 1), Mode::Strict, 80))));
+    for to in ["10.0.0.3:80", "10.0.0.5:80", "10.0.0.7:80", "10.0.0.8:80"] {
+        check(&view, to, Is::Refused(No::StrictStaleView));
+    }
+    check(&view, "203.0.113.9:443", Is::Clear("203.0.113.9:443", Plain::Outside));
+    view.set_stale(false);
+    check(&view, "10.0.0.3:80", Is::Clear("10.0.0.3:80", Plain::OptedOut));
+}
+
+#[test]
 fn the_service_that_was_dialled_stays_known_for_the_logs() {
     let view = world();
     let service_of = |to| match decide(&view, "client", to, 0) {

@@ -89,6 +89,7 @@ pub(crate) fn settings() -> MeshSettings {
         mixed: vec!["172.16.0.0/12".parse().unwrap()],
         // One in the pods' own range: it is a node all the same.
         nodes: vec![ip("192.0.2.10"), ip("10.0.255.1")],
+        ..MeshSettings::default()
     }
 }
 

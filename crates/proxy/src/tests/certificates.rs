@@ -7,6 +7,7 @@ use std::time::Duration;
 use identity::SpiffeId;
 use identity::chain::Chain;
 use identity::csr::CertificateRequest;
+use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::world::{self, id};
@@ -23,9 +24,14 @@ struct Flaky {
     clock: Clock,
     works: AtomicBool,
     asked: AtomicUsize,
+    back: Notify,
 }
 
 impl Authority for Flaky {
+    async fn restored(&self) {
+        self.back.notified().await;
+    }
+
     async fn certify(&self, id: &SpiffeId, request: &CertificateRequest) -> Result<Chain, String> {
         self.asked.fetch_add(1, Ordering::SeqCst);
         if !self.works.load(Ordering::SeqCst) {
@@ -47,7 +53,8 @@ fn setting() -> Setting {
     let authority = world::Authority::new(&clock);
     let certificates = Arc::new(Certificates::new(clock.clone()));
     certificates.set_bundle(authority.bundle.clone());
-    let flaky = Flaky { authority, clock: clock.clone(), works: AtomicBool::new(true), asked: AtomicUsize::new(0) };
+    let (works, asked, back) = (AtomicBool::new(true), AtomicUsize::new(0), Notify::new());
+    let flaky = Flaky { authority, clock: clock.clone(), works, asked, back };
     Setting {
         clock,
         certificates,
@@ -128,6 +135,48 @@ async fn a_failed_renewal_keeps_the_valid_one_until_it_expires() {
     setting.authority.works.store(true, Ordering::SeqCst);
     setting.next_change().await;
     setting.certificates.server(&id("a/sa/client")).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_expired_while_the_authority_was_away_is_there_again_at_once_when_it_is_back() {
+    let setting = setting();
+    setting.hold();
+    setting.next_change().await;
+    setting.authority.works.store(false, Ordering::SeqCst);
+    setting.clock.shift(2 * LIFE.as_secs() as i64);
+    assert!(setting.stays_as_it_is(Duration::from_secs(300)).await);
+    assert!(!setting.certificates.has(&id("a/sa/client")), "its time is over");
+    let asked = setting.authority.asked.load(Ordering::SeqCst);
+    setting.authority.works.store(true, Ordering::SeqCst);
+    let back = tokio::time::Instant::now();
+    setting.authority.back.notify_waiters();
+    setting.next_change().await;
+    assert!(back.elapsed() < Duration::from_millis(100), "{:?}", back.elapsed());
+    assert!(setting.certificates.has(&id("a/sa/client")));
+    assert_eq!(setting.authority.asked.load(Ordering::SeqCst), asked + 1, "once, and not again and again");
+}
+
+#[tokio::test(start_paused = true)]
+async fn steps_of_the_clock_neither_lose_a_certificate_nor_keep_an_expired_one() {
+    let setting = setting();
+    setting.hold();
+    setting.next_change().await;
+    let first = setting.not_after();
+    // Back before the issue, as far as certificates are backdated: as before.
+    setting.clock.shift(-50);
+    assert!(setting.certificates.has(&id("a/sa/client")));
+    assert!(setting.stays_as_it_is(Duration::from_secs(120)).await);
+    assert_eq!(setting.not_after(), first);
+    // A day back: it is not valid yet, and so none; forward again, and it is the same one.
+    setting.clock.shift(-86_400);
+    assert!(!setting.certificates.has(&id("a/sa/client")));
+    setting.clock.shift(86_400 + 50);
+    assert!(setting.certificates.has(&id("a/sa/client")));
+    // A step beyond its end: refused until the next one is there, within the keeper's longest sleep.
+    setting.clock.shift(LIFE.as_secs() as i64 + 60);
+    assert!(!setting.certificates.has(&id("a/sa/client")));
+    setting.next_change().await;
+    assert!(setting.not_after() > first && setting.certificates.has(&id("a/sa/client")));
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,6 +1,7 @@
 //! The discovery stream, as a node reads it.
 
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::time::Instant;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Streaming;
 
@@ -16,6 +17,9 @@ pub struct Discovery {
     /// Unbounded, and yet never long: after the subscriptions there is one answer for each message that was read.
     requests: UnboundedSender<DeltaDiscoveryRequest>,
     responses: Streaming<DeltaDiscoveryResponse>,
+    /// When this end last said something that the next heartbeat answers: its subscription, then each heartbeat's answer.
+    said: Instant,
+    as_of: Option<Instant>,
 }
 
 impl Connected {
@@ -26,6 +30,7 @@ impl Connected {
     pub async fn discover(&self, kinds: &[Kind], known: Known) -> Result<Discovery, ClientError> {
         let state = ClientState::new(kinds, known);
         let (requests, outgoing) = unbounded_channel();
+        let said = Instant::now();
         for request in state.subscribe(&self.name) {
             // Its receiver lives in `outgoing`.
             let _ = requests.send(request);
@@ -34,7 +39,7 @@ impl Connected {
             AggregatedDiscoveryServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE);
         let request = self.request(UnboundedReceiverStream::new(outgoing));
         let answer = client.delta_aggregated_resources(request).await.map_err(|status| self.failed(&status))?;
-        Ok(Discovery { connection: self.clone(), state, requests, responses: answer.into_inner() })
+        Ok(Discovery { connection: self.clone(), state, requests, responses: answer.into_inner(), said, as_of: None })
     }
 }
 
@@ -52,7 +57,12 @@ impl Discovery {
             let message = self.responses.message().await.map_err(|status| self.connection.failed(&status))?;
             let response = message.ok_or_else(|| self.connection.lost("it closed the stream"))?;
             match self.state.receive(response) {
-                Some(batch) => return Ok(batch),
+                Some(batch) => {
+                    if batch.kind == Kind::Heartbeat && self.is_complete() {
+                        self.as_of = Some(self.said);
+                    }
+                    return Ok(batch);
+                }
                 None => self.answer(Ok(())),
             }
         }
@@ -69,6 +79,15 @@ impl Discovery {
         self.state.is_complete()
     }
 
+    /// A moment, by this machine's own monotonic clock, at which what has come so far was all that there was to know: it is
+    /// at most that old. `None` before the first heartbeat of a complete stream.
+    ///
+    /// It is when this end said what the last heartbeat answers, so that whoever holds the stream up, for however long,
+    /// makes it older and never newer; the clock of the control plane plays no part in it.
+    pub fn as_of(&self) -> Option<Instant> {
+        self.as_of
+    }
+
     /// What was accepted so far: for the next stream.
     pub fn known(&self) -> &Known {
         self.state.known()
@@ -76,6 +95,9 @@ impl Discovery {
 
     fn answer(&mut self, verdict: Result<(), String>) {
         if let Some(request) = self.state.answer(verdict) {
+            if request.type_url == Kind::Heartbeat.type_url() {
+                self.said = Instant::now();
+            }
             // A stream that has ended says so by its other half.
             let _ = self.requests.send(request);
         }

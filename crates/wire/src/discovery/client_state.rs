@@ -64,9 +64,9 @@ impl ClientState {
         &self.known
     }
 
-    /// Whether every kind has come wholly, and was accepted, since this stream began.
+    /// Whether every kind has come wholly, and was accepted, since this stream began. Heartbeats never end.
     pub(crate) fn is_complete(&self) -> bool {
-        self.complete == self.kinds
+        self.kinds.iter().all(|kind| *kind == Kind::Heartbeat || self.complete.contains(kind))
     }
 
     /// The first requests of a stream: everything of each kind, but for what is known.
@@ -133,6 +133,8 @@ impl ClientState {
         match (kind, verdict) {
             (_, Err(because)) => refused.insert(0, because),
             (None, Ok(())) => {}
+            // A heartbeat is of its moment: the next stream begins with one of its own.
+            (Some(Kind::Heartbeat), Ok(())) => {}
             (Some(kind), Ok(())) => {
                 let known = self.known.0.entry(kind).or_default();
                 for (name, version) in versions {

@@ -1,14 +1,15 @@
 //! Resources that Istio does not know: the trust bundle, the settings of the mesh, the pods of a node.
 
 use std::str::FromStr;
+use std::time::Duration;
 
-use identity::{SpiffeId, TrustBundle, TrustDomain};
+use identity::{SpiffeId, TrustBundle, TrustDomain, UnixTime};
 use ipnet::IpNet;
 use mesh::{MeshSettings, PodUid, Uncaptured};
 use prost::Message;
 
 use super::address::{decode_uncaptured, encode_uncaptured};
-use super::{Fault, NodePod, Resource};
+use super::{Fault, Heartbeat, NodePod, Resource};
 use crate::proto::v1;
 
 pub(super) fn encode_bundle(bundle: &TrustBundle) -> Vec<u8> {
@@ -30,6 +31,7 @@ pub(super) fn encode_settings(settings: &MeshSettings) -> Vec<u8> {
         inside: settings.inside.iter().map(ToString::to_string).collect(),
         mixed: settings.mixed.iter().map(ToString::to_string).collect(),
         nodes: settings.nodes.iter().map(ToString::to_string).collect(),
+        view_lifetime_milliseconds: settings.view_lifetime.as_millis().try_into().unwrap_or(u32::MAX),
     };
     message.encode_to_vec()
 }
@@ -45,7 +47,21 @@ pub(super) fn decode_settings(content: &[u8]) -> Result<Resource, Fault> {
         inside: ranges(&message.inside, "inside")?,
         mixed: ranges(&message.mixed, "mixed")?,
         nodes: nodes.collect::<Result<_, _>>()?,
+        view_lifetime: match message.view_lifetime_milliseconds {
+            0 => mesh::VIEW_LIFETIME,
+            milliseconds => Duration::from_millis(milliseconds.into()),
+        },
     })))
+}
+
+pub(super) fn encode_heartbeat(heartbeat: Heartbeat) -> Vec<u8> {
+    v1::Heartbeat { time: heartbeat.time.as_secs() }.encode_to_vec()
+}
+
+pub(super) fn decode_heartbeat(content: &[u8]) -> Result<Resource, Fault> {
+    let message = v1::Heartbeat::decode(content).map_err(|_| Fault::Encoding)?;
+    let time = UnixTime::since_unix_epoch(Duration::from_secs(message.time));
+    Ok(Resource::Heartbeat(Heartbeat { time }))
 }
 
 pub(super) fn encode_node_pod(pod: &NodePod) -> Vec<u8> {

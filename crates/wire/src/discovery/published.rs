@@ -34,6 +34,7 @@ impl Published {
             Resource::Mesh(mesh::Resource::Settings(settings)) => ours::encode_settings(settings),
             Resource::Bundle(bundle) => ours::encode_bundle(bundle),
             Resource::NodePod(pod) => ours::encode_node_pod(pod),
+            Resource::Heartbeat(heartbeat) => ours::encode_heartbeat(*heartbeat),
         };
         // Half of the hash: no adversary chooses contents, and a full view names 250,000 of these.
         let version: String = Sha256::digest(&content)[..16].iter().map(|byte| format!("{byte:02x}")).collect();
@@ -90,6 +91,7 @@ pub(crate) fn decode(kind: Kind, resource: &envoy::Resource) -> Result<Resource,
             Kind::Bundle => ours::decode_bundle(&any.value)?,
             Kind::Settings => ours::decode_settings(&any.value)?,
             Kind::NodePod => ours::decode_node_pod(&any.value)?,
+            Kind::Heartbeat => ours::decode_heartbeat(&any.value)?,
         };
         if decoded.name() == resource.name { Ok(decoded) } else { Err(Fault::WrongName) }
     };

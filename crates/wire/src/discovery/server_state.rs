@@ -3,8 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use identity::UnixTime;
+
 use super::client_state::PARTIAL;
-use super::{Kind, Published};
+use super::{Heartbeat, Kind, Published, Resource};
 use crate::proto::envoy::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
 /// Bytes after which a response is closed and another one begins: far below what a client takes in one message.
@@ -51,6 +53,7 @@ pub(crate) struct ServerState {
     subscriptions: BTreeMap<Kind, Subscription>,
     last_nonce: u64,
     node: String,
+    told: u64,
 }
 
 #[derive(Default)]
@@ -75,6 +78,11 @@ impl ServerState {
     /// What the node calls itself: a claim, printable and bounded, for people to read.
     pub(crate) fn node(&self) -> &str {
         &self.node
+    }
+
+    /// How many resources and removals were sent.
+    pub(crate) fn told(&self) -> u64 {
+        self.told
     }
 
     /// Takes a request. `None`: nothing to do about it.
@@ -176,6 +184,17 @@ impl ServerState {
         self.respond(kind, set, gone, false)
     }
 
+    /// The next heartbeat, if the node wants any and has answered the last one: each answers what the node said after the
+    /// one before, so that a stream that is held up somewhere holds up its heartbeats too.
+    pub(crate) fn beat(&mut self, time: UnixTime) -> Option<DeltaDiscoveryResponse> {
+        let subscription = self.subscriptions.get(&Kind::Heartbeat)?;
+        if !subscription.unacknowledged.is_empty() {
+            return None;
+        }
+        let heartbeat = Published::new(&Resource::Heartbeat(Heartbeat { time }));
+        self.respond(Kind::Heartbeat, vec![&heartbeat], Vec::new(), false).pop()
+    }
+
     /// Distributes resources over responses. Removals go first: an address that moved is taken before it is given.
     fn respond(
         &mut self,
@@ -187,6 +206,9 @@ impl ServerState {
         let mut responses = Vec::new();
         if set.is_empty() && gone.is_empty() && !even_if_empty {
             return responses;
+        }
+        if kind != Kind::Heartbeat {
+            self.told += (set.len() + gone.len()) as u64;
         }
         let mut size: usize = gone.iter().map(|name| name.len() + 8).sum();
         let mut response = DeltaDiscoveryResponse { removed_resources: gone, ..Default::default() };

@@ -1,5 +1,6 @@
 //! A discovery stream, as the control plane sees it.
 
+use identity::UnixTime;
 use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
@@ -43,6 +44,11 @@ impl DiscoveryStream {
         self.state.node()
     }
 
+    /// How many resources and removals were sent on this stream: what a subscriber costs.
+    pub fn told(&self) -> u64 {
+        self.state.told()
+    }
+
     /// Sends whatever makes the node's knowledge of a kind equal to `all`: due after [`Asked::Subscribed`], right at any
     /// time. What the node has and `all` lacks is removed, so that `all` must be everything.
     ///
@@ -63,6 +69,13 @@ impl DiscoveryStream {
     ) -> usize {
         let responses = self.state.update(kind, changed, removed);
         self.send(responses).await
+    }
+
+    /// Sends a heartbeat, if the node wants any and has answered the last one. Whether it did. Waiting and cancelling as for
+    /// [`DiscoveryStream::reconcile`].
+    pub async fn beat(&mut self, time: UnixTime) -> bool {
+        let beat = self.state.beat(time);
+        self.send(beat.into_iter().collect()).await > 0
     }
 
     async fn send(&mut self, responses: Vec<DeltaDiscoveryResponse>) -> usize {

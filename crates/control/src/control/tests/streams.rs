@@ -150,7 +150,9 @@ async fn what_nodes_acknowledge_and_refuse_is_shown() {
     let bundle = &stream["kinds"]["trust-bundle"];
     assert_eq!(bundle["acknowledged"], bundle["sent"]);
     drop(proxy);
-    bed.admin_until("/nodes", |shown| !shown.contains("proxy")).await;
+    // What it had come to is known after it is gone.
+    let shown = bed.admin_until("/nodes", |shown| shown.contains("\"open\":false")).await;
+    assert!(shown.contains("I do not like it") && !shown.contains("\"open\":true"), "{shown}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

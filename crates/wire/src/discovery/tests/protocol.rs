@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use identity::UnixTime;
 use proptest::prelude::*;
 
 use super::{NodePod, pod};
 use crate::discovery::server_state::BadRequest;
-use crate::discovery::{Asked, Change, ClientState, Fault, Kind, Known, Published, Removed, Resource, ServerState};
+use crate::discovery::{
+    Asked, Change, ClientState, Fault, Heartbeat, Kind, Known, Published, Removed, Resource, ServerState,
+};
 use crate::proto::envoy::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
 const KIND: Kind = Kind::NodePod;
@@ -243,6 +246,33 @@ fn a_node_is_current_when_all_responses_are_answered() {
         let answer = DeltaDiscoveryRequest { response_nonce: response.nonce, ..request(KIND) };
         assert_eq!(server.receive(answer), Ok(Some(Asked::Accepted { kind: KIND, current })));
     }
+}
+
+#[test]
+fn a_heartbeat_waits_for_the_answer_to_the_last_and_is_never_known() {
+    let kinds = [KIND, Kind::Heartbeat];
+    let mut state = ClientState::new(&kinds, Known::default());
+    let mut server = ServerState::default();
+    assert_eq!(server.beat(UnixTime::now()), None, "nobody asked for any");
+    let requests = state.subscribe("node-a/proxy");
+    assert_eq!(requests.last().unwrap().type_url, Kind::Heartbeat.type_url(), "after everything else");
+    for request in requests {
+        server.receive(request).unwrap();
+    }
+    let all = server.reconcile(KIND, &[]).remove(0);
+    let time = UnixTime::since_unix_epoch(std::time::Duration::from_secs(1_800_000_000));
+    let beat = server.beat(time).unwrap();
+    assert_eq!(server.beat(time), None, "the last one is not answered");
+    state.receive(all).unwrap();
+    server.receive(state.answer(Ok(())).unwrap()).unwrap();
+    assert!(state.is_complete(), "heartbeats never end");
+    let batch = state.receive(beat).unwrap();
+    assert_eq!(batch.changes, [Change::Set(Resource::Heartbeat(Heartbeat { time }))]);
+    let answered = server.receive(state.answer(Ok(())).unwrap());
+    assert_eq!(answered, Ok(Some(Asked::Accepted { kind: Kind::Heartbeat, current: true })));
+    assert!(server.beat(time).is_some());
+    assert_eq!(state.known().count(Kind::Heartbeat), 0);
+    assert_eq!(server.told(), 0, "heartbeats are no news");
 }
 
 #[test]
