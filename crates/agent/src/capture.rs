@@ -57,6 +57,9 @@ pub enum CaptureError {
     /// A listener or socket could not be made.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// A listener does not tell its mark.
+    #[error("cannot read the mark of a listener: {0}")]
+    Mark(std::io::Error),
     /// Rules or routes could not be made or read.
     #[error(transparent)]
     Netlink(#[from] netlink::Error),
@@ -85,6 +88,7 @@ impl CaptureError {
             Self::Namespace(_) => "namespace",
             Self::Links(_) => "links",
             Self::Socket(_) => "socket",
+            Self::Mark(_) => "mark",
             Self::Netlink(_) => "netlink",
             Self::Changes(_) => "notifications",
             Self::NoInterface => "no-interface",
@@ -165,6 +169,22 @@ pub struct Capture {
     dropped: u64,
 }
 
+/// Of the pod's namespace.
+struct Sockets {
+    netfilter: Socket,
+    route: Socket,
+    changes: [Changes; 2],
+}
+
+impl Sockets {
+    /// Opens them; to be called inside the namespace.
+    fn open() -> Result<Sockets, CaptureError> {
+        let of = |subject| Changes::of(subject).map_err(CaptureError::Changes);
+        let (netfilter, route) = (Socket::open(Protocol::Netfilter)?, Socket::open(Protocol::Route)?);
+        Ok(Sockets { netfilter, route, changes: [of(Subject::Network)?, of(Subject::Nftables)?] })
+    }
+}
+
 #[derive(Debug)]
 struct Guard {
     strength: Strength,
@@ -187,23 +207,56 @@ struct Expected {
 }
 
 impl Capture {
-    /// Makes listeners and routing. `owner` becomes the owner of the listeners, a uid that no pod has.
-    /// Nothing is captured yet.
-    pub fn prepare(namespace: NetNs, plan: CapturePlan, owner: Option<u32>) -> Result<Capture, CaptureError> {
-        if plan.addresses.is_empty() {
-            return Err(CaptureError::NoAddress);
-        }
-        let there = Links::of(&namespace)?.addresses()?;
-        if let Some(missing) = plan.addresses.iter().find(|address| !there.contains(address)) {
-            return Err(CaptureError::NotItsAddress(*missing));
-        }
-        let (listeners, netfilter, mut route, changes) = namespace.enter(|| {
-            let listeners = listen(&plan, owner)?;
-            let netfilter = Socket::open(Protocol::Netfilter)?;
-            let route = Socket::open(Protocol::Route)?;
-            let of = |subject| Changes::of(subject).map_err(CaptureError::Changes);
-            Ok::<_, CaptureError>((listeners, netfilter, route, [of(Subject::Network)?, of(Subject::Nftables)?]))
+    /// Makes listeners and routing. `owner` becomes the owner of the listeners, a uid that no pod has. Nothing is captured
+    /// yet, unless the rules of an agent before this one stand: then they keep their marks.
+    pub fn prepare(namespace: NetNs, mut plan: CapturePlan, owner: Option<u32>) -> Result<Capture, CaptureError> {
+        owns(&namespace, &plan)?;
+        let (listeners, sockets) = namespace.enter(|| {
+            let mut sockets = Sockets::open()?;
+            let before = nft::read(&mut sockets.netfilter, rules::TABLE)?;
+            plan.marks = before.as_ref().and_then(rules::marks_of).unwrap_or(plan.marks);
+            Ok::<_, CaptureError>((listen(&plan, owner)?, sockets))
         })??;
+        Capture::with(namespace, plan, Arc::new(listeners), sockets)
+    }
+
+    /// Takes over a pod from an agent before this one: its listeners, and the rules that lead to them, which keep their
+    /// marks. Where the table is there it is looked at, and what is not as this agent makes it is made so in one
+    /// transaction, and so the guard: at no time is the pod without them. Whether it was there says [`Capture::has_begun`].
+    pub fn take_over(
+        namespace: NetNs,
+        mut plan: CapturePlan,
+        listeners: Arc<Listeners>,
+    ) -> Result<Capture, CaptureError> {
+        owns(&namespace, &plan)?;
+        let mut sockets = namespace.enter(Sockets::open)??;
+        let before = nft::read(&mut sockets.netfilter, rules::TABLE)?;
+        plan.marks = before.as_ref().and_then(rules::marks_of).unwrap_or(plan.marks);
+        // What an inbound listener accepts carries its mark, whatever the table says.
+        let outer = linux::sockets::mark(&listeners.in_v4).map_err(CaptureError::Mark)?;
+        if outer != 0 && outer != plan.marks.inner {
+            plan.marks.outer = outer;
+        }
+        let mut capture = Capture::with(namespace, plan, listeners, sockets)?;
+        if before.is_some() {
+            let table = rules::ruleset(&capture.plan);
+            let normal = table.normal();
+            capture.standing = Some(Expected { table, normal, generation: None });
+            if let Standing::Broken(_) = capture.verify()? {
+                capture.repair()?;
+            }
+            capture.set_on_guard()?;
+        }
+        Ok(capture)
+    }
+
+    fn with(
+        namespace: NetNs,
+        plan: CapturePlan,
+        listeners: Arc<Listeners>,
+        sockets: Sockets,
+    ) -> Result<Capture, CaptureError> {
+        let Sockets { netfilter, mut route, changes } = sockets;
         let mut families = vec![IpFamily::V4];
         if listeners.in_v6.is_some() {
             families.push(IpFamily::V6);
@@ -212,7 +265,6 @@ impl Capture {
         for family in &families {
             delivery.add(&mut route, *family)?;
         }
-        let listeners = Arc::new(listeners);
         Ok(Capture {
             namespace,
             plan,
@@ -247,6 +299,11 @@ impl Capture {
     /// captured; open ones go on as they are. What an agent before this one armed stays armed.
     pub fn begin(&mut self) -> Result<(), CaptureError> {
         self.load(rules::ruleset(&self.plan))?;
+        self.set_on_guard()
+    }
+
+    /// Arms the guard, unless one before this agent did, as it is to be.
+    fn set_on_guard(&mut self) -> Result<(), CaptureError> {
         let whole = Guard::of(&self.plan, Strength::Everything)?;
         if self.misses(&whole)?.is_none() {
             self.guard = Some(whole);
@@ -485,6 +542,18 @@ fn interfaces(route: &mut Socket, plan: &CapturePlan) -> Result<BTreeSet<u32>, n
         .filter(|(index, address)| *index != LOOPBACK && plan.addresses.contains(address))
         .map(|(index, _)| index)
         .collect())
+}
+
+/// Whether the namespace is the pod's: it has all of the pod's addresses (T26).
+fn owns(namespace: &NetNs, plan: &CapturePlan) -> Result<(), CaptureError> {
+    if plan.addresses.is_empty() {
+        return Err(CaptureError::NoAddress);
+    }
+    let there = Links::of(namespace)?.addresses()?;
+    match plan.addresses.iter().find(|address| !there.contains(address)) {
+        Some(missing) => Err(CaptureError::NotItsAddress(*missing)),
+        None => Ok(()),
+    }
 }
 
 fn listen(plan: &CapturePlan, owner: Option<u32>) -> Result<Listeners, SocketError> {

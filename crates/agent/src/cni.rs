@@ -1,6 +1,8 @@
-//! The runtime's socket: root asks to capture a pod before its programs start, and waits for the answer.
+//! The runtime's socket: root asks to capture a pod before its programs start, and waits for the answer. The agent that is
+//! to take this one's place asks here, too.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +12,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::{sleep, timeout};
-use wire::pods::{CniAdd, CniRequest, CniResult, MAX_MESSAGE};
+use wire::pods::{CniAdd, CniRequest, CniResult, MAX_MESSAGE, VERSION};
 
 use crate::door::Door;
 use crate::failure::Failure;
@@ -67,26 +69,48 @@ impl Caller {
             if length == 0 {
                 return Ok(());
             }
-            let request = CniRequest::decode(&buffer[..length]).map_err(io::Error::other)?;
-            let answer = self.answer(request).await.encode();
+            let answer = match CniRequest::decode(&buffer[..length]).map_err(io::Error::other)? {
+                CniRequest::HandOver { version } => {
+                    self.hand_over(version).await?;
+                    continue;
+                }
+                CniRequest::Taken => {
+                    // Nobody hears it any more where the process ends anyway.
+                    let _ = self.events.send(Event::Succeeded).await;
+                    return Ok(());
+                }
+                CniRequest::Add(add) => self.add(add).await,
+                CniRequest::Del { pod } => self.ask(&pod.to_string(), Asked::Delete(pod.clone())).await,
+            };
+            let answer = answer.encode();
             self.channel.async_io(Interest::WRITABLE, |channel| channel.send(&answer, &[])).await?;
         }
     }
 
-    async fn answer(&self, request: CniRequest) -> CniResult {
-        match request {
-            CniRequest::Add(add) => {
-                let (name, path) = (format!("{}/{}", add.namespace, add.name), add.netns.clone());
-                // Opened once, here: what the path leads to later is of no interest (T26). Off this thread, as a path
-                // may lead to something that blocks.
-                match tokio::task::spawn_blocking(move || NetNs::open(&path)).await {
-                    Ok(Ok(namespace)) => self.ask(&name, Asked::Add(add, namespace)).await,
-                    Ok(Err(error)) => failed(&name, &Failure::NoNamespace(error.to_string())),
-                    Err(_) => failed(&name, &Failure::Internal),
-                }
-            }
-            CniRequest::Del { pod } => self.ask(&pod.to_string(), Asked::Delete(pod.clone())).await,
+    async fn add(&self, add: CniAdd) -> CniResult {
+        let (name, path) = (format!("{}/{}", add.namespace, add.name), add.netns.clone());
+        // Opened once, here: what the path leads to later is of no interest (T26). Off this thread, as a path may lead to
+        // something that blocks.
+        match tokio::task::spawn_blocking(move || NetNs::open(&path)).await {
+            Ok(Ok(namespace)) => self.ask(&name, Asked::Add(add, namespace)).await,
+            Ok(Err(error)) => failed(&name, &Failure::NoNamespace(error.to_string())),
+            Err(_) => failed(&name, &Failure::Internal),
         }
+    }
+
+    /// Tells another agent all that it needs.
+    async fn hand_over(&self, version: u32) -> io::Result<()> {
+        if version != VERSION {
+            let sentence = format!("the next agent speaks version {version} of the protocol, and this one {VERSION}");
+            return Err(io::Error::other(sentence));
+        }
+        let (reply, all) = oneshot::channel();
+        self.events.send(Event::HandOver(reply)).await.map_err(io::Error::other)?;
+        for (message, descriptors) in all.await.map_err(io::Error::other)?? {
+            let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+            self.channel.async_io(Interest::WRITABLE, |channel| channel.send(&message, &borrowed)).await?;
+        }
+        Ok(())
     }
 
     async fn ask(&self, name: &str, asked: Asked) -> CniResult {

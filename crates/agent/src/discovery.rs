@@ -39,6 +39,7 @@ struct Ended;
 pub(crate) async fn follow(
     place: ControlPlane,
     captured: watch::Receiver<BTreeSet<PodUid>>,
+    settled: watch::Receiver<bool>,
     events: mpsc::Sender<Event>,
 ) {
     let mut known = Known::default();
@@ -49,7 +50,7 @@ pub(crate) async fn follow(
                 tracing::info!(control = %place.address, "connected to the control plane");
                 let lost = tokio::select! {
                     lost = discover(&connected, &mut known, &mut failures, &events) => lost,
-                    lost = report(&connected, captured.clone(), &events) => lost,
+                    lost = report(&connected, captured.clone(), settled.clone(), &events) => lost,
                 };
                 match lost {
                     Ok(lost) if tell(&events, Heard::Lost).await.is_ok() => lost,
@@ -117,12 +118,14 @@ async fn take_in(batch: Batch, events: &mpsc::Sender<Event>) -> Result<(), Ended
     Ok(())
 }
 
-/// Says which pods are captured, until the stream ends.
+/// Says which pods are captured, once that is known, until the stream ends.
 async fn report(
     connected: &Connected,
     captured: watch::Receiver<BTreeSet<PodUid>>,
+    mut settled: watch::Receiver<bool>,
     events: &mpsc::Sender<Event>,
 ) -> Result<ClientError, Ended> {
+    settled.wait_for(|settled| *settled).await.map_err(|_| Ended)?;
     let mut reports = match connected.report_captures(captured).await {
         Ok(reports) => reports,
         Err(error) => return Ok(error),

@@ -25,6 +25,10 @@ mod cni;
 
 mod proxy;
 
+mod proxies;
+
+mod estate;
+
 mod door;
 
 mod watched;

@@ -2,25 +2,31 @@
 //! [`Pods`] decides, and keeps slow work off the main thread.
 
 use std::collections::{BTreeSet, HashMap};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use linux::netns::NetNs;
 use mesh::PodUid;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Duration, Instant};
 use wire::discovery::NodePod;
-use wire::pods::{CniResult, FromAgent, Listener, PodAdded, SocketKind};
+use wire::pods::{CniResult, FromAgent, SocketKind, ToAgent, VERSION};
 
 use crate::admin::Shown;
 use crate::capture::{Capture, Listeners, SocketKind as Made};
 use crate::cni::Asked;
 use crate::discovery::Heard;
+use crate::estate::{self, Inherited};
 use crate::failure::Failure;
-use crate::pods::{Action, Pods, Request};
+use crate::pods::{Action, Pods, Prepared, Request};
 use crate::process::Event;
+use crate::proxies::{Change, Proxies};
 use crate::proxy::{Batches, Link, Said};
 use crate::rules::{CapturePlan, Marks};
 use crate::verify::{self, Depth, Follower, Found};
+
+/// After so long without a proxy there is none that could know what an agent before this one had.
+const NO_PREDECESSOR: Duration = Duration::from_secs(10);
 
 /// All of it.
 pub(crate) struct Node {
@@ -28,11 +34,16 @@ pub(crate) struct Node {
     /// By inode.
     namespaces: HashMap<u64, NetNs>,
     captures: HashMap<PodUid, Captured>,
+    /// What an agent before this one had, until it is taken over.
+    inherited: HashMap<PodUid, Inherited>,
     waiting: HashMap<Request, oneshot::Sender<CniResult>>,
-    /// The proxy that said hello last.
-    link: Option<(u64, Link)>,
+    proxies: Proxies,
     batches: Batches,
     captured: watch::Sender<BTreeSet<PodUid>>,
+    /// Whether it is known what an agent before this one had.
+    settled: watch::Sender<bool>,
+    handed_over: bool,
+    started: Instant,
     events: mpsc::Sender<Event>,
     shown: Arc<Shown>,
     /// Owner of the listeners: a uid that no pod has (D5).
@@ -57,9 +68,13 @@ impl Node {
             namespaces: HashMap::new(),
             captures: HashMap::new(),
             waiting: HashMap::new(),
-            link: None,
+            inherited: HashMap::new(),
+            proxies: Proxies::default(),
             batches: Batches::new(),
             captured: watch::Sender::new(BTreeSet::new()),
+            settled: watch::Sender::new(false),
+            handed_over: false,
+            started: Instant::now(),
             events,
             shown,
             listener_owner,
@@ -70,6 +85,12 @@ impl Node {
     /// The pods that are captured, as they become so.
     pub(crate) fn captured(&self) -> watch::Receiver<BTreeSet<PodUid>> {
         self.captured.subscribe()
+    }
+
+    /// Whether the captured pods are all that there are: until it is known what an agent before this one had, a report would
+    /// take back what peers rely on.
+    pub(crate) fn settled(&self) -> watch::Receiver<bool> {
+        self.settled.subscribe()
     }
 
     /// The runtime asks.
@@ -106,7 +127,7 @@ impl Node {
             }
             Heard::Complete => {
                 self.shown.complete();
-                return;
+                self.pods.complete()
             }
             Heard::Confirmed(pods) => {
                 self.shown.metrics.confirmed.set(count(pods.len()));
@@ -120,37 +141,164 @@ impl Node {
 
     /// A proxy says something; `number` is its link's.
     pub(crate) fn said(&mut self, number: u64, said: Said) {
-        let current = self.link.as_ref().is_some_and(|(current, _)| *current == number);
         let actions = match said {
-            Said::Hello(link) => {
-                self.shown.journal.change("proxy-connected", "", "");
-                self.shown.metrics.proxy.set(1);
-                self.link = Some((number, link));
-                self.pods.proxy_connected()
-            }
-            // Of a proxy whose place another one took.
-            Said::Gone | Said::Ready(_) | Said::Want(..) if !current => return,
+            Said::Hello(link) => self.welcome(number, link),
             Said::Gone => {
-                self.lose_proxy("it closed the connection");
+                let change = self.proxies.gone(number);
+                self.changed(change, "it closed the connection")
+            }
+            Said::Leaving => {
+                let change = self.proxies.leaving(number);
+                self.changed(change, "it drains")
+            }
+            Said::Ready(pod) if self.proxies.is_serving(number) => self.pods.ready(&pod),
+            Said::Ready(pod) => {
+                let change = self.proxies.ready(number, &pod);
+                self.changed(change, "")
+            }
+            Said::Want(pod, kind, count) => {
+                self.make_sockets(number, pod, kind, count);
                 return;
             }
-            Said::Ready(pod) => self.pods.ready(&pod),
-            Said::Want(pod, kind, count) => {
-                self.make_sockets(pod, kind, count);
+            Said::Held(added, descriptors) => self.inherit(added, descriptors),
+            Said::HeldAll => {
+                self.handed_over = true;
+                Vec::new()
+            }
+            Said::Keep(what, file) => {
+                self.proxies.keep(number, what, file);
                 return;
             }
         };
         self.act(actions);
     }
 
+    /// Takes in what the agent had that this one takes the place of.
+    pub(crate) fn succeed(&mut self, said: Vec<Said>) {
+        for said in said {
+            match said {
+                Said::Held(added, descriptors) => {
+                    let actions = self.inherit(added, descriptors);
+                    self.act(actions);
+                }
+                Said::Keep(what, file) => self.proxies.inherit(what, file),
+                _ => {}
+            }
+        }
+        self.handed_over = true;
+    }
+
+    /// All that the next agent needs, as messages with their descriptors.
+    ///
+    /// # Errors
+    /// There is no descriptor left.
+    pub(crate) fn hand_over(&self) -> std::io::Result<Vec<(Vec<u8>, Vec<OwnedFd>)>> {
+        let mut all = Vec::new();
+        for pod in self.pods.served() {
+            if let Some(captured) = self.captures.get(&pod.pod) {
+                let (added, descriptors) = estate::added(&pod, &captured.listeners)?;
+                all.push((ToAgent::Held(added).encode(), descriptors));
+            }
+        }
+        for (what, file) in self.proxies.left()? {
+            all.push((ToAgent::Keep(what).encode(), vec![file]));
+        }
+        all.push((ToAgent::HeldAll.encode(), Vec::new()));
+        Ok(all)
+    }
+
+    fn inherit(&mut self, added: wire::pods::PodAdded, descriptors: Vec<OwnedFd>) -> Vec<Action> {
+        let uid = added.pod.clone();
+        if self.captures.contains_key(&uid) {
+            return Vec::new();
+        }
+        let inherited = match Inherited::new(added, descriptors) {
+            Ok(inherited) => inherited,
+            Err(why) => {
+                self.shown.journal.problem("not-inherited", uid.as_str(), &why);
+                return Vec::new();
+            }
+        };
+        let (pod, inode) = (inherited.pod.clone(), inherited.namespace.inode());
+        match inherited.namespace.try_clone() {
+            Ok(namespace) => self.namespaces.entry(inode).or_insert(namespace),
+            Err(error) => {
+                self.shown.journal.problem("not-inherited", uid.as_str(), &error.to_string());
+                return Vec::new();
+            }
+        };
+        self.inherited.insert(uid, inherited);
+        let actions = self.pods.inherit(pod, inode);
+        if !self.pods.holds(inode) {
+            self.namespaces.remove(&inode);
+        }
+        actions
+    }
+
+    /// A proxy that comes while none serves does so at once; another one when it is ready for every pod.
+    fn welcome(&mut self, number: u64, link: Link) -> Vec<Action> {
+        let (kept, files) = match self.proxies.left() {
+            Ok(left) => left.into_iter().unzip(),
+            Err(error) => {
+                self.shown.journal.problem("no-descriptors", "", &error.to_string());
+                return Vec::new();
+            }
+        };
+        if !link.send(&FromAgent::Hello { version: VERSION, kept }, files) {
+            return Vec::new();
+        }
+        if self.proxies.is_free() {
+            self.proxies.serve(number, link);
+            self.serves("it serves");
+            return self.pods.proxy_connected();
+        }
+        let served = self.pods.served();
+        if self.proxies.prepare(number, link, served.iter().map(|pod| pod.pod.clone()).collect()).is_err() {
+            self.shown.journal.problem("proxy-refused", "", "another one is about to take over");
+            return Vec::new();
+        }
+        self.shown.journal.change("proxy-connected", "", "it takes over when it is ready for every pod");
+        for pod in served {
+            self.offer(&pod, Some(number));
+        }
+        let change = self.proxies.succeed();
+        self.changed(change, "")
+    }
+
+    fn serves(&self, how: &str) {
+        self.shown.journal.change("proxy-connected", "", how);
+        self.shown.metrics.proxy.set(1);
+    }
+
+    /// The proxy that serves is another one, or none.
+    fn changed(&mut self, change: Change, why: &str) -> Vec<Action> {
+        match change {
+            Change::Nothing => Vec::new(),
+            Change::Lost => {
+                self.shown.journal.problem("proxy-gone", "", why);
+                self.shown.metrics.proxy.set(0);
+                self.pods.proxy_gone();
+                Vec::new()
+            }
+            Change::Succeeded(ready) => {
+                self.serves("it takes the place of the one before");
+                ready.iter().flat_map(|pod| self.pods.ready(pod)).collect()
+            }
+        }
+    }
+
     /// Listeners and routing of a pod are made, or not.
     pub(crate) fn prepared(&mut self, pod: &PodUid, attempt: u64, outcome: Result<Box<Capture>, Failure>) {
         let (made, outcome) = match outcome {
-            Ok(capture) => (Some(capture), Ok(())),
+            Ok(capture) => {
+                let prepared = if capture.has_begun() { Prepared::Captured } else { Prepared::Bare };
+                (Some(capture), Ok(prepared))
+            }
             Err(failure) => (None, Err(failure)),
         };
         let (keep, actions) = self.pods.prepared(pod, attempt, outcome);
         if let Some(mut capture) = made.filter(|_| keep) {
+            self.inherited.remove(pod);
             let (listeners, changes) = (capture.listeners(), capture.take_changes());
             let capture = Arc::new(Mutex::new(*capture));
             let followed =
@@ -209,7 +357,7 @@ impl Node {
     /// Tries again what failed.
     pub(crate) fn retry(&mut self) {
         let actions = self.pods.retry();
-        if !actions.is_empty() {
+        if !actions.is_empty() || !*self.settled.borrow() {
             self.act(actions);
         }
     }
@@ -218,7 +366,7 @@ impl Node {
         for action in actions {
             match action {
                 Action::Prepare { pod, namespace, attempt } => self.prepare(&pod, namespace, attempt),
-                Action::Offer(pod) => self.offer(&pod),
+                Action::Offer(pod) => self.offer(&pod, None),
                 Action::Begin { pod, attempt } => self.begin(pod, attempt),
                 Action::Exclude(pod, ports) => self.exclude(&pod, ports),
                 Action::Withdraw(pod) => self.withdraw(&pod),
@@ -238,11 +386,16 @@ impl Node {
         let namespace = self.namespaces.get(&namespace).map(NetNs::try_clone);
         let (owner, addresses) = (self.listener_owner, pod.addresses.iter().copied().collect());
         let ports = pod.excluded_ports.iter().copied().collect::<BTreeSet<_>>();
+        let listeners = self.inherited.get(&uid).map(|inherited| inherited.listeners.clone());
         self.blocking(move || {
             let outcome = match (namespace, Marks::random()) {
                 (Some(Ok(namespace)), Ok(marks)) => {
                     let plan = CapturePlan { marks, addresses, excluded_in: ports.clone(), excluded_out: ports };
-                    Capture::prepare(namespace, plan, owner).map(Box::new).map_err(Failure::from)
+                    let capture = match listeners {
+                        Some(listeners) => Capture::take_over(namespace, plan, listeners),
+                        None => Capture::prepare(namespace, plan, owner),
+                    };
+                    capture.map(Box::new).map_err(Failure::from)
                 }
                 (Some(Err(error)), _) | (_, Err(error)) => {
                     let sentence = format!("the namespace or random marks cannot be had: {error}");
@@ -254,25 +407,34 @@ impl Node {
         });
     }
 
-    fn offer(&mut self, pod: &NodePod) {
-        let (Some((_, link)), Some(captured)) = (&self.link, self.captures.get(&pod.pod)) else { return };
-        let (listeners, descriptors) = match duplicates(&captured.listeners) {
-            Ok(duplicates) => duplicates.into_iter().unzip(),
-            Err(error) => {
-                self.shown.journal.problem("no-descriptors", pod.pod.as_str(), &error.to_string());
-                self.lose_proxy("its pods' listeners cannot be duplicated");
-                return;
+    /// Hands a pod's listeners to one proxy, or to all that are to serve it.
+    fn offer(&mut self, pod: &NodePod, to: Option<u64>) {
+        let Some(captured) = self.captures.get(&pod.pod) else { return };
+        if to.is_none() {
+            self.proxies.expect(&pod.pod);
+        }
+        let mut unread = Vec::new();
+        for (number, link) in self.proxies.all().filter(|(number, _)| to.is_none_or(|only| only == *number)) {
+            let sent = match estate::added(pod, &captured.listeners) {
+                Ok((added, descriptors)) => link.send(&FromAgent::PodAdded(added), descriptors),
+                Err(error) => {
+                    self.shown.journal.problem("no-descriptors", pod.pod.as_str(), &error.to_string());
+                    false
+                }
+            };
+            if !sent {
+                unread.push(number);
             }
-        };
-        let added = PodAdded {
-            pod: pod.pod.clone(),
-            name: pod.name.clone(),
-            identity: pod.identity.clone(),
-            addresses: pod.addresses.clone(),
-            listeners,
-        };
-        if !link.send(&FromAgent::PodAdded(added), descriptors) {
-            self.lose_proxy("it does not read what it is sent");
+        }
+        self.give_up(unread);
+    }
+
+    /// Closes links whose proxies do not read what they are sent: they call again, and are told everything anew.
+    fn give_up(&mut self, links: Vec<u64>) {
+        for number in links {
+            let change = self.proxies.gone(number);
+            let actions = self.changed(change, "it does not read what it is sent");
+            self.act(actions);
         }
     }
 
@@ -286,6 +448,12 @@ impl Node {
 
     fn exclude(&self, pod: &PodUid, ports: Vec<u16>) {
         let Some(capture) = self.captures.get(pod).map(|captured| captured.capture.clone()) else { return };
+        // For the agent after this one.
+        if let Some(known) = self.pods.served().iter().find(|known| known.pod == *pod) {
+            for (_, link) in self.proxies.all() {
+                link.send(&FromAgent::PodAdded(estate::told(known, Vec::new())), Vec::new());
+            }
+        }
         let (pod, ports) = (pod.clone(), ports.into_iter().collect::<BTreeSet<_>>());
         self.blocking(move || {
             // Where it fails the next look finds rules that are not those wanted, and tries again.
@@ -295,16 +463,19 @@ impl Node {
         });
     }
 
-    /// The proxy first: as long as it has the listeners they are not closed.
+    /// The proxies first: as long as they have the listeners those are not closed.
     fn withdraw(&mut self, pod: &PodUid) {
-        if let Some((_, link)) = &self.link
-            && !link.send(&FromAgent::PodRemoved { pod: pod.clone() }, Vec::new())
-        {
-            self.lose_proxy("it does not read what it is sent");
-        }
+        let removed = FromAgent::PodRemoved { pod: pod.clone() };
+        let unread = self.proxies.holders().filter(|(_, link)| !link.send(&removed, Vec::new()));
+        let unread = unread.map(|(number, _)| number).collect();
+        self.give_up(unread);
+        self.inherited.remove(pod);
         if self.captures.remove(pod).is_some() {
             self.shown.journal.change("released", pod.as_str(), "listeners and sockets are closed");
         }
+        let change = self.proxies.forget(pod);
+        let actions = self.changed(change, "");
+        self.act(actions);
     }
 
     fn answer(&mut self, request: Request, answer: CniResult) {
@@ -315,16 +486,8 @@ impl Node {
         }
     }
 
-    fn lose_proxy(&mut self, why: &str) {
-        self.shown.journal.problem("proxy-gone", "", why);
-        self.shown.metrics.proxy.set(0);
-        self.link = None;
-        self.pods.proxy_gone();
-    }
-
-    fn make_sockets(&mut self, pod: PodUid, kind: SocketKind, count: usize) {
-        let Some((_, link)) = &self.link else { return };
-        let link = link.sender();
+    fn make_sockets(&mut self, number: u64, pod: PodUid, kind: SocketKind, count: usize) {
+        let Some(link) = self.proxies.sender(number) else { return };
         let turn = self.batches.turn(&pod, kind);
         let capture = self.captures.get(&pod).map(|captured| captured.capture.clone());
         let (capture, mut turn) = match (capture, turn) {
@@ -335,7 +498,7 @@ impl Node {
                     Some(_) => "the last batch of that kind is still on its way",
                 };
                 if !link.send(&FromAgent::Sockets { pod, kind, error: error.into() }, Vec::new(), None) {
-                    self.lose_proxy("it does not read what it is sent");
+                    self.give_up(vec![number]);
                 }
                 return;
             }
@@ -370,6 +533,10 @@ impl Node {
 
     /// Tells the reporter and people how things are.
     fn publish(&self) {
+        let known = self.handed_over && !self.pods.inheriting();
+        if !*self.settled.borrow() && (known || self.started.elapsed() > NO_PREDECESSOR) {
+            self.settled.send_replace(true);
+        }
         let captured = self.pods.captured();
         self.shown.metrics.captured.set(count(captured.len()));
         self.captured.send_if_modified(|before| {
@@ -392,17 +559,6 @@ fn lock(capture: &Mutex<Capture>) -> MutexGuard<'_, Capture> {
 
 fn count(number: usize) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
-}
-
-fn duplicates(listeners: &Listeners) -> std::io::Result<Vec<(Listener, OwnedFd)>> {
-    let all = [
-        (Listener::OutboundV4, Some(&listeners.out_v4)),
-        (Listener::OutboundV6, listeners.out_v6.as_ref()),
-        (Listener::InboundV4, Some(&listeners.in_v4)),
-        (Listener::InboundV6, listeners.in_v6.as_ref()),
-    ];
-    let there = all.into_iter().filter_map(|(kind, listener)| Some((kind, listener?)));
-    there.map(|(kind, listener)| Ok((kind, listener.as_fd().try_clone_to_owned()?))).collect()
 }
 
 fn of(kind: SocketKind) -> Made {

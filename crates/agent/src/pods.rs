@@ -4,6 +4,7 @@
 //! where its network namespace is, the proxy that it holds the listeners and a certificate. The rules are loaded last
 //! (T4): what they lead to must be there, and must be able to prove who it is.
 
+mod inherited;
 mod shown;
 
 #[cfg(test)]
@@ -61,6 +62,8 @@ pub(crate) enum Action {
 pub(crate) struct Pods {
     pods: BTreeMap<PodUid, Pod>,
     control_plane: bool,
+    /// The control plane has named all pods of the node, once.
+    complete: bool,
     proxy: bool,
     attempts: u64,
 }
@@ -69,6 +72,8 @@ pub(crate) struct Pods {
 struct Pod {
     /// What the control plane says of it.
     known: Option<NodePod>,
+    /// That it was the control plane that said so, and not the agent before.
+    named: bool,
     /// What the runtime made for it.
     sandbox: Option<Sandbox>,
     failure: Option<Failure>,
@@ -82,6 +87,8 @@ struct Sandbox {
     name: String,
     waiting: Vec<Waiting>,
     stage: Stage,
+    /// An agent before this one has captured it, or begun to.
+    inherited: bool,
     /// It failed, and is left alone until something changes or [`Pods::retry`].
     stuck: bool,
 }
@@ -90,6 +97,15 @@ struct Sandbox {
 struct Waiting {
     request: Request,
     overdue: bool,
+}
+
+/// What was there when listeners and routing were.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Prepared {
+    /// No rules yet.
+    Bare,
+    /// Those of the agent before, which were read and are right.
+    Captured,
 }
 
 #[derive(Debug)]
@@ -125,12 +141,13 @@ impl Pods {
         let mut actions = Vec::new();
         let uid = known.pod.clone();
         let pod = self.pods.entry(uid.clone()).or_default();
+        pod.named = true;
         let before = pod.known.replace(known.clone());
         if let (Some(before), Some(sandbox)) = (before, &mut pod.sandbox) {
             sandbox.stuck = false;
             let same = before.identity == known.identity && before.addresses == known.addresses;
             // Once captured a pod stays so: peers go on tunnelling to it (T47).
-            let given_up = known.capture.is_err() && !matches!(sandbox.stage, Stage::Captured);
+            let given_up = known.capture.is_err() && !sandbox.inherited && !matches!(sandbox.stage, Stage::Captured);
             if !same || given_up {
                 withdraw(sandbox, &uid, &mut actions);
             } else if before.excluded_ports != known.excluded_ports {
@@ -178,6 +195,7 @@ impl Pods {
             name: String::new(),
             waiting: Vec::new(),
             stage: Stage::Bare,
+            inherited: false,
             stuck: false,
         });
         sandbox.name = name;
@@ -209,8 +227,14 @@ impl Pods {
         actions
     }
 
-    /// Listeners and routing are made, or not. What was made is to be kept where this returns `true`.
-    pub(crate) fn prepared(&mut self, uid: &PodUid, attempt: u64, outcome: Result<(), Failure>) -> (bool, Vec<Action>) {
+    /// Listeners and routing are made, or not; [`Prepared::Captured`] where the rules of an agent before stand, too. What
+    /// was made is to be kept where this returns `true`.
+    pub(crate) fn prepared(
+        &mut self,
+        uid: &PodUid,
+        attempt: u64,
+        outcome: Result<Prepared, Failure>,
+    ) -> (bool, Vec<Action>) {
         let mut actions = Vec::new();
         let Some(pod) = self.pods.get_mut(uid) else { return (false, actions) };
         let (Some(sandbox), Some(known)) = (&mut pod.sandbox, &pod.known) else { return (false, actions) };
@@ -223,8 +247,11 @@ impl Pods {
         let keep = !cancelled && outcome.is_ok();
         match outcome {
             _ if cancelled => {}
-            Ok(()) => {
-                sandbox.stage = Stage::Offered { ready: false };
+            Ok(prepared) => {
+                sandbox.stage = match prepared {
+                    Prepared::Bare => Stage::Offered { ready: false },
+                    Prepared::Captured => Stage::Captured,
+                };
                 actions.push(Action::Offer(known.clone()));
             }
             Err(failure) => self.fail(uid, failure, &mut actions),
@@ -263,18 +290,12 @@ impl Pods {
     /// A proxy is connected. It knows of no pod yet.
     pub(crate) fn proxy_connected(&mut self) -> Vec<Action> {
         self.proxy = true;
-        let mut actions = Vec::new();
-        for pod in self.pods.values_mut() {
-            let (Some(known), Some(sandbox)) = (&pod.known, &mut pod.sandbox) else { continue };
-            match &mut sandbox.stage {
-                Stage::Bare | Stage::Preparing(_) => continue,
-                Stage::Offered { ready } => *ready = false,
-                Stage::Beginning(work) if work.cancelled => continue,
-                Stage::Beginning(_) | Stage::Captured => {}
+        for sandbox in self.pods.values_mut().filter_map(|pod| pod.sandbox.as_mut()) {
+            if let Stage::Offered { ready } = &mut sandbox.stage {
+                *ready = false;
             }
-            actions.push(Action::Offer(known.clone()));
         }
-        actions
+        self.served().into_iter().map(Action::Offer).collect()
     }
 
     /// The proxy is gone. What is captured stays captured: its connections wait in the listeners, which are held here.
@@ -440,17 +461,25 @@ fn decide(known: &NodePod, sandbox: &Sandbox) -> Decision {
         return Decision::Refuse(Failure::OtherName { runtime: sandbox.name.clone(), control: name });
     }
     match known.capture {
-        Err(why) => Decision::Leave(why),
-        Ok(()) if known.addresses.is_empty() => Decision::Wait,
-        Ok(()) => Decision::Capture,
+        // Once captured a pod stays so, also from agent to agent (T47).
+        Err(why) if !sandbox.inherited => Decision::Leave(why),
+        _ if known.addresses.is_empty() => Decision::Wait,
+        _ => Decision::Capture,
     }
 }
 
 /// Takes back what was made for a sandbox. What is being made is taken back when it is there.
 fn withdraw(sandbox: &mut Sandbox, uid: &PodUid, actions: &mut Vec<Action>) {
     match &mut sandbox.stage {
+        // Whoever has its listeners from before is to let go of them, too.
+        Stage::Bare if sandbox.inherited => actions.push(Action::Withdraw(uid.clone())),
         Stage::Bare => {}
-        Stage::Preparing(work) => work.cancelled = true,
+        Stage::Preparing(work) => {
+            work.cancelled = true;
+            if sandbox.inherited {
+                actions.push(Action::Withdraw(uid.clone()));
+            }
+        }
         Stage::Beginning(Work { cancelled: true, .. }) => {}
         Stage::Beginning(work) => {
             work.cancelled = true;

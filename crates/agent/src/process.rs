@@ -1,6 +1,7 @@
 //! The process: what it is started with, in which order it starts, what wakes it, and how it ends.
 
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +22,7 @@ use crate::capture::Capture;
 use crate::cni::{self, Asked};
 use crate::discovery::{self, Heard};
 use crate::door::{Door, own_uid};
+use crate::estate::Predecessor;
 use crate::failure::Failure;
 use crate::node::Node;
 use crate::pods::Request;
@@ -82,6 +84,10 @@ pub(crate) enum Event {
     Asked(Request, Asked, oneshot::Sender<CniResult>),
     /// It has waited long enough.
     Overdue(Request),
+    /// Another agent is to take this one's place, and asks for all that it needs.
+    HandOver(oneshot::Sender<std::io::Result<Vec<(Vec<u8>, Vec<OwnedFd>)>>>),
+    /// It has taken it.
+    Succeeded,
     /// A proxy says something, on the link of that number.
     Proxy(u64, Said),
     /// The control plane says something.
@@ -161,6 +167,14 @@ async fn serve(args: Args) -> Result<()> {
     let shown = Arc::new(Shown::new(config(&args)));
     let mut node = Node::new(args.listener_owner, events.clone(), shown.clone());
 
+    // Before the doors are taken over: from then on whoever asks finds this agent, which must know all by then.
+    let predecessor = Predecessor::ask(&args.cni_socket).await;
+    let predecessor = predecessor.map(|(predecessor, estate)| {
+        tracing::info!(messages = estate.len(), "another agent hands over");
+        node.succeed(estate);
+        predecessor
+    });
+
     let own = own_uid().context("cannot read the agent's own uid")?;
     let proxies = Door::open(&args.proxy_socket, args.proxy_uid, vec![args.proxy_uid]).with_context(|| {
         let path = args.proxy_socket.display();
@@ -183,15 +197,22 @@ async fn serve(args: Args) -> Result<()> {
     let terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut wake = Events { inbox, terminate, retry, look: Some(Instant::now()) };
 
-    tokio::spawn(discovery::follow(place, node.captured(), events.clone()));
+    tokio::spawn(discovery::follow(place, node.captured(), node.settled(), events.clone()));
     tokio::spawn(proxy::serve(proxies, events.clone()));
     tokio::spawn(cni::serve(runtimes, Duration::from_secs(args.cni_wait), events));
+    if let Some(predecessor) = predecessor {
+        predecessor.taken();
+    }
     tracing::info!(node = args.node, "the agent runs");
 
     loop {
         match wake.next().await {
             Event::Asked(request, asked, reply) => node.asked(request, asked, reply),
             Event::Overdue(request) => node.overdue(request),
+            Event::HandOver(reply) => {
+                // The other agent may be gone already.
+                let _ = reply.send(node.hand_over());
+            }
             Event::Proxy(link, said) => node.said(link, said),
             Event::ControlPlane(heard) => node.heard(heard),
             Event::Prepared(pod, attempt, outcome) => node.prepared(&pod, attempt, outcome),
@@ -199,6 +220,10 @@ async fn serve(args: Args) -> Result<()> {
             Event::Found(found) | Event::Looked(found) => node.found(found),
             Event::Look => node.look(),
             Event::Retry => node.retry(),
+            Event::Succeeded => {
+                tracing::info!("another agent has taken this one's place");
+                break;
+            }
             Event::Terminate => break,
         }
     }

@@ -1,7 +1,7 @@
-//! The proxy's socket: pods with their listeners go out, readiness and requests for sockets come in.
+//! The proxies' socket: pods with their listeners go out; readiness, requests for sockets, and what an agent that is new
+//! cannot know come in.
 //!
-//! One proxy at a time: a newer connection takes the older one's place. What the proxy says is checked like a stranger's:
-//! it reads what strangers send.
+//! What a proxy says is checked like a stranger's: it reads what strangers send.
 
 use std::collections::HashSet;
 use std::io;
@@ -15,7 +15,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
-use wire::pods::{BadMessage, FromAgent, MAX_MESSAGE, SocketKind, ToAgent, VERSION};
+use wire::pods::{BadMessage, FromAgent, Kept, MAX_MESSAGE, PodAdded, SocketKind, ToAgent, VERSION};
 
 use crate::door::Door;
 use crate::process::Event;
@@ -24,8 +24,8 @@ use crate::process::Event;
 const MOST_WAITING: usize = 1024;
 /// How long a connection may take to say hello.
 const HELLO: Duration = Duration::from_secs(5);
-/// Connections at a time, of which one at most is the proxy's.
-const MOST_CONNECTIONS: usize = 8;
+/// Connections at a time: of one proxy that serves, its successor, and others that drain.
+const MOST_CONNECTIONS: usize = 16;
 /// Batches of sockets on their way at a time, of all pods: at 64 sockets each, a bound on descriptors.
 const MOST_BATCHES: usize = 32;
 
@@ -40,14 +40,22 @@ pub(crate) enum Said {
     Ready(PodUid),
     /// It needs sockets.
     Want(PodUid, SocketKind, usize),
+    /// It serves this pod, and these are duplicates of its listeners.
+    Held(PodAdded, Vec<OwnedFd>),
+    /// That were all that it serves.
+    HeldAll,
+    /// The file is for the next proxy.
+    Keep(Kept, OwnedFd),
+    /// It accepts no more, and ends when its connections have.
+    Leaving,
 }
 
 /// Why a link ended.
 #[derive(Debug, thiserror::Error)]
-enum End {
+pub(crate) enum End {
     #[error("it closed the connection")]
     Closed,
-    #[error("a newer one took its place, or it did not read what it was sent")]
+    #[error("it was refused, or did not read what it was sent")]
     Dropped,
     #[error("it said nothing for {} s", HELLO.as_secs())]
     Silent,
@@ -57,6 +65,8 @@ enum End {
     SecondHello,
     #[error("it speaks version {0} of the protocol, and this agent {VERSION}: install the same version of both")]
     Version(u32),
+    #[error("its message {0} came with {1} descriptors")]
+    Descriptors(&'static str, usize),
     #[error("it is not understood: {0}")]
     Malformed(#[from] BadMessage),
     #[error("the connection broke: {0}")]
@@ -80,6 +90,13 @@ struct Outgoing {
 }
 
 impl Link {
+    /// A link, what is queued on it, and what ends when it is dropped.
+    fn new() -> (Self, mpsc::Receiver<Outgoing>, oneshot::Receiver<()>) {
+        let (say, outgoing) = mpsc::channel(MOST_WAITING);
+        let (open, closed) = oneshot::channel();
+        (Self { say, _open: open }, outgoing, closed)
+    }
+
     /// Queues a message. `false`: the proxy does not read, or is gone.
     pub(crate) fn send(&self, message: &FromAgent, descriptors: Vec<OwnedFd>) -> bool {
         self.sender().send(message, descriptors, None)
@@ -116,32 +133,39 @@ pub(crate) async fn serve(door: Door, events: mpsc::Sender<Event>) {
 async fn converse(number: u64, channel: AsyncFd<Channel>, events: mpsc::Sender<Event>, _place: OwnedSemaphorePermit) {
     let end = match timeout(HELLO, greet(&channel)).await {
         Ok(Ok(())) => {
-            let (say, outgoing) = mpsc::channel(MOST_WAITING);
-            let (open, closed) = oneshot::channel();
-            let hello = Event::Proxy(number, Said::Hello(Link { say, _open: open }));
+            let (link, mut outgoing, closed) = Link::new();
+            let hello = Event::Proxy(number, Said::Hello(link));
             if events.send(hello).await.is_err() {
                 return;
             }
             let end = tokio::select! {
-                end = speak(&channel, outgoing) => end,
+                end = speak(&channel, &mut outgoing) => end,
                 end = listen(number, &channel, &events) => end,
                 _ = closed => End::Dropped,
             };
+            if matches!(end, End::Dropped) {
+                say_the_rest(&channel, &mut outgoing);
+            }
             // The loop may be gone; then nothing is left to be told.
             let _ = events.send(Event::Proxy(number, Said::Gone)).await;
             end
         }
-        Ok(Err(end)) => end,
+        Ok(Err(end)) => {
+            // It is told why, in the one message of which every version knows the form.
+            let refusal = FromAgent::Refused(end.to_string()).encode();
+            let _ = channel.get_ref().send(&refusal, &[]);
+            end
+        }
         Err(_) => End::Silent,
     };
     tracing::warn!("the link to a proxy ended: {end}");
 }
 
 async fn greet(channel: &AsyncFd<Channel>) -> Result<(), End> {
-    match receive(channel, &mut vec![0; MAX_MESSAGE]).await? {
+    match receive(channel, &mut vec![0; MAX_MESSAGE]).await?.0 {
         ToAgent::Hello { version: VERSION } => Ok(()),
         ToAgent::Hello { version } => Err(End::Version(version)),
-        ToAgent::PodReady { .. } | ToAgent::WantSockets { .. } => Err(End::NoHello),
+        _ => Err(End::NoHello),
     }
 }
 
@@ -149,9 +173,11 @@ async fn listen(number: u64, channel: &AsyncFd<Channel>, events: &mpsc::Sender<E
     let mut buffer = vec![0; MAX_MESSAGE];
     loop {
         let said = match receive(channel, &mut buffer).await {
-            Ok(ToAgent::Hello { .. }) => return End::SecondHello,
-            Ok(ToAgent::PodReady { pod }) => Said::Ready(pod),
-            Ok(ToAgent::WantSockets { pod, kind, count }) => Said::Want(pod, kind, count as usize),
+            Ok((message, descriptors)) => match understand(message, descriptors) {
+                Ok(Some(said)) => said,
+                Ok(None) => continue,
+                Err(end) => return end,
+            },
             Err(end) => return end,
         };
         if events.send(Event::Proxy(number, said)).await.is_err() {
@@ -160,16 +186,45 @@ async fn listen(number: u64, channel: &AsyncFd<Channel>, events: &mpsc::Sender<E
     }
 }
 
-async fn receive(channel: &AsyncFd<Channel>, buffer: &mut [u8]) -> Result<ToAgent, End> {
-    // Descriptors that come beside a message are closed: none are asked for.
-    let (length, _) = channel.async_io(Interest::READABLE, |channel| channel.recv(buffer)).await?;
+/// What a message and its descriptors come to; `None` where only a newer version knows. Descriptors that nobody asked for
+/// are closed.
+pub(crate) fn understand(message: ToAgent, mut descriptors: Vec<OwnedFd>) -> Result<Option<Said>, End> {
+    let count = descriptors.len();
+    Ok(Some(match message {
+        ToAgent::Hello { .. } => return Err(End::SecondHello),
+        ToAgent::PodReady { pod } => Said::Ready(pod),
+        ToAgent::WantSockets { pod, kind, count } => Said::Want(pod, kind, count as usize),
+        ToAgent::Held(pod) if pod.listeners.len() == count => Said::Held(pod, descriptors),
+        ToAgent::Held(_) => return Err(End::Descriptors("held", count)),
+        ToAgent::HeldAll => Said::HeldAll,
+        ToAgent::Keep(what) => match descriptors.pop().filter(|_| count == 1) {
+            Some(file) => Said::Keep(what, file),
+            None => return Err(End::Descriptors("keep", count)),
+        },
+        ToAgent::Leaving => Said::Leaving,
+        ToAgent::Unknown => return Ok(None),
+    }))
+}
+
+async fn receive(channel: &AsyncFd<Channel>, buffer: &mut [u8]) -> Result<(ToAgent, Vec<OwnedFd>), End> {
+    let (length, descriptors) = channel.async_io(Interest::READABLE, |channel| channel.recv(buffer)).await?;
     match length {
         0 => Err(End::Closed),
-        _ => Ok(ToAgent::decode(&buffer[..length])?),
+        _ => Ok((ToAgent::decode(&buffer[..length])?, descriptors)),
     }
 }
 
-async fn speak(channel: &AsyncFd<Channel>, mut outgoing: mpsc::Receiver<Outgoing>) -> End {
+/// What a link was told before it was dropped, as far as the peer has room for it.
+fn say_the_rest(channel: &AsyncFd<Channel>, outgoing: &mut mpsc::Receiver<Outgoing>) {
+    while let Ok(next) = outgoing.try_recv() {
+        let borrowed: Vec<_> = next.descriptors.iter().map(AsFd::as_fd).collect();
+        if channel.get_ref().send(&next.message, &borrowed).is_err() {
+            return;
+        }
+    }
+}
+
+async fn speak(channel: &AsyncFd<Channel>, outgoing: &mut mpsc::Receiver<Outgoing>) -> End {
     while let Some(next) = outgoing.recv().await {
         let borrowed: Vec<_> = next.descriptors.iter().map(AsFd::as_fd).collect();
         let sent = channel.async_io(Interest::WRITABLE, |channel| channel.send(&next.message, &borrowed)).await;
@@ -220,6 +275,31 @@ impl Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         self.batches.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+    }
+}
+
+/// Links without a proxy.
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    /// What is queued on a link.
+    pub(crate) struct Queue {
+        outgoing: mpsc::Receiver<Outgoing>,
+        _open: oneshot::Receiver<()>,
+    }
+
+    impl Queue {
+        /// The next message; `None` where there is none now.
+        pub(crate) fn next(&mut self) -> Option<FromAgent> {
+            Some(FromAgent::decode(&self.outgoing.try_recv().ok()?.message).unwrap())
+        }
+    }
+
+    /// A link, and what is queued on it.
+    pub(crate) fn link() -> (Link, Queue) {
+        let (link, outgoing, open) = Link::new();
+        (link, Queue { outgoing, _open: open })
     }
 }
 

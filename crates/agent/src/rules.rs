@@ -22,8 +22,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use linux::nft::{
-    AddressType, Chain, ChainKind, Compare, Direction, Expression as E, Hook, HookPoint, IpFamily, L4Protocol, Policy,
-    PortSet, Rule, Table, Timeout,
+    AddressType, Chain, ChainKind, Compare, Direction, Expression as E, Hook, HookPoint, IpFamily, L4Protocol, Normal,
+    Policy, PortSet, Rule, Table, Timeout,
 };
 use linux::routes::LocalDelivery;
 
@@ -79,6 +79,13 @@ impl Marks {
             }
         }
     }
+}
+
+/// The marks of a table that is loaded: those that its rules take for the proxy's. `None` where it is not of this form.
+pub fn marks_of(table: &Normal) -> Option<Marks> {
+    let first = |chain| table.marks(chain).first().copied().filter(|mark| *mark != 0);
+    let marks = Marks { outer: first("guard_out")?, inner: first("zone")? };
+    (marks.outer != marks.inner).then_some(marks)
 }
 
 /// What is captured in a pod.

@@ -21,7 +21,7 @@ const MAX_PEM_SIZE: usize = 4 * 1024;
 /// A key pair on the curve P-256 for ECDSA (FIPS 186-5).
 ///
 /// The secret lives in AWS-LC's memory alone, which is wiped when freed. It has no `Clone`, its `Debug` shows nothing,
-/// and only the intermediate authority can write it out.
+/// and only the intermediate authority and [`crate::estate`] write it out.
 pub struct PrivateKey(EcdsaKeyPair);
 
 impl PrivateKey {

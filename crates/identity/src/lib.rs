@@ -12,7 +12,8 @@
 //! - There is no TLS but 1.3, no session ticket, no resumption, no early data, and no server name on the wire.
 //! - There is no [`VerifiedPeer`] without a finished handshake, and no [`Svid`] whose key, chain, identity and time do
 //!   not fit together.
-//! - There is no way to read a private key out, but for the intermediate's, which its owner has to keep.
+//! - There is no way to read a private key out, but for the intermediate's, which its owner has to keep, and for what a
+//!   process leaves to its successor ([`estate`]).
 //! - There is no refusal without a name: [`VerifyError::as_str`] and [`Refusal::as_str`] are the words of logs and
 //!   metrics.
 //! - Nothing that a certificate request says is believed, but for the key that signed it.
@@ -48,6 +49,8 @@ pub mod csr;
 pub mod issuer;
 
 pub mod svid;
+
+pub mod estate;
 
 pub mod lifecycle;
 

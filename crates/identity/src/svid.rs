@@ -26,6 +26,8 @@ struct Parts {
     id: SpiffeId,
     validity: Validity,
     certified_key: Arc<CertifiedKey>,
+    /// For the next process, and for nothing else.
+    key: PrivateKey,
 }
 
 impl Svid {
@@ -54,7 +56,7 @@ impl Svid {
         }
         let validity = certificate::validity_of(chain.certificates()).ok_or(VerifyError::BadEncoding)?;
         let certified_key = Arc::new(CertifiedKey::new(chain.certificates().to_vec(), key.to_rustls()?));
-        Ok(Svid(Arc::new(Parts { id: expected.clone(), validity, certified_key })))
+        Ok(Svid(Arc::new(Parts { id: expected.clone(), validity, certified_key, key })))
     }
 
     /// Whose it is.
@@ -80,6 +82,11 @@ impl Svid {
     /// The chain in DER, the leaf first.
     pub fn chain(&self) -> &[CertificateDer<'static>] {
         &self.0.certified_key.cert
+    }
+
+    /// The key of the leaf.
+    pub(crate) fn key(&self) -> &PrivateKey {
+        &self.0.key
     }
 
     /// Chain and key as rustls takes them.

@@ -20,5 +20,6 @@ pub mod nft;
 pub mod privileges;
 pub mod routes;
 pub mod sandbox;
+pub mod sealed;
 pub mod sockets;
 pub mod tc;

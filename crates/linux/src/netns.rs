@@ -7,7 +7,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -188,6 +188,19 @@ fn bind_new_namespace(path: &Path) -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNET)?;
     mount(Some(OWN), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
     Ok(())
+}
+
+/// Opens the network namespace that a socket belongs to.
+pub(crate) fn of_socket(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    /// `linux/sockios.h`.
+    const SIOCGSKNS: libc::Ioctl = 0x894c;
+    // SAFETY: the request has no argument; the descriptor is open for the length of the call.
+    let fd = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSKNS) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel returned a new descriptor, which nobody else has; it is close-on-exec.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Which kind of namespace the descriptor is (`CLONE_NEW…`), `None` when it is none at all.

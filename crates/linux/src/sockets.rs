@@ -23,6 +23,7 @@ use nix::sys::uio::{readv, writev};
 use nix::unistd::Uid;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 
+use crate::netns::NetNs;
 use crate::nft::IpFamily;
 
 /// A socket could not be made as it must be.
@@ -193,6 +194,16 @@ pub fn user_timeout(socket: &impl AsFd, timeout: Duration) -> io::Result<()> {
 /// still ours to choose, and less kernel memory is held.
 pub fn not_sent_low_water(socket: &impl AsFd, bytes: u32) -> io::Result<()> {
     SockRef::from(socket).set_tcp_notsent_lowat(bytes)
+}
+
+/// The network namespace that the socket was made in: the kernel's word, whoever hands the socket over. Takes
+/// CAP_NET_ADMIN there.
+pub fn namespace_of(socket: &impl AsFd) -> Result<NetNs, SocketError> {
+    let open = || {
+        let fd = crate::netns::of_socket(socket.as_fd())?;
+        NetNs::from_fd(fd).map_err(io::Error::other)
+    };
+    open().map_err(|source| failed("open the network namespace of a socket".into(), source))
 }
 
 /// The socket's mark.

@@ -5,7 +5,6 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io;
-use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -75,19 +74,14 @@ fn no_such_page(pages: &str) -> (StatusCode, String) {
     (StatusCode::NOT_FOUND, format!("there is no such page; there are {pages}"))
 }
 
-/// Serves the numbers, and whether we are ready, on a TCP port. Anybody who reaches it may read them.
-///
-/// # Errors
-/// The port cannot be listened on.
-pub(crate) async fn serve_metrics<A: Authority>(address: SocketAddr, shown: Arc<Shown<A>>) -> io::Result<()> {
-    let listener = TcpListener::bind(address).await?;
+/// Serves the numbers, and whether we are ready, on a TCP port, for ever. Anybody who reaches it may read them.
+pub(crate) async fn serve_metrics<A: Authority>(listener: TcpListener, shown: Arc<Shown<A>>) -> io::Result<()> {
     let router = Router::new()
         .route("/metrics", get(metrics::<A>))
         .route("/readyz", get(ready::<A>))
         .fallback(async || no_such_page("/metrics, /readyz"))
         .with_state(shown);
-    tokio::spawn(async move { axum::serve(listener, router).await });
-    Ok(())
+    axum::serve(listener, router).await
 }
 
 async fn metrics<A: Authority>(State(shown): Shared<A>) -> impl IntoResponse {

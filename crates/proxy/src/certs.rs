@@ -64,6 +64,8 @@ struct Held {
     svids: HashMap<SpiffeId, Slot>,
     servers: HashMap<SpiffeId, Arc<ServerConfig>>,
     clients: HashMap<(SpiffeId, SpiffeId), Arc<ClientConfig>>,
+    /// What the last proxy left, until its pods come.
+    inherited: HashMap<SpiffeId, Svid>,
 }
 
 /// One identity: how many pods have it, and its SVID once there is one.
@@ -111,11 +113,23 @@ impl Certificates {
         self.changes.send_modify(|number| *number += 1);
     }
 
+    /// Takes in what the last proxy left. Nothing of it is in use before a pod of its identity comes.
+    pub(crate) fn inherit(&self, svids: Vec<Svid>) {
+        self.lock().inherited = svids.into_iter().map(|svid| (svid.id().clone(), svid)).collect();
+    }
+
+    /// Forgets what was left for pods that did not come.
+    pub(crate) fn disinherit(&self) {
+        self.lock().inherited.clear();
+    }
+
     /// One more pod has this identity. The first one starts its keeper.
     pub(crate) fn hold<A: Authority>(self: &Arc<Self>, id: &SpiffeId, authority: &Arc<A>, metrics: &Arc<Metrics>) {
         let mut held = self.lock();
+        let inherited = held.inherited.remove(id);
         let slot = held.svids.entry(id.clone()).or_default();
         slot.pods += 1;
+        slot.svid = slot.svid.take().or(inherited);
         if slot.keeper.is_none() {
             let keeping = keep(self.clone(), id.clone(), authority.clone(), metrics.clone());
             slot.keeper = Some(tokio::spawn(keeping).abort_handle());
@@ -196,6 +210,11 @@ impl Certificates {
         self.lock().svids.values().filter_map(|slot| slot.svid.clone()).collect()
     }
 
+    /// What an identity has now.
+    fn svid(&self, id: &SpiffeId) -> Option<Svid> {
+        self.lock().svids.get(id)?.svid.clone()
+    }
+
     /// Tells of each change from now on.
     pub(crate) fn changes(&self) -> watch::Receiver<u64> {
         self.changes.subscribe()
@@ -231,7 +250,7 @@ impl Held {
 async fn keep<A: Authority>(certificates: Arc<Certificates>, id: SpiffeId, authority: Arc<A>, metrics: Arc<Metrics>) {
     let mut changes = certificates.changes();
     let mut failures = 0_u32;
-    let mut current: Option<Svid> = None;
+    let mut current = certificates.svid(&id);
     let mut jitter = dice::fraction();
     loop {
         changes.mark_unchanged();

@@ -16,7 +16,7 @@ use mesh::View;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use wire::client::{ClientError, Connected, Role};
-use wire::discovery::{Batch, Change, Heartbeat, Kind, Known, Removed, Resource};
+use wire::discovery::{Batch, Change, Heartbeat, Kind, Known, Removed, Resource, Snapshot};
 
 use crate::certs::Authority;
 use crate::dice;
@@ -24,7 +24,7 @@ use crate::node::Node;
 use crate::process::Args;
 
 /// What a proxy subscribes to.
-const KINDS: &[Kind] = &[Kind::Settings, Kind::Bundle, Kind::Policy, Kind::Address, Kind::Heartbeat];
+pub(crate) const KINDS: &[Kind] = &[Kind::Settings, Kind::Bundle, Kind::Policy, Kind::Address, Kind::Heartbeat];
 
 /// The life to ask for. The authority may give less, never more than it allows.
 const LIFE: Duration = Duration::from_secs(24 * 3600);
@@ -68,9 +68,9 @@ impl ControlPlane {
         Self { place, node, connection: watch::Sender::new(None) }
     }
 
-    /// Follows the control plane for ever.
-    pub(crate) async fn follow(self: Arc<Self>) {
-        let mut received = Received::default();
+    /// Follows the control plane for ever, from what the last proxy left on.
+    pub(crate) async fn follow(self: Arc<Self>, left: Option<Snapshot>) {
+        let mut received = left.map_or_else(Received::default, |left| Received::resume(left, &self.node));
         let mut failures = 0_u32;
         loop {
             let lost = match self.place.connect().await {
@@ -137,6 +137,14 @@ struct Received {
 }
 
 impl Received {
+    /// What the last proxy had received. It was whole, and goes live at once.
+    fn resume(left: Snapshot, node: &Node) -> Self {
+        let mut received = Self { known: left.known, ..Self::default() };
+        left.batches.into_iter().for_each(|batch| received.take_in(batch, node));
+        received.go_live(node);
+        received
+    }
+
     fn take_in(&mut self, batch: Batch, node: &Node) {
         for refused in &batch.refused {
             tracing::error!("the control plane sent what is not understood: {refused}");

@@ -9,7 +9,7 @@
 //! - no task serves a connection on two cores, and nothing of it is locked while bytes are copied;
 //! - no connection ends early without a name (`reasons`), and none that died looks as if it had ended in order;
 //! - nothing that a stranger sends is queued without a bound;
-//! - no private key leaves this process, or is shown by it.
+//! - no private key is shown by this process, or leaves it but for its own node's agent, sealed, for the next proxy.
 
 #![forbid(unsafe_code)]
 
@@ -25,6 +25,7 @@ mod control_plane;
 mod cores;
 mod coverage;
 mod dice;
+mod estate;
 mod first_bytes;
 mod inbound;
 mod judge;

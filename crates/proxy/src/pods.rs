@@ -3,6 +3,8 @@
 
 use std::collections::HashMap;
 use std::net::TcpListener;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mesh::PodUid;
@@ -26,12 +28,18 @@ pub(crate) struct Pods<A> {
     authority: Arc<A>,
     agent: mpsc::UnboundedSender<ToAgent>,
     served: Mutex<HashMap<PodUid, Served>>,
+    /// Nothing is accepted any more.
+    closed: AtomicBool,
 }
 
 #[derive(Debug)]
 struct Served {
     pod: Arc<Pod>,
-    acceptors: Vec<Accepting>,
+    /// As the agent said it: for the next agent.
+    added: PodAdded,
+    listeners: Vec<(Listener, TcpListener)>,
+    /// While these live the listeners are accepted on; none before the pod is ready.
+    accepting: Vec<Accepting>,
     ready: bool,
 }
 
@@ -54,27 +62,39 @@ impl<A: Authority> Pods<A> {
         authority: Arc<A>,
         agent: mpsc::UnboundedSender<ToAgent>,
     ) -> Self {
-        Self { node, cores, authority, agent, served: Mutex::default() }
+        Self { node, cores, authority, agent, served: Mutex::default(), closed: AtomicBool::new(false) }
     }
 
     /// Begins to serve a pod. One that is served already gets new listeners and keeps its connections: its agent is new.
+    /// Without listeners only what is said of it is new.
     pub(crate) fn add(&self, added: PodAdded, listeners: Vec<(Listener, TcpListener)>) {
+        if self.closed.load(Ordering::Relaxed) {
+            return;
+        }
+        if listeners.is_empty() {
+            if let Some(served) = self.lock().get_mut(&added.pod) {
+                served.added = PodAdded { listeners: served.added.listeners.clone(), ..added };
+            }
+            return;
+        }
         let old = self.lock().remove(&added.pod);
         let pod = match &old {
             Some(old) if old.pod.identity == added.identity => old.pod.clone(),
             Some(_) | None => Arc::new(self.pod(&added)),
         };
         self.node.certificates.hold(&pod.identity, &self.authority, &self.node.metrics);
+        let mut served = Served { pod: pod.clone(), added, listeners, accepting: Vec::new(), ready: false };
+        // Before the old ones end: somebody accepts at any time.
+        if old.as_ref().is_some_and(|old| !old.accepting.is_empty()) {
+            self.accept(&mut served);
+        }
         // After the new hold: an identity that stays must not lose its key in between.
         if let Some(old) = old {
-            self.stop(&old);
+            self.node.certificates.release(&old.pod.identity);
         }
-        let acceptors =
-            listeners.into_iter().filter_map(|(kind, listener)| self.accept(&pod, kind, listener)).collect();
-        let kinds = SocketKind::ALL.into_iter().filter(|kind| can_use(&pod, *kind));
-        pod.stash.fill(kinds);
+        pod.stash.fill(SocketKind::ALL.into_iter().filter(|kind| can_use(&pod, *kind)));
         tracing::info!(pod = %pod.name, uid = %pod.uid, identity = %pod.identity, "serving");
-        self.lock().insert(pod.uid.clone(), Served { pod, acceptors, ready: false });
+        self.lock().insert(pod.uid.clone(), served);
         self.node.metrics.pods.set(self.lock().len() as i64);
         self.tell_ready();
     }
@@ -85,15 +105,24 @@ impl<A: Authority> Pods<A> {
         Pod::new(added.pod.clone(), name, added.identity.clone(), added.addresses.clone(), stash)
     }
 
-    fn accept(&self, pod: &Arc<Pod>, kind: Listener, listener: TcpListener) -> Option<Accepting> {
-        let accepting = self.cores.accept(listener, pod.clone(), redirect::direction(kind));
-        accepting.inspect_err(|error| tracing::error!(pod = %pod.name, %error, "cannot use a listener")).ok()
+    /// On duplicates: the listeners themselves stay, for an agent that needs them.
+    fn accept(&self, served: &mut Served) {
+        let accept = |(kind, listener): &(Listener, TcpListener)| {
+            let refused = |error: &std::io::Error| {
+                tracing::error!(pod = %served.pod.name, %error, "cannot use a listener");
+            };
+            let accepting = listener
+                .try_clone()
+                .and_then(|listener| self.cores.accept(listener, served.pod.clone(), redirect::direction(*kind)));
+            accepting.inspect_err(refused).ok()
+        };
+        served.accepting = served.listeners.iter().filter_map(accept).collect();
     }
 
     /// Stops serving a pod: no listener, no connection, no socket and no key of it stays.
     pub(crate) fn remove(&self, uid: &PodUid) {
         let Some(served) = self.lock().remove(uid) else { return };
-        self.stop(&served);
+        self.node.certificates.release(&served.pod.identity);
         served.pod.retire();
         self.node.pool.forget(uid);
         self.node.connections.cut_pod(uid, &EndedEarly::PodRemoved);
@@ -101,14 +130,29 @@ impl<A: Authority> Pods<A> {
         tracing::info!(pod = %served.pod.name, %uid, "no longer serving");
     }
 
-    fn stop(&self, served: &Served) {
-        served.acceptors.iter().for_each(Accepting::stop);
-        self.node.certificates.release(&served.pod.identity);
+    /// Stops accepting for all pods, for good, and lets go of their listeners: what waits in them is the next proxy's. No
+    /// connection begins in a tunnel that rests, either.
+    pub(crate) fn stop_accepting(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+        for served in self.lock().values_mut() {
+            served.accepting.drain(..).for_each(|accepting| accepting.stop());
+            served.listeners.clear();
+            served.pod.retire();
+            self.node.pool.forget(&served.pod.uid);
+        }
     }
 
-    /// Stops accepting for all pods.
-    pub(crate) fn stop_accepting(&self) {
-        self.lock().values().flat_map(|served| &served.acceptors).for_each(Accepting::stop);
+    /// The pods that are served, for an agent that may not know them: with duplicates of their listeners.
+    pub(crate) fn held(&self) -> Vec<(PodAdded, Vec<OwnedFd>)> {
+        let duplicate = |served: &Served| {
+            let all = served.listeners.iter().map(|(kind, it)| Ok((*kind, it.as_fd().try_clone_to_owned()?)));
+            let all: std::io::Result<Vec<_>> = all.collect();
+            let all =
+                all.inspect_err(|error| tracing::error!(pod = %served.pod.name, %error, "not handed over")).ok()?;
+            let (listeners, descriptors) = all.into_iter().unzip();
+            Some((PodAdded { listeners, ..served.added.clone() }, descriptors))
+        };
+        self.lock().values().filter_map(duplicate).collect()
     }
 
     /// Puts sockets into a pod's stash. For a pod that is gone they are closed, or they would keep its namespace.
@@ -118,10 +162,17 @@ impl<A: Authority> Pods<A> {
         }
     }
 
-    /// Tells the agent which pods have become ready: accepted on, and with a certificate. Their rules may be loaded.
+    /// Begins to accept for the pods that can prove who they are, once it is known what may happen, and tells the agent:
+    /// their rules may be loaded. Until then connections wait in the kernel.
     pub(crate) fn tell_ready(&self) {
+        if self.node.view.read(|view| view.settings().is_none()) {
+            return;
+        }
         for served in self.lock().values_mut().filter(|served| !served.ready) {
-            if self.node.certificates.has(&served.pod.identity) && !served.acceptors.is_empty() {
+            if self.node.certificates.has(&served.pod.identity) && !served.listeners.is_empty() {
+                if served.accepting.is_empty() {
+                    self.accept(served);
+                }
                 served.ready = true;
                 // Nobody listens any more when the process ends.
                 let _ = self.agent.send(ToAgent::PodReady { pod: served.pod.uid.clone() });
@@ -133,7 +184,7 @@ impl<A: Authority> Pods<A> {
     pub(crate) fn all(&self) -> Vec<Summary> {
         let summary = |served: &Served| Summary {
             pod: served.pod.clone(),
-            listeners: served.acceptors.len(),
+            listeners: served.accepting.len(),
             ready: served.ready,
         };
         self.lock().values().map(summary).collect()

@@ -1,5 +1,6 @@
 //! The process: what it is started with, in which order it starts, what wakes it, and how it ends.
 
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -7,19 +8,22 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::json;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
+use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::access_log::AccessLog;
-use crate::agent::{self, Said};
+use crate::agent::{self, Place, Said, State, Told};
+use crate::certs::Authority;
 use crate::clock::Clock;
 use crate::control_plane::ControlPlane;
 use crate::cores::Cores;
 use crate::node::Node;
 use crate::pods::Pods;
 use crate::reasons::EndedEarly;
-use crate::{admin, judge};
+use crate::{admin, estate, judge};
 
 /// What the proxy is started with.
 #[derive(clap::Args, Clone, Debug)]
@@ -39,6 +43,9 @@ pub struct Args {
     /// Unix socket of the node's agent.
     #[arg(long)]
     pub agent_socket: PathBuf,
+    /// The user that the node's agent runs as: to no other are keys and sockets handed.
+    #[arg(long, default_value_t = 0)]
+    pub agent_uid: u32,
     /// Unix socket for dumps, which is made here.
     #[arg(long)]
     pub admin: PathBuf,
@@ -54,6 +61,10 @@ pub struct Args {
     /// File that the access log is appended to, instead of standard output.
     #[arg(long)]
     pub access_log_file: Option<PathBuf>,
+    /// Seconds that open connections may take to end once another proxy serves, or this one is told to end. What is open
+    /// then is reset.
+    #[arg(long, default_value_t = 30 * 60)]
+    pub drain: u64,
 }
 
 /// How connections are logged.
@@ -71,6 +82,16 @@ const JUDGE_EVERY: Duration = Duration::from_millis(100);
 /// How long connections may take to end when the process does.
 const FAREWELL: Duration = Duration::from_millis(500);
 
+/// How long the control plane's stream waits for what the last proxy left at the agent: with it only what changed since is
+/// sent.
+const WAIT_FOR_LEFT: Duration = Duration::from_secs(1);
+
+/// How often a process that drains looks whether all connections have ended.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// The pause between two attempts to listen on a port that a process still has which drains, or is about to.
+const PORT_AGAIN: Duration = Duration::from_millis(200);
+
 /// All that can wake the main thread.
 #[derive(Debug)]
 enum Event {
@@ -80,7 +101,11 @@ enum Event {
     View,
     /// A certificate or the trust bundle changed.
     Certificates,
-    /// The process is to end.
+    /// The agent did not say in time what the last proxy left.
+    NothingLeft,
+    /// It is time to look whether all connections have ended.
+    Look,
+    /// The process is to end: at the first time when its connections have, at the second time now.
     Terminate,
 }
 
@@ -92,15 +117,27 @@ struct Events {
     judged: Instant,
     /// A change of the view was seen and not judged by yet.
     unjudged: bool,
+    /// Until when what the last proxy left is waited for.
+    wait_for_left: Option<Instant>,
+    /// While draining, when to look next.
+    look: Option<Instant>,
 }
 
 impl Events {
     async fn next(&mut self) -> Event {
         loop {
+            let now = Instant::now();
             tokio::select! {
                 biased;
                 _ = self.terminate.recv() => return Event::Terminate,
+                () = sleep_until(self.look.unwrap_or(now)), if self.look.is_some() => {
+                    self.look = Some(now + LOOK);
+                    return Event::Look;
+                }
                 Some(said) = self.agent.recv() => return Event::Agent(said),
+                () = sleep_until(self.wait_for_left.unwrap_or(now)), if self.wait_for_left.is_some() => {
+                    return Event::NothingLeft;
+                }
                 _ = self.certificates.changed() => return Event::Certificates,
                 _ = self.view.changed(), if !self.unjudged => self.unjudged = true,
                 () = sleep_until(self.judged + JUDGE_EVERY), if self.unjudged => {
@@ -138,10 +175,11 @@ async fn serve(args: Args, descriptors: u64) -> Result<()> {
     let (say, outgoing) = mpsc::unbounded_channel();
     let pods = Arc::new(Pods::new(node.clone(), cores.clone(), control.clone(), say));
 
-    let shown = Arc::new(admin::Shown { node: node.clone(), pods: pods.clone(), cores, config: config(&args, count) });
+    let config = config(&args, count);
+    let shown = Arc::new(admin::Shown { node: node.clone(), pods: pods.clone(), cores: cores.clone(), config });
     admin::serve_dumps(&args.admin, shown.clone())
         .with_context(|| format!("cannot listen on {} (--admin)", args.admin.display()))?;
-    admin::serve_metrics(args.metrics, shown)
+    let metrics = serve_metrics(args.metrics, shown)
         .await
         .with_context(|| format!("cannot listen on {} (--metrics)", args.metrics))?;
 
@@ -153,19 +191,35 @@ async fn serve(args: Args, descriptors: u64) -> Result<()> {
         terminate: signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?,
         judged: Instant::now(),
         unjudged: false,
+        wait_for_left: Some(Instant::now() + WAIT_FOR_LEFT),
+        look: None,
     };
-    tokio::spawn(control.follow());
+    let state = watch::Sender::new(State::default());
+    let held = pods.clone();
+    let told = Told { pods: Box::new(move || held.held()), state: state.subscribe() };
+    tokio::spawn(agent::keep(Place { path: args.agent_socket, uid: args.agent_uid }, said, outgoing, told));
+    tokio::spawn(estate::keep(node.clone(), state.clone()));
     tokio::spawn({
         let node = node.clone();
         async move { node.view.grow_old().await }
     });
-    tokio::spawn(agent::keep(args.agent_socket, said, outgoing));
     tracing::info!(node = args.node, cores = count, descriptors, "the proxy runs");
 
-    loop {
-        match events.next().await {
-            Event::Agent(Said::Connected) => {
+    let mut drain: Option<Drain> = None;
+    // By whoever started it, who says it also to one that drains because its successor serves.
+    let mut told_to_end = false;
+    let why = loop {
+        let event = events.next().await;
+        match event {
+            Event::Agent(Said::Connected(left)) => {
                 node.metrics.agent.set(1);
+                if events.wait_for_left.take().is_some() {
+                    tokio::spawn(control.clone().follow(estate::take_over(&node, left)));
+                }
+            }
+            Event::NothingLeft => {
+                events.wait_for_left = None;
+                tokio::spawn(control.clone().follow(None));
             }
             Event::Agent(Said::Gone) => {
                 node.metrics.agent.set(0);
@@ -173,13 +227,28 @@ async fn serve(args: Args, descriptors: u64) -> Result<()> {
             Event::Agent(Said::PodAdded(pod, listeners)) => pods.add(pod, listeners),
             Event::Agent(Said::PodRemoved(pod)) => pods.remove(&pod),
             Event::Agent(Said::Sockets(pod, kind, sockets)) => pods.put(&pod, kind, sockets),
-            Event::View => judge::judge(&node.view, &node.connections),
+            Event::View => {
+                judge::judge(&node.view, &node.connections);
+                pods.tell_ready();
+            }
             Event::Certificates => pods.tell_ready(),
-            Event::Terminate => break,
+            Event::Terminate if told_to_end => break EndedEarly::ShuttingDown,
+            Event::Agent(Said::Drain) | Event::Terminate => {
+                told_to_end |= matches!(event, Event::Terminate);
+                if drain.is_none() {
+                    drain = Some(Drain::begin(&node, Duration::from_secs(args.drain)));
+                    pods.stop_accepting();
+                    state.send_modify(|state| state.leaving = true);
+                    // The successor's.
+                    metrics.abort();
+                    events.look = Some(Instant::now());
+                }
+            }
+            Event::Look if drain.as_ref().is_some_and(|drain| drain.is_over(&cores)) => break EndedEarly::Drained,
+            Event::Look => {}
         }
-    }
-    pods.stop_accepting();
-    end(&node).await;
+    };
+    end(&node, &why).await;
     Ok(())
 }
 
@@ -198,16 +267,56 @@ fn access_log(args: &Args, node: &Node) -> Result<AccessLog> {
     started.context("cannot start the thread of the access log")
 }
 
-/// Ends what is open. There is nothing that could take it over yet, so each connection gets its reset and its line.
-async fn end(node: &Node) {
+/// The time between the last accept and the end.
+struct Drain {
+    until: Instant,
+}
+
+impl Drain {
+    fn begin(node: &Node, time: Duration) -> Self {
+        tracing::info!(open = node.connections.all().len(), seconds = time.as_secs(), "draining: nothing is accepted");
+        Self { until: Instant::now() + time }
+    }
+
+    /// A tunnel that rests counts until its other side knows: what it asks for meanwhile has an answer.
+    fn is_over(&self, cores: &Cores) -> bool {
+        Instant::now() >= self.until || cores.open().iter().all(|open| *open == 0)
+    }
+}
+
+/// Ends what is open: each connection gets its reset and its line.
+async fn end(node: &Node, why: &EndedEarly) {
     let open = node.connections.all();
-    tracing::info!(open = open.len(), "the proxy ends");
-    open.iter().for_each(|connection| connection.cut(EndedEarly::ShuttingDown));
+    tracing::info!(open = open.len(), reason = %why, "the proxy ends");
+    open.iter().for_each(|connection| connection.cut(why.clone()));
     let deadline = Instant::now() + FAREWELL;
     while !node.connections.all().is_empty() && Instant::now() < deadline {
         sleep(Duration::from_millis(10)).await;
     }
     node.access_log.flush(FAREWELL);
+}
+
+/// Serves the numbers; as soon as the port is free, where a predecessor still has it. Aborting it lets go of the port.
+async fn serve_metrics<A: Authority>(address: SocketAddr, shown: Arc<admin::Shown<A>>) -> io::Result<AbortHandle> {
+    let mut listener = match TcpListener::bind(address).await {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            tracing::warn!(%address, "another process has the port for metrics; waiting for it to let go");
+            None
+        }
+        bound => Some(bound?),
+    };
+    let serve = async move {
+        loop {
+            match listener.take() {
+                Some(listener) => return admin::serve_metrics(listener, shown).await,
+                None => {
+                    sleep(PORT_AGAIN).await;
+                    listener = TcpListener::bind(address).await.ok();
+                }
+            }
+        }
+    };
+    Ok(tokio::spawn(serve).abort_handle())
 }
 
 fn config(args: &Args, cores: usize) -> serde_json::Value {
@@ -217,6 +326,8 @@ fn config(args: &Args, cores: usize) -> serde_json::Value {
         "bundle": args.bundle,
         "token": args.token,
         "agent_socket": args.agent_socket,
+        "agent_uid": args.agent_uid,
+        "drain": args.drain,
         "admin": args.admin,
         "metrics": args.metrics,
         "cores": cores,

@@ -85,6 +85,8 @@ pub(crate) enum EndedEarly {
     PodRemoved,
     /// The proxy ends.
     ShuttingDown,
+    /// The proxy's successor serves, and the time for what was open is over.
+    Drained,
     /// An operating-system call failed that should not have.
     System(&'static str),
 }
@@ -126,6 +128,7 @@ impl EndedEarly {
             Self::OverBudget(_) => ("over-budget", F::Peer, L::WARN),
             Self::PodRemoved => ("pod-removed", F::Environment, L::INFO),
             Self::ShuttingDown => ("shutting-down", F::Environment, L::INFO),
+            Self::Drained => ("drained", F::Environment, L::INFO),
             Self::System(_) => ("system-call-failed", F::Ours, L::ERROR),
         };
         Facts { name, fault, level }
@@ -205,6 +208,7 @@ mod tests {
             EndedEarly::OverBudget(Budget::Connections),
             EndedEarly::PodRemoved,
             EndedEarly::ShuttingDown,
+            EndedEarly::Drained,
             EndedEarly::System("setsockopt"),
         ];
         all.extend(RefuseReason::ALL.iter().copied().map(EndedEarly::Refused));

@@ -27,7 +27,7 @@ const BUSY: Duration = Duration::from_secs(2);
 const LOST: Duration = Duration::from_secs(1);
 
 /// How long a connection waits for a socket.
-const PATIENCE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The sockets of one pod.
 #[derive(Debug)]

@@ -8,6 +8,7 @@ mod ours;
 mod policy;
 mod published;
 mod server_state;
+mod snapshot;
 
 #[cfg(test)]
 mod tests;
@@ -21,6 +22,7 @@ use mesh::{PodUid, PolicyName, ResourceKey, ServiceName, Uncaptured, WorkloadUid
 pub use client_state::{Batch, Known};
 pub use published::{MAX_RESOURCE, Published};
 pub use server_state::Asked;
+pub use snapshot::{BadSnapshot, MAX_SNAPSHOT, Snapshot};
 
 pub(crate) use client_state::ClientState;
 pub(crate) use published::decode;

@@ -4,8 +4,12 @@
 //! same product on the same node, and still each message is bounded and checked: a mistake of one must not become a
 //! wrong namespace in the other.
 
+mod cni;
+
+#[cfg(test)]
+mod tests;
+
 use std::net::IpAddr;
-use std::path::PathBuf;
 
 use identity::SpiffeId;
 use mesh::PodUid;
@@ -13,12 +17,17 @@ use prost::Message;
 
 use crate::proto::v1;
 
+pub use cni::{CniAdd, CniRequest, CniResult};
+
 /// The longest message, in bytes.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 /// The most sockets that one request may ask for: with the descriptors of a message bounded to 253 by the kernel.
 pub const MAX_SOCKETS: u32 = 64;
-/// The version that [`ToAgent::Hello`] carries.
+/// The version of what agent and proxy say to each other, which each names first. Who speaks another one is refused. A
+/// message or field that one of the two does not know is no other version: it is passed over.
 pub const VERSION: u32 = 1;
+/// The most pods of a node, as the control plane has it.
+pub const MAX_PODS: usize = 4096;
 
 /// A message that its receiver cannot accept. It names what is wrong with it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -32,44 +41,6 @@ pub enum BadMessage {
     /// Of the right form, with a value that cannot be.
     #[error("{0} is missing or not understood")]
     Field(&'static str),
-}
-
-/// The container runtime asks the agent, on the CNI socket.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum CniRequest {
-    /// A pod's network namespace is set up; its programs wait for the answer.
-    Add(CniAdd),
-    /// A pod is gone.
-    Del {
-        /// Which.
-        pod: PodUid,
-    },
-}
-
-/// A pod whose programs are about to start.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CniAdd {
-    /// metadata.uid.
-    pub pod: PodUid,
-    /// metadata.namespace.
-    pub namespace: String,
-    /// metadata.name.
-    pub name: String,
-    /// Path of the network namespace, as `CNI_NETNS`.
-    pub netns: PathBuf,
-}
-
-/// The agent answers the container runtime.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum CniResult {
-    /// The pod is captured, and verified to be.
-    Captured,
-    /// The pod is not to be captured; why.
-    NotCaptured(String),
-    /// Forgotten, or never known: deletions always succeed.
-    Deleted,
-    /// The sandbox must fail, so that the runtime tries again; one sentence for its event.
-    Failed(String),
 }
 
 /// A listener in a pod's namespace.
@@ -124,13 +95,35 @@ pub struct PodAdded {
     pub identity: SpiffeId,
     /// status.podIPs: the only source addresses and destinations that belong to it.
     pub addresses: Vec<IpAddr>,
-    /// What the descriptors are.
+    /// What the descriptors are. None for a pod that is served: what changed is elsewhere in the message.
     pub listeners: Vec<Listener>,
+    /// Ports that are never captured: for the next agent.
+    pub excluded_ports: Vec<u16>,
+}
+
+/// What the agent keeps for the next proxy: a sealed memory file that it never reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kept {
+    /// The view of the mesh.
+    View,
+    /// SVIDs with their keys.
+    Credentials,
 }
 
 /// The agent speaks to the proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FromAgent {
+    /// First. The descriptors beside it are what the last proxy left.
+    Hello {
+        /// [`VERSION`].
+        version: u32,
+        /// What the descriptors are.
+        kept: Vec<Kept>,
+    },
+    /// The link ends, for this reason.
+    Refused(String),
+    /// Another proxy serves all pods from now on: accept no more, and end when the connections have.
+    Drain,
     /// Serve this pod.
     PodAdded(PodAdded),
     /// Stop serving it: its namespace must not be kept alive.
@@ -147,6 +140,8 @@ pub enum FromAgent {
         /// Why there are fewer than asked for; empty where there are not.
         error: String,
     },
+    /// Something that only a newer version knows.
+    Unknown,
 }
 
 /// The proxy speaks to the agent.
@@ -171,62 +166,16 @@ pub enum ToAgent {
         /// How many, 1 to [`MAX_SOCKETS`].
         count: u32,
     },
-}
-
-impl CniRequest {
-    /// The message as bytes.
-    pub fn encode(&self) -> Vec<u8> {
-        use v1::cni_request::Request;
-        let request = match self {
-            Self::Add(add) => Request::Add(v1::CniAdd {
-                pod_uid: add.pod.to_string(),
-                namespace: add.namespace.clone(),
-                name: add.name.clone(),
-                netns: add.netns.to_string_lossy().into_owned(),
-            }),
-            Self::Del { pod } => Request::Del(v1::CniDel { pod_uid: pod.to_string() }),
-        };
-        v1::CniRequest { request: Some(request) }.encode_to_vec()
-    }
-
-    /// The message in bytes.
-    pub fn decode(bytes: &[u8]) -> Result<Self, BadMessage> {
-        use v1::cni_request::Request;
-        match decode::<v1::CniRequest>(bytes)?.request.ok_or(BadMessage::Field("request"))? {
-            Request::Add(add) => Ok(Self::Add(CniAdd {
-                pod: pod_uid(&add.pod_uid)?,
-                namespace: text(add.namespace, "namespace")?,
-                name: text(add.name, "name")?,
-                netns: text(add.netns, "netns")?.into(),
-            })),
-            Request::Del(del) => Ok(Self::Del { pod: pod_uid(&del.pod_uid)? }),
-        }
-    }
-}
-
-impl CniResult {
-    /// The message as bytes.
-    pub fn encode(&self) -> Vec<u8> {
-        use v1::cni_result::Result as Answer;
-        let answer = match self {
-            Self::Captured => Answer::Captured(()),
-            Self::NotCaptured(why) => Answer::NotCaptured(why.clone()),
-            Self::Deleted => Answer::Deleted(()),
-            Self::Failed(why) => Answer::Failed(why.clone()),
-        };
-        v1::CniResult { result: Some(answer) }.encode_to_vec()
-    }
-
-    /// The message in bytes. An answer that is not understood is an error, never a success.
-    pub fn decode(bytes: &[u8]) -> Result<Self, BadMessage> {
-        use v1::cni_result::Result as Answer;
-        Ok(match decode::<v1::CniResult>(bytes)?.result.ok_or(BadMessage::Field("result"))? {
-            Answer::Captured(()) => Self::Captured,
-            Answer::NotCaptured(why) => Self::NotCaptured(why),
-            Answer::Deleted(()) => Self::Deleted,
-            Answer::Failed(why) => Self::Failed(why),
-        })
-    }
+    /// A pod that the sender serves. The descriptors beside the message are its listeners.
+    Held(PodAdded),
+    /// That were all of them.
+    HeldAll,
+    /// The descriptor beside this is to be kept for the next proxy.
+    Keep(Kept),
+    /// The sender accepts no more, and ends when its connections have.
+    Leaving,
+    /// Something that only a newer version knows.
+    Unknown,
 }
 
 impl FromAgent {
@@ -234,19 +183,20 @@ impl FromAgent {
     pub fn encode(&self) -> Vec<u8> {
         use v1::to_proxy::Message as M;
         let message = match self {
-            Self::PodAdded(pod) => M::PodAdded(v1::PodAdded {
-                pod_uid: pod.pod.to_string(),
-                name: pod.name.clone(),
-                identity: pod.identity.to_string(),
-                addresses: pod.addresses.iter().map(IpAddr::to_string).collect(),
-                listeners: pod.listeners.iter().map(|listener| v1::Listener::from(*listener).into()).collect(),
-            }),
+            Self::Hello { version, kept } => {
+                let kept = kept.iter().map(|kept| v1::Kept::from(*kept).into()).collect();
+                M::Hello(v1::AgentHello { version: *version, kept })
+            }
+            Self::Refused(why) => M::Refused(why.clone()),
+            Self::Drain => M::Drain(()),
+            Self::PodAdded(pod) => M::PodAdded(pod.to_proto()),
             Self::PodRemoved { pod } => M::PodRemoved(v1::PodRemoved { pod_uid: pod.to_string() }),
             Self::Sockets { pod, kind, error } => M::Sockets(v1::Sockets {
                 pod_uid: pod.to_string(),
                 kind: v1::SocketKind::from(*kind).into(),
                 error: error.clone(),
             }),
+            Self::Unknown => return v1::ToProxy { message: None }.encode_to_vec(),
         };
         v1::ToProxy { message: Some(message) }.encode_to_vec()
     }
@@ -254,18 +204,15 @@ impl FromAgent {
     /// The message in bytes.
     pub fn decode(bytes: &[u8]) -> Result<Self, BadMessage> {
         use v1::to_proxy::Message as M;
-        match decode::<v1::ToProxy>(bytes)?.message.ok_or(BadMessage::Field("message"))? {
-            M::PodAdded(pod) => {
-                let addresses = pod.addresses.iter().map(|a| a.parse()).collect::<Result<_, _>>();
-                let listeners = pod.listeners.iter().map(|number| listener(*number)).collect::<Result<_, _>>()?;
-                Ok(Self::PodAdded(PodAdded {
-                    pod: pod_uid(&pod.pod_uid)?,
-                    name: text(pod.name, "name")?,
-                    identity: pod.identity.parse().map_err(|_| BadMessage::Field("identity"))?,
-                    addresses: addresses.map_err(|_| BadMessage::Field("addresses"))?,
-                    listeners,
-                }))
+        let Some(message) = decode::<v1::ToProxy>(bytes)?.message else { return Ok(Self::Unknown) };
+        match message {
+            M::Hello(hello) => {
+                let kept = hello.kept.iter().map(|number| kept(*number)).collect::<Result<_, _>>()?;
+                Ok(Self::Hello { version: hello.version, kept })
             }
+            M::Refused(why) => Ok(Self::Refused(why)),
+            M::Drain(()) => Ok(Self::Drain),
+            M::PodAdded(pod) => Ok(Self::PodAdded(PodAdded::from_proto(pod)?)),
             M::PodRemoved(removed) => Ok(Self::PodRemoved { pod: pod_uid(&removed.pod_uid)? }),
             M::Sockets(sockets) => Ok(Self::Sockets {
                 pod: pod_uid(&sockets.pod_uid)?,
@@ -288,6 +235,11 @@ impl ToAgent {
                 kind: v1::SocketKind::from(*kind).into(),
                 count: *count,
             }),
+            Self::Held(pod) => M::Held(pod.to_proto()),
+            Self::HeldAll => M::HeldAll(()),
+            Self::Keep(kept) => M::Keep(v1::Keep { what: v1::Kept::from(*kept).into() }),
+            Self::Leaving => M::Leaving(()),
+            Self::Unknown => return v1::ToAgent { message: None }.encode_to_vec(),
         };
         v1::ToAgent { message: Some(message) }.encode_to_vec()
     }
@@ -295,14 +247,45 @@ impl ToAgent {
     /// The message in bytes.
     pub fn decode(bytes: &[u8]) -> Result<Self, BadMessage> {
         use v1::to_agent::Message as M;
-        match decode::<v1::ToAgent>(bytes)?.message.ok_or(BadMessage::Field("message"))? {
+        let Some(message) = decode::<v1::ToAgent>(bytes)?.message else { return Ok(Self::Unknown) };
+        match message {
             M::Hello(hello) => Ok(Self::Hello { version: hello.version }),
             M::PodReady(ready) => Ok(Self::PodReady { pod: pod_uid(&ready.pod_uid)? }),
             M::WantSockets(want) if (1..=MAX_SOCKETS).contains(&want.count) => {
                 Ok(Self::WantSockets { pod: pod_uid(&want.pod_uid)?, kind: socket_kind(want.kind)?, count: want.count })
             }
             M::WantSockets(_) => Err(BadMessage::Field("count")),
+            M::Held(pod) => Ok(Self::Held(PodAdded::from_proto(pod)?)),
+            M::HeldAll(()) => Ok(Self::HeldAll),
+            M::Keep(keep) => Ok(Self::Keep(kept(keep.what)?)),
+            M::Leaving(()) => Ok(Self::Leaving),
         }
+    }
+}
+
+impl PodAdded {
+    fn to_proto(&self) -> v1::PodAdded {
+        v1::PodAdded {
+            pod_uid: self.pod.to_string(),
+            name: self.name.clone(),
+            identity: self.identity.to_string(),
+            addresses: self.addresses.iter().map(IpAddr::to_string).collect(),
+            listeners: self.listeners.iter().map(|listener| v1::Listener::from(*listener).into()).collect(),
+            excluded_ports: self.excluded_ports.iter().copied().map(u32::from).collect(),
+        }
+    }
+
+    fn from_proto(pod: v1::PodAdded) -> Result<Self, BadMessage> {
+        let addresses = pod.addresses.iter().map(|a| a.parse()).collect::<Result<_, _>>();
+        let ports = pod.excluded_ports.iter().map(|port| u16::try_from(*port)).collect::<Result<_, _>>();
+        Ok(Self {
+            pod: pod_uid(&pod.pod_uid)?,
+            name: text(pod.name, "name")?,
+            identity: pod.identity.parse().map_err(|_| BadMessage::Field("identity"))?,
+            addresses: addresses.map_err(|_| BadMessage::Field("addresses"))?,
+            listeners: pod.listeners.iter().map(|number| listener(*number)).collect::<Result<_, _>>()?,
+            excluded_ports: ports.map_err(|_| BadMessage::Field("excluded_ports"))?,
+        })
     }
 }
 
@@ -341,6 +324,23 @@ fn socket_kind(number: i32) -> Result<SocketKind, BadMessage> {
     }
 }
 
+fn kept(number: i32) -> Result<Kept, BadMessage> {
+    match v1::Kept::try_from(number) {
+        Ok(v1::Kept::View) => Ok(Kept::View),
+        Ok(v1::Kept::Credentials) => Ok(Kept::Credentials),
+        Ok(v1::Kept::Unspecified) | Err(_) => Err(BadMessage::Field("kept")),
+    }
+}
+
+impl From<Kept> for v1::Kept {
+    fn from(kept: Kept) -> Self {
+        match kept {
+            Kept::View => Self::View,
+            Kept::Credentials => Self::Credentials,
+        }
+    }
+}
+
 impl From<Listener> for v1::Listener {
     fn from(listener: Listener) -> Self {
         match listener {
@@ -359,82 +359,6 @@ impl From<SocketKind> for v1::SocketKind {
             SocketKind::OuterV6 => Self::OuterV6,
             SocketKind::InnerV4 => Self::InnerV4,
             SocketKind::InnerV6 => Self::InnerV6,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn id() -> SpiffeId {
-        "spiffe://cluster.local/ns/shop/sa/web".parse().expect("a SPIFFE ID")
-    }
-
-    #[test]
-    fn every_message_survives_the_wire() {
-        let pod = PodUid::from("0d2b");
-        let requests = [
-            CniRequest::Add(CniAdd {
-                pod: pod.clone(),
-                namespace: "shop".into(),
-                name: "web".into(),
-                netns: "/run/netns/web".into(),
-            }),
-            CniRequest::Del { pod: pod.clone() },
-        ];
-        for request in requests {
-            assert_eq!(CniRequest::decode(&request.encode()), Ok(request));
-        }
-        let answers = [
-            CniResult::Captured,
-            CniResult::NotCaptured("opted-out".into()),
-            CniResult::Deleted,
-            CniResult::Failed("no".into()),
-        ];
-        for answer in answers {
-            assert_eq!(CniResult::decode(&answer.encode()), Ok(answer));
-        }
-        let added = PodAdded {
-            pod: pod.clone(),
-            name: "web".into(),
-            identity: id(),
-            addresses: vec!["10.0.0.1".parse().expect("v4"), "fd00::1".parse().expect("v6")],
-            listeners: vec![Listener::OutboundV4, Listener::OutboundV6, Listener::InboundV4, Listener::InboundV6],
-        };
-        let mut down = vec![FromAgent::PodAdded(added), FromAgent::PodRemoved { pod: pod.clone() }];
-        let mut up = vec![ToAgent::Hello { version: VERSION }, ToAgent::PodReady { pod: pod.clone() }];
-        for kind in SocketKind::ALL {
-            down.push(FromAgent::Sockets { pod: pod.clone(), kind, error: String::new() });
-            up.push(ToAgent::WantSockets { pod: pod.clone(), kind, count: MAX_SOCKETS });
-        }
-        for message in down {
-            assert_eq!(FromAgent::decode(&message.encode()), Ok(message));
-        }
-        for message in up {
-            assert_eq!(ToAgent::decode(&message.encode()), Ok(message));
-        }
-    }
-
-    #[test]
-    fn a_count_out_of_bounds_and_an_empty_answer_are_refused() {
-        for count in [0, MAX_SOCKETS + 1] {
-            let message = ToAgent::WantSockets { pod: PodUid::from("a"), kind: SocketKind::OuterV4, count };
-            assert_eq!(ToAgent::decode(&message.encode()), Err(BadMessage::Field("count")));
-        }
-        assert_eq!(CniResult::decode(&[]), Err(BadMessage::Field("result")));
-        assert_eq!(FromAgent::decode(&vec![0; MAX_MESSAGE + 1]), Err(BadMessage::TooLong(MAX_MESSAGE + 1)));
-    }
-
-    proptest! {
-        #[test]
-        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
-            let _ = CniRequest::decode(&bytes);
-            let _ = CniResult::decode(&bytes);
-            let _ = FromAgent::decode(&bytes);
-            let _ = ToAgent::decode(&bytes);
         }
     }
 }

@@ -68,7 +68,7 @@ fn captured(text: &str) -> Pods {
     let mut pods = node();
     pods.know(known(text));
     pods.add(1, &cni(text), 7);
-    assert!(pods.prepared(&uid(text), 1, Ok(())).0);
+    assert!(pods.prepared(&uid(text), 1, Ok(Prepared::Bare)).0);
     pods.ready(&uid(text));
     let actions = pods.begun(&uid(text), 2, Ok(()));
     assert_eq!(actions, [Action::Answer(1, CniResult::Captured)]);
@@ -90,13 +90,29 @@ fn rules_come_last_whatever_comes_first() {
         }
         assert_eq!(actions, [prepare(known("a"), 7, 1)]);
         assert!(pods.ready(&uid("a")).is_empty(), "nothing was offered yet");
-        assert_eq!(pods.prepared(&uid("a"), 1, Ok(())), (true, vec![Action::Offer(known("a"))]));
+        assert_eq!(pods.prepared(&uid("a"), 1, Ok(Prepared::Bare)), (true, vec![Action::Offer(known("a"))]));
         assert_eq!(pods.ready(&uid("a")), [begin("a", 2)]);
         assert!(pods.ready(&uid("a")).is_empty(), "once is enough");
         assert!(pods.captured().is_empty(), "not before the rules were read back");
         assert_eq!(pods.begun(&uid("a"), 2, Ok(())), [Action::Answer(1, CniResult::Captured)]);
         assert_eq!(pods.captured(), [uid("a")].into());
     }
+}
+
+#[test]
+fn what_was_inherited_and_is_not_named_is_released() {
+    let mut pods = node();
+    assert_eq!(pods.inherit(known("a"), 7), [prepare(known("a"), 7, 1)]);
+    assert!(pods.inheriting());
+    assert_eq!(pods.prepared(&uid("a"), 1, Ok(Prepared::Captured)), (true, vec![Action::Offer(known("a"))]));
+    assert!(!pods.inheriting() && pods.captured() == [uid("a")].into());
+    assert_eq!(pods.add(1, &cni("a"), 7), [Action::Answer(1, CniResult::Captured)], "asked again, it is known");
+    assert_eq!(pods.inherit(known("b"), 8), [prepare(known("b"), 8, 2)]);
+    assert!(matches!(pods.inherit(known("c"), 8)[..], [Action::Report(..)]), "a namespace has one pod");
+    pods.know(known("a"));
+    assert_eq!(pods.complete(), [Action::Withdraw(uid("b")), Action::Close(8)]);
+    assert_eq!(pods.inherit(known("d"), 9), [Action::Withdraw(uid("d"))], "it went while nobody looked");
+    assert_eq!(pods.captured(), [uid("a")].into());
 }
 
 #[test]
@@ -132,7 +148,7 @@ fn what_is_missing_is_said_when_the_time_is_up() {
 
     pods.know(known("a"));
     pods.add(4, &cni("a"), 7);
-    pods.prepared(&uid("a"), 1, Ok(()));
+    pods.prepared(&uid("a"), 1, Ok(Prepared::Bare));
     is_failed(4, &pods.overdue(4), "no proxy of this node");
 
     pods.proxy_connected();
@@ -150,7 +166,7 @@ fn work_that_is_under_way_when_the_time_is_up_gives_the_answer() {
     pods.know(known("a"));
     pods.add(1, &cni("a"), 7);
     assert!(pods.overdue(1).is_empty());
-    let (keep, actions) = pods.prepared(&uid("a"), 1, Ok(()));
+    let (keep, actions) = pods.prepared(&uid("a"), 1, Ok(Prepared::Bare));
     assert!(keep);
     is_failed(1, &actions, "no certificate");
 }
@@ -198,7 +214,7 @@ fn a_pod_that_runs_is_captured_later_and_tried_again_without_the_runtime() {
     assert_eq!(pods.retry(), [prepare(known("a"), 7, 2)]);
     assert_eq!(pods.prepared(&uid("a"), 2, Err(failure())), (false, vec![]), "said once");
     assert_eq!(pods.retry(), [prepare(known("a"), 7, 3)]);
-    pods.prepared(&uid("a"), 3, Ok(()));
+    pods.prepared(&uid("a"), 3, Ok(Prepared::Bare));
     pods.ready(&uid("a"));
     let other = Failure::Capture { name: "does-not-stand", sentence: "somebody changes it".into() };
     assert_eq!(pods.begun(&uid("a"), 4, Err(other.clone())), [Action::Report(uid("a"), other)]);
@@ -213,7 +229,7 @@ fn a_new_proxy_gets_all_pods_and_confirms_those_that_are_not_captured_yet() {
     let mut pods = captured("a");
     pods.know(known("b"));
     pods.add(2, &cni("b"), 8);
-    pods.prepared(&uid("b"), 3, Ok(()));
+    pods.prepared(&uid("b"), 3, Ok(Prepared::Bare));
     pods.proxy_gone();
     assert_eq!(pods.captured(), [uid("a")].into(), "what is captured stays so (T47)");
     assert_eq!(pods.proxy_connected(), [Action::Offer(known("a")), Action::Offer(known("b"))]);
@@ -247,8 +263,8 @@ fn a_result_for_a_sandbox_that_is_gone_is_thrown_away() {
     pods.add(1, &cni("a"), 7);
     is_failed(1, &pods.delete(2, &uid("a")), "deleted or replaced");
     pods.add(3, &cni("a"), 8);
-    assert_eq!(pods.prepared(&uid("a"), 1, Ok(())), (false, vec![]));
-    assert!(pods.prepared(&uid("a"), 2, Ok(())).0);
+    assert_eq!(pods.prepared(&uid("a"), 1, Ok(Prepared::Bare)), (false, vec![]));
+    assert!(pods.prepared(&uid("a"), 2, Ok(Prepared::Bare)).0);
 }
 
 #[test]
@@ -273,10 +289,10 @@ fn a_change_of_mind_during_capture_takes_back_what_was_made() {
     pods.add(1, &cni("a"), 7);
     assert!(pods.know(opted_out.clone()).is_empty(), "its listeners are being made");
     let not_captured = |request| Action::Answer(request, CniResult::NotCaptured("opted-out".into()));
-    assert_eq!(pods.prepared(&uid("a"), 1, Ok(())), (false, vec![not_captured(1)]));
+    assert_eq!(pods.prepared(&uid("a"), 1, Ok(Prepared::Bare)), (false, vec![not_captured(1)]));
 
     pods.know(known("a"));
-    pods.prepared(&uid("a"), 2, Ok(()));
+    pods.prepared(&uid("a"), 2, Ok(Prepared::Bare));
     pods.add(2, &cni("a"), 7);
     assert_eq!(pods.know(opted_out), [Action::Withdraw(uid("a")), not_captured(2)]);
 }
@@ -404,7 +420,8 @@ impl Shell {
             }
             Step::Prepared(which, good) => match taken(&mut self.preparing, which) {
                 Some((pod, attempt)) => {
-                    let (keep, actions) = self.pods.prepared(&pod, attempt, if good { Ok(()) } else { Err(failure()) });
+                    let (keep, actions) =
+                        self.pods.prepared(&pod, attempt, if good { Ok(Prepared::Bare) } else { Err(failure()) });
                     if keep {
                         assert!(good);
                         self.captures.insert(pod, false);

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use identity::csr::{CertificateRequest, PublicKeyOfRequest};
@@ -24,6 +25,7 @@ pub(crate) struct Control {
     pub(crate) address: SocketAddr,
     pods: watch::Sender<Vec<Published>>,
     captured: watch::Sender<BTreeSet<PodUid>>,
+    reports: AtomicUsize,
 }
 
 impl Control {
@@ -48,6 +50,7 @@ impl Control {
             address: listener.local_addr().unwrap(),
             pods: watch::Sender::new(Vec::new()),
             captured: watch::Sender::new(BTreeSet::new()),
+            reports: AtomicUsize::new(0),
         });
         let handler = control.clone();
         std::thread::spawn(move || {
@@ -68,6 +71,11 @@ impl Control {
     /// What was last reported.
     pub(crate) fn captured(&self) -> BTreeSet<PodUid> {
         self.captured.borrow().clone()
+    }
+
+    /// How many reports there were.
+    pub(crate) fn reports(&self) -> usize {
+        self.reports.load(Ordering::Relaxed)
     }
 
     fn admit(caller: &Caller) {
@@ -107,6 +115,7 @@ impl Handler for Control {
         Self::admit(&caller);
         while let Some(pods) = stream.next().await {
             self.captured.send_replace(pods);
+            self.reports.fetch_add(1, Ordering::Relaxed);
             stream.confirm().await;
         }
         Ok(())

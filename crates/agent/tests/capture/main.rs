@@ -10,5 +10,6 @@ mod lab;
 mod node;
 mod proxy;
 mod repair;
+mod succession;
 mod traffic;
 mod world;

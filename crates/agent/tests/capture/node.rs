@@ -11,7 +11,7 @@ use mesh::{PodUid, Uncaptured};
 use nix::sys::resource::{Resource, getrlimit};
 use socket2::{Domain, SockRef, Socket, Type};
 use wire::discovery::NodePod;
-use wire::pods::{CniResult, FromAgent, Listener, SocketKind, ToAgent, VERSION};
+use wire::pods::{CniResult, FromAgent, Kept, Listener, SocketKind, ToAgent, VERSION};
 
 use crate::lab::{A, B, eventually, with_privilege};
 use crate::world::{FakeProxy, Room, World, pod};
@@ -167,21 +167,65 @@ fn several_pods_start_at_once() {
 }
 
 #[test]
-fn a_proxy_that_comes_anew_gets_the_pods_anew_and_takes_the_olds_place() {
-    with_privilege(a_proxy_that_comes_anew_gets_the_pods_anew_and_takes_the_olds_place, || {
+fn a_proxy_that_comes_anew_gets_the_pods_and_what_the_last_one_left() {
+    with_privilege(a_proxy_that_comes_anew_gets_the_pods_and_what_the_last_one_left, || {
         let world = World::new(|_| ());
         world.control.publish([pod("a", A)]);
         let first = world.proxy();
         world.capture(&first, "a", &Room::of(&world.lab.a));
-        let second = world.proxy();
-        let (added, listeners) = second.added();
-        assert_eq!((added.pod, listeners.len()), (PodUid::from("a"), 4));
-        assert!(first.hear().is_none(), "one proxy at a time");
-        drop(second);
+        let files = [linux::sealed::seal("test", b"a view").unwrap(), linux::sealed::seal("test", b"keys").unwrap()];
+        for (what, file) in [Kept::View, Kept::Credentials].into_iter().zip(&files) {
+            first.hand(&ToAgent::Keep(what), std::slice::from_ref(file));
+        }
+        eventually("it is reported", || world.control.captured() == [PodUid::from("a")].into());
+        drop((first, files));
         eventually("the agent misses it", || world.page("/readyz").starts_with("HTTP/1.1 503"));
         eventually("the pod stays captured", || world.control.captured() == [PodUid::from("a")].into());
         assert!(has_rules(&world.lab.a));
-        assert_eq!(world.proxy().added().0.pod, PodUid::from("a"));
+        assert!(!is_free(&world.lab.a), "connections wait in its listeners");
+
+        let second = FakeProxy::connect(&world.path("proxy"));
+        second.say(&ToAgent::Hello { version: VERSION });
+        let Some((FromAgent::Hello { version: VERSION, kept }, files)) = second.hear() else { panic!("a hello") };
+        let contents = kept.into_iter().zip(files).map(|(what, file)| (what, linux::sealed::read(&file, 9).unwrap()));
+        let mut contents: Vec<_> = contents.collect();
+        contents.sort_by_key(|(what, _)| *what == Kept::Credentials);
+        assert_eq!(contents, [(Kept::View, b"a view".to_vec()), (Kept::Credentials, b"keys".to_vec())]);
+        let (added, listeners) = second.added();
+        assert_eq!((added.pod, listeners.len()), (PodUid::from("a"), 4));
+    });
+}
+
+#[test]
+fn a_successor_takes_over_when_it_is_ready_and_the_other_one_is_told_to_drain() {
+    with_privilege(a_successor_takes_over_when_it_is_ready_and_the_other_one_is_told_to_drain, || {
+        let world = World::new(|_| ());
+        world.control.publish([pod("a", A), pod("b", B)]);
+        let first = world.proxy();
+        for (name, namespace) in [("a", &world.lab.a), ("b", &world.lab.b)] {
+            world.capture(&first, name, &Room::of(namespace));
+        }
+        // One that goes before it is ready changes nothing.
+        let failing = world.proxy();
+        failing.added();
+        drop(failing);
+        let second = world.proxy();
+        let pods = [second.added().0.pod, second.added().0.pod];
+        second.say(&ToAgent::PodReady { pod: pods[0].clone() });
+        // The first one still has the floor: what it asks for it gets, and nothing was said to it before.
+        first.say(&ToAgent::WantSockets { pod: PodUid::from("a"), kind: SocketKind::OuterV4, count: 1 });
+        let Some((FromAgent::Sockets { .. }, sockets)) = first.hear() else { panic!("sockets") };
+        assert_eq!(sockets.len(), 1);
+        second.say(&ToAgent::PodReady { pod: pods[1].clone() });
+        assert_eq!(first.hear().unwrap().0, FromAgent::Drain);
+        // What it serves to its end may still need sockets.
+        first.say(&ToAgent::Leaving);
+        first.say(&ToAgent::WantSockets { pod: PodUid::from("a"), kind: SocketKind::InnerV4, count: 1 });
+        assert!(matches!(first.hear(), Some((FromAgent::Sockets { .. }, sockets)) if sockets.len() == 1));
+        drop(first);
+        assert!(world.page("/readyz").starts_with("HTTP/1.1 200"), "the second one serves");
+        world.delete("a");
+        assert_eq!(second.hear().unwrap().0, FromAgent::PodRemoved { pod: PodUid::from("a") });
     });
 }
 
@@ -192,10 +236,17 @@ fn a_proxy_of_another_user_or_version_and_one_that_stammers_is_sent_away() {
         world.control.publish([pod("a", A)]);
         let stranger = FakeProxy::connect(&world.path("proxy"));
         stranger.say(&ToAgent::Hello { version: VERSION + 1 });
+        let Some((FromAgent::Refused(why), _)) = stranger.hear() else { panic!("a refusal") };
+        assert!(why.contains("version 2") && why.contains("this agent 1"), "{why}");
         assert!(stranger.hear().is_none());
         let proxy = world.proxy();
         world.capture(&proxy, "a", &Room::of(&world.lab.a));
         proxy.say_bytes(b"\xff\xff");
+        assert!(proxy.hear().is_none());
+        let proxy = world.proxy();
+        proxy.added();
+        let file = linux::sealed::seal("test", b"x").unwrap();
+        proxy.hand(&ToAgent::Keep(Kept::View), &[file.try_clone().unwrap(), file]);
         assert!(proxy.hear().is_none());
         let proxy = world.proxy();
         proxy.added();

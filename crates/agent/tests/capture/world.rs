@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -32,6 +32,8 @@ pub(crate) struct World {
     /// Thread id of the agent.
     pub(crate) agent: i32,
     files: TempDir,
+    /// Where the agent's sockets are.
+    place: PathBuf,
 }
 
 impl World {
@@ -43,32 +45,47 @@ impl World {
         let control = lab.node.enter(|| Control::start(files.path())).unwrap();
         let mut args = arguments(files.path(), &control);
         change(&mut args);
-        let (born, id) = channel();
-        let start = || {
-            std::thread::spawn(move || {
-                born.send(nix::unistd::gettid().as_raw()).unwrap();
-                agent::run(args).expect("the agent runs");
-            })
-        };
-        lab.node.enter(start).unwrap();
-        let world = World { lab, control, agent: id.recv().unwrap(), files };
+        let (agent, _) = start(&lab, args);
+        let world = World { lab, control, agent, place: files.path().to_owned(), files };
         eventually("the agent listens", || world.path("admin").exists());
         world
     }
 
+    /// Starts another agent of the same node. It ends with the test's process, or when it hands over.
+    pub(crate) fn another_agent(&self) -> JoinHandle<()> {
+        start(&self.lab, self.arguments()).1
+    }
+
     /// What an agent of this node is started with.
     pub(crate) fn arguments(&self) -> Args {
-        arguments(self.files.path(), &self.control)
+        arguments(&self.place, &self.control)
+    }
+
+    /// From here on this node's sockets are elsewhere: whoever starts there finds no agent.
+    pub(crate) fn move_sockets(&mut self) {
+        self.place = self.place.join("next");
+        std::fs::create_dir(&self.place).unwrap();
+        for name in ["bundle.pem", "token"] {
+            std::fs::copy(self.files.path().join(name), self.place.join(name)).unwrap();
+        }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
-        self.files.path().join(name)
+        self.place.join(name)
     }
 
     /// A proxy of this process' user that has said hello.
     pub(crate) fn proxy(&self) -> FakeProxy {
+        let proxy = self.greeted();
+        proxy.say(&ToAgent::HeldAll);
+        proxy
+    }
+
+    /// The same before it has said which pods it serves.
+    pub(crate) fn greeted(&self) -> FakeProxy {
         let proxy = FakeProxy::connect(&self.path("proxy"));
         proxy.say(&ToAgent::Hello { version: VERSION });
+        let Some((FromAgent::Hello { version: VERSION, .. }, _)) = proxy.hear() else { panic!("a hello") };
         proxy
     }
 
@@ -112,6 +129,19 @@ impl World {
         stream.read_to_string(&mut text).unwrap();
         text
     }
+}
+
+/// Its thread id, and what ends with it.
+fn start(lab: &Lab, args: Args) -> (i32, JoinHandle<()>) {
+    let (born, id) = channel();
+    let start = || {
+        std::thread::spawn(move || {
+            born.send(nix::unistd::gettid().as_raw()).unwrap();
+            agent::run(args).expect("the agent runs");
+        })
+    };
+    let thread = lab.node.enter(start).unwrap();
+    (id.recv().unwrap(), thread)
 }
 
 fn arguments(files: &Path, control: &Control) -> Args {
@@ -176,6 +206,11 @@ impl FakeProxy {
 
     pub(crate) fn say(&self, message: &ToAgent) {
         self.0.send(&message.encode(), &[]).unwrap();
+    }
+
+    pub(crate) fn hand(&self, message: &ToAgent, descriptors: &[OwnedFd]) {
+        let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        self.0.send(&message.encode(), &descriptors).unwrap();
     }
 
     pub(crate) fn say_bytes(&self, bytes: &[u8]) {

@@ -2,6 +2,7 @@
 
 mod authority;
 mod bundles;
+mod estates;
 mod handshakes;
 mod issuing;
 mod mesh;

@@ -122,6 +122,30 @@ impl Normal {
     }
 }
 
+impl Normal {
+    /// The marks that the rules of a chain compare a packet's with, in order: what a table that an earlier process loaded
+    /// takes for its own.
+    pub fn marks(&self, chain: &str) -> Vec<u32> {
+        let rules = self.chains.get(chain).into_iter().flat_map(|chain| &chain.rules);
+        rules
+            .flat_map(|rule| rule.expressions.windows(2))
+            .filter_map(|pair| compared_mark(&pair[0], &pair[1]))
+            .collect()
+    }
+}
+
+/// The mark, where `load` loads that of the packet and `compare` compares it.
+fn compared_mark(load: &(String, BTreeMap<u16, Vec<u8>>), compare: &(String, BTreeMap<u16, Vec<u8>>)) -> Option<u32> {
+    // NFTA_META_KEY, NFT_META_MARK and NFTA_CMP_DATA of `linux/netfilter/nf_tables.h`.
+    const KEY: u16 = 2;
+    const MARK: u64 = 3;
+    const DATA: u16 = 3;
+    let is_mark = load.0 == "meta" && load.1.get(&KEY).and_then(|it| big_endian(it)) == Some(MARK);
+    let data = compare.1.get(&DATA).filter(|_| is_mark && compare.0 == "cmp")?;
+    // Behind the header of the attribute that holds the value.
+    data.get(4..8).and_then(|value| value.try_into().ok()).map(u32::from_ne_bytes)
+}
+
 /// The first key that is not in both maps with the same value.
 fn differing<'a, V: PartialEq>(ours: &'a BTreeMap<String, V>, theirs: &'a BTreeMap<String, V>) -> Option<&'a String> {
     ours.keys().chain(theirs.keys()).find(|key| ours.get(*key) != theirs.get(*key))

@@ -84,7 +84,7 @@ async fn a_control_plane_that_cannot_read_what_the_one_before_could_tells_nothin
         };
         assert!(matches!(refused, ClientError::Lost { .. }), "{refused}");
         assert!(refused.to_string().contains("strict.yaml could not be read"), "{refused}");
-        let ready: serde_json::Value = serde_json::from_str(&bed.admin("/ready").await).unwrap();
+        let ready: serde_json::Value = serde_json::from_str(&bed.admin("/readyz").await).unwrap();
         assert_eq!(ready["ready"], false, "{ready}");
         // Certificates go on: a pod that is known is who it is.
         let csr = identity::csr::CertificateRequest::new(&identity::PrivateKey::generate().unwrap()).unwrap();
@@ -94,7 +94,7 @@ async fn a_control_plane_that_cannot_read_what_the_one_before_could_tells_nothin
     }
     bed.start_again().await;
     bed.put("strict", strict());
-    bed.admin_until("/ready", |shown| shown.contains("\"ready\":true")).await;
+    bed.admin_until("/readyz", |shown| shown.contains("\"ready\":true")).await;
     let back = Watched::open(&bed.connect(Role::Proxy, "node-a").await, WITH_HEARTBEAT, Known::default()).await;
     assert_eq!(back.workload("db").unwrap().modes.at(80), Mode::Strict);
 }

@@ -1,0 +1,64 @@
+//! What an agent before this one had, and what a proxy is to serve.
+
+use wire::discovery::NodePod;
+
+use super::{Action, Pod, Pods, Sandbox, Stage, Work};
+use crate::failure::Failure;
+
+impl Pods {
+    /// The control plane has named all pods of the node. What was inherited and is not among them is gone.
+    pub(crate) fn complete(&mut self) -> Vec<Action> {
+        self.complete = true;
+        let gone = |pod: &Pod| pod.known.is_some() && !pod.named;
+        let gone: Vec<_> = self.pods.iter().filter(|(_, pod)| gone(pod)).map(|(uid, _)| uid.clone()).collect();
+        gone.iter().flat_map(|uid| self.forget(uid)).collect()
+    }
+
+    /// A pod that an agent before this one had, by the word of who holds its listeners. Its namespace is to be held open if
+    /// [`Pods::holds`] says so afterwards.
+    pub(crate) fn inherit(&mut self, known: NodePod, namespace: u64) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let uid = known.pod.clone();
+        if let Some(other) = self.holder(namespace).filter(|other| **other != uid) {
+            actions.push(Action::Report(uid, Failure::Ambiguous { inode: namespace, other: other.clone() }));
+            return actions;
+        }
+        let complete = self.complete;
+        let pod = self.pods.entry(uid.clone()).or_default();
+        if pod.sandbox.is_some() {
+            return actions;
+        }
+        let same = |named: &NodePod| named.identity == known.identity && named.addresses == known.addresses;
+        if !pod.known.as_ref().map_or(!complete, same) {
+            // It is gone, or the control plane says otherwise who it is.
+            actions.push(Action::Withdraw(uid.clone()));
+            if pod.known.is_none() {
+                self.pods.remove(&uid);
+            }
+            return actions;
+        }
+        let name = format!("{}/{}", known.namespace, known.name);
+        pod.known.get_or_insert(known);
+        pod.sandbox =
+            Some(Sandbox { namespace, name, waiting: Vec::new(), stage: Stage::Bare, inherited: true, stuck: false });
+        self.advance(&uid, &mut actions);
+        actions
+    }
+
+    /// Whether something inherited is not captured yet: until then nobody may be told what is captured here.
+    pub(crate) fn inheriting(&self) -> bool {
+        self.pods
+            .values()
+            .filter_map(|pod| pod.sandbox.as_ref())
+            .any(|sandbox| sandbox.inherited && matches!(sandbox.stage, Stage::Preparing(_) | Stage::Beginning(_)))
+    }
+
+    /// The pods that a proxy is to serve.
+    pub(crate) fn served(&self) -> Vec<NodePod> {
+        let served = |pod: &Pod| match &pod.sandbox.as_ref()?.stage {
+            Stage::Bare | Stage::Preparing(_) | Stage::Beginning(Work { cancelled: true, .. }) => None,
+            Stage::Offered { .. } | Stage::Beginning(_) | Stage::Captured => pod.known.clone(),
+        };
+        self.pods.values().filter_map(served).collect()
+    }
+}

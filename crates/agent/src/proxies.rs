@@ -1,0 +1,257 @@
+//! The proxies of the node: the one that serves, one that is about to take its place, and those that serve what they
+//! have to its end.
+//!
+//! A proxy that comes while another one serves is its successor: it is given every pod, and when it is ready for all of
+//! them the other is told to drain. So an upgrade refuses nobody, and neither does one that fails: a successor that goes
+//! before it was ready changes nothing.
+
+use std::collections::{BTreeSet, HashMap};
+use std::os::fd::OwnedFd;
+
+use mesh::PodUid;
+use wire::pods::{FromAgent, Kept};
+
+use crate::proxy::{Link, Sender};
+
+/// What the agent keeps for the next proxy, as the last one gave it. Descriptors, never read.
+pub(crate) type Left = HashMap<Kept, OwnedFd>;
+
+/// Their links.
+#[derive(Debug, Default)]
+pub(crate) struct Proxies {
+    serving: Option<(u64, Link)>,
+    next: Option<Next>,
+    leaving: HashMap<u64, Link>,
+    left: Left,
+}
+
+#[derive(Debug)]
+struct Next {
+    number: u64,
+    link: Link,
+    missing: BTreeSet<PodUid>,
+    ready: BTreeSet<PodUid>,
+    left: Left,
+}
+
+/// What a change of the links comes to.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// It changes nothing for the pods.
+    Nothing,
+    /// Nobody serves any more.
+    Lost,
+    /// The successor serves now, and is ready for these pods.
+    Succeeded(BTreeSet<PodUid>),
+}
+
+impl Proxies {
+    /// A proxy came, and no other one serves.
+    pub(crate) fn is_free(&self) -> bool {
+        self.serving.is_none()
+    }
+
+    /// It serves.
+    pub(crate) fn serve(&mut self, number: u64, link: Link) {
+        self.serving = Some((number, link));
+    }
+
+    /// It is to take the other's place, once it is ready for these pods.
+    ///
+    /// # Errors
+    /// Another one is about to; the link is closed, with that word.
+    pub(crate) fn prepare(&mut self, number: u64, link: Link, missing: BTreeSet<PodUid>) -> Result<(), ()> {
+        if self.next.is_some() {
+            link.send(&FromAgent::Refused("another proxy is about to take over".into()), Vec::new());
+            return Err(());
+        }
+        self.next = Some(Next { number, link, missing, ready: BTreeSet::new(), left: Left::new() });
+        Ok(())
+    }
+
+    /// The successor is ready for a pod.
+    pub(crate) fn ready(&mut self, number: u64, pod: &PodUid) -> Change {
+        let Some(next) = self.next.as_mut().filter(|next| next.number == number) else { return Change::Nothing };
+        next.missing.remove(pod);
+        next.ready.insert(pod.clone());
+        self.succeed()
+    }
+
+    /// A pod is gone.
+    pub(crate) fn forget(&mut self, pod: &PodUid) -> Change {
+        let Some(next) = &mut self.next else { return Change::Nothing };
+        next.missing.remove(pod);
+        next.ready.remove(pod);
+        self.succeed()
+    }
+
+    /// Lets the successor serve, if it is ready.
+    pub(crate) fn succeed(&mut self) -> Change {
+        let ready = |next: &Next| next.missing.is_empty() || self.serving.is_none();
+        let Some(next) = self.next.take_if(|next| ready(next)) else { return Change::Nothing };
+        if let Some((number, link)) = self.serving.replace((next.number, next.link)) {
+            // One that does not read is not worth waiting for.
+            if link.send(&FromAgent::Drain, Vec::new()) {
+                self.leaving.insert(number, link);
+            }
+        }
+        self.left.extend(next.left);
+        Change::Succeeded(next.ready)
+    }
+
+    /// A link ended.
+    pub(crate) fn gone(&mut self, number: u64) -> Change {
+        self.leaving.remove(&number);
+        self.next.take_if(|next| next.number == number);
+        match self.serving.take_if(|(serving, _)| *serving == number) {
+            Some(_) => self.lost(),
+            None => Change::Nothing,
+        }
+    }
+
+    /// A proxy accepts no more.
+    pub(crate) fn leaving(&mut self, number: u64) -> Change {
+        let Some((number, link)) = self.serving.take_if(|(serving, _)| *serving == number) else {
+            return Change::Nothing;
+        };
+        self.leaving.insert(number, link);
+        self.lost()
+    }
+
+    fn lost(&mut self) -> Change {
+        match self.succeed() {
+            Change::Nothing => Change::Lost,
+            change => change,
+        }
+    }
+
+    /// Keeps a file that a proxy gave. That of a successor counts when it serves.
+    pub(crate) fn keep(&mut self, number: u64, what: Kept, file: OwnedFd) {
+        if self.is_serving(number) {
+            self.left.insert(what, file);
+        } else if let Some(next) = self.next.as_mut().filter(|next| next.number == number) {
+            next.left.insert(what, file);
+        }
+    }
+
+    /// Keeps what another agent kept.
+    pub(crate) fn inherit(&mut self, what: Kept, file: OwnedFd) {
+        self.left.insert(what, file);
+    }
+
+    /// Duplicates of what is kept.
+    ///
+    /// # Errors
+    /// There is no descriptor left.
+    pub(crate) fn left(&self) -> std::io::Result<Vec<(Kept, OwnedFd)>> {
+        self.left.iter().map(|(what, file)| Ok((*what, file.try_clone()?))).collect()
+    }
+
+    /// Whether this link is of the proxy that serves.
+    pub(crate) fn is_serving(&self, number: u64) -> bool {
+        self.serving.as_ref().is_some_and(|(serving, _)| *serving == number)
+    }
+
+    /// The links of those that are to know of every pod, the one that serves first.
+    pub(crate) fn all(&self) -> impl Iterator<Item = (u64, &Link)> {
+        let serving = self.serving.iter().map(|(number, link)| (*number, link));
+        serving.chain(self.next.iter().map(|next| (next.number, &next.link)))
+    }
+
+    /// The links of those that have sockets of pods.
+    pub(crate) fn holders(&self) -> impl Iterator<Item = (u64, &Link)> {
+        self.all().chain(self.leaving.iter().map(|(number, link)| (*number, link)))
+    }
+
+    /// The way to one of them.
+    pub(crate) fn sender(&self, number: u64) -> Option<Sender> {
+        self.holders().find(|(other, _)| *other == number).map(|(_, link)| link.sender())
+    }
+
+    /// The successor must be ready for one more pod.
+    pub(crate) fn expect(&mut self, pod: &PodUid) {
+        if let Some(next) = &mut self.next {
+            next.missing.insert(pod.clone());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proxy::testing::link;
+
+    fn pods(names: &[&str]) -> BTreeSet<PodUid> {
+        names.iter().map(|name| PodUid::from(*name)).collect()
+    }
+
+    #[test]
+    fn a_successor_serves_when_it_is_ready_for_every_pod_and_the_other_is_told_to_drain() {
+        let mut proxies = Proxies::default();
+        let (old, mut old_hears) = link();
+        let (new, _new_hears) = link();
+        proxies.serve(1, old);
+        proxies.prepare(2, new, pods(&["a", "b"])).unwrap();
+        assert_eq!(proxies.ready(2, &PodUid::from("a")), Change::Nothing);
+        assert_eq!(proxies.ready(1, &PodUid::from("b")), Change::Nothing, "the other one is not asked");
+        assert!(proxies.is_serving(1) && old_hears.next().is_none());
+        assert_eq!(proxies.ready(2, &PodUid::from("b")), Change::Succeeded(pods(&["a", "b"])));
+        assert!(proxies.is_serving(2));
+        assert_eq!(old_hears.next(), Some(FromAgent::Drain));
+        assert!(proxies.sender(1).is_some(), "it still gets sockets");
+        assert_eq!(proxies.gone(1), Change::Nothing);
+        assert_eq!(proxies.gone(2), Change::Lost);
+    }
+
+    #[test]
+    fn a_successor_that_goes_changes_nothing_and_a_second_one_is_refused_by_name() {
+        let mut proxies = Proxies::default();
+        let (old, _a) = link();
+        let (new, _b) = link();
+        let (third, mut third_hears) = link();
+        proxies.serve(1, old);
+        proxies.prepare(2, new, pods(&["a"])).unwrap();
+        assert!(proxies.prepare(3, third, pods(&["a"])).is_err());
+        assert!(matches!(third_hears.next(), Some(FromAgent::Refused(why)) if why.contains("about to take over")));
+        assert_eq!(proxies.gone(2), Change::Nothing);
+        assert!(proxies.is_serving(1));
+    }
+
+    #[test]
+    fn a_successor_serves_at_once_when_the_other_dies_or_its_last_pod_goes() {
+        for leaves in [true, false] {
+            let mut proxies = Proxies::default();
+            let (old, _a) = link();
+            let (new, _b) = link();
+            proxies.serve(1, old);
+            proxies.prepare(2, new, pods(&["a"])).unwrap();
+            let change = if leaves { proxies.leaving(1) } else { proxies.gone(1) };
+            assert_eq!(change, Change::Succeeded(pods(&[])));
+            assert!(proxies.is_serving(2));
+        }
+        let mut proxies = Proxies::default();
+        let (old, _a) = link();
+        let (new, _b) = link();
+        proxies.serve(1, old);
+        proxies.prepare(2, new, pods(&["a"])).unwrap();
+        assert_eq!(proxies.forget(&PodUid::from("a")), Change::Succeeded(pods(&[])));
+    }
+
+    #[test]
+    fn what_a_successor_gives_counts_when_it_serves() {
+        let file = |content: &[u8]| linux::sealed::seal("test", content).unwrap();
+        let kept = |proxies: &Proxies| linux::sealed::read(&proxies.left().unwrap()[0].1, 9).unwrap();
+        let mut proxies = Proxies::default();
+        let (old, _a) = link();
+        let (new, _b) = link();
+        proxies.serve(1, old);
+        proxies.keep(1, Kept::View, file(b"old"));
+        proxies.prepare(2, new, pods(&["a"])).unwrap();
+        proxies.keep(2, Kept::View, file(b"new"));
+        assert_eq!(kept(&proxies), b"old");
+        proxies.gone(1);
+        assert_eq!(kept(&proxies), b"new");
+        proxies.gone(2);
+        assert_eq!(kept(&proxies), b"new", "for the next one");
+    }
+}

@@ -1,0 +1,189 @@
+//! Agent and proxy of a node die, or are replaced by new ones and back, under load: what users see of it, with and without a
+//! control plane.
+
+#![forbid(unsafe_code)]
+
+use std::time::Duration;
+
+use e2e::{Cluster, Family, Loaded, PATIENCE, Report, Server, Wiretap, eventually, is_gone, needs, wait_until};
+use nix::sys::signal::{Signal, kill};
+
+const MESH: &str = include_str!("../manifests/mesh.yaml");
+const PORT: u16 = 8080;
+/// Clients that make short connections at the same time.
+const SHORT: u64 = 8;
+/// Connections that are open all the time.
+const LONG: u64 = 10;
+const EVERY: Duration = Duration::from_millis(50);
+/// Answers after which an outage would have been seen.
+const ENOUGH: u64 = 500;
+/// A pod that comes later.
+const LATE: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: late, namespace: app, labels: {app: late}}\n\
+                    spec: {nodeName: node-a, serviceAccountName: client, containers: [{name: idle, command: [sleep, infinity]}]}\n";
+
+/// Does something to a box under load. Nothing of the load may pass in clear, whatever is done.
+fn under_load(cluster: &Cluster, name: &str, what: impl FnOnce(&Loaded)) -> Report {
+    let server = Server::start(cluster, "app/server", PORT);
+    let marker = format!("marker-{name}-{}", std::process::id());
+    let mut tap = Wiretap::start(cluster, "node-a", name);
+    let load = server.load("app/client", Family::V4).marker(&marker).short(SHORT).long(LONG, EVERY);
+    let mut load = load.start();
+    load.wait_for_more(ENOUGH);
+    load.event();
+    what(&load);
+    load.over();
+    load.wait_for_more(2 * ENOUGH);
+    let report = load.finish();
+    tap.stop();
+    println!("{name}: {report}");
+    report.assert_spans_the_event();
+    assert!(!tap.saw(&marker), "a request passed in clear");
+    tap.streams(PORT).assert_all_tls();
+    report
+}
+
+/// The agent of a node knows its proxy and all pods of its node, and has captured them.
+fn wait_for_agent(cluster: &Cluster, node: &str) {
+    let agent = format!("agent@{node}");
+    wait_until(&format!("{agent} to have captured its pods"), PATIENCE, || {
+        // One that has just started may not answer yet.
+        let page = |path: &str| cluster.verb(&["admin", &agent, path]).run().stdout;
+        let (pods, ready) = (page("/pods"), page("/readyz"));
+        let knows = pods.contains("\"state\":\"captured\"") && ready.contains("\"proxy\":true");
+        if knows { Ok(()) } else { Err(format!("{pods} {ready}")) }
+    });
+}
+
+/// A pod starts with the node's agent as it is now, speaks, and is gone again.
+fn a_pod_comes_and_goes(cluster: &Cluster) {
+    let address = cluster.address("app/server", Family::V4).to_string();
+    cluster.apply(LATE);
+    cluster.wait_ready();
+    let url = format!("http://{address}:{PORT}/late");
+    cluster.exec("app/late", &["curl", "-sS", "--max-time", "10", &url]).run().ok();
+    cluster.delete(LATE);
+    eventually("the agent to have let it go", PATIENCE, || !cluster.page("agent@node-a", "/pods").contains("app/late"));
+}
+
+/// Open connections end with an error when their proxy dies; nobody is refused, and nothing that begins afterwards fails.
+fn breaks_what_is_open_and_no_more(report: &Report, deaths: u64) {
+    assert_eq!(report.long(), (LONG, LONG, 0), "{report}");
+    for kind in ["refused", "early-end", "wrong-bytes", "timeout", "other"] {
+        report.assert_never(kind);
+    }
+    assert!(report.of_work("short").failed <= SHORT * deaths, "{report}");
+    assert_eq!(report.of_phase("after", "short").failed, 0, "{report}");
+}
+
+#[test]
+fn a_killed_proxy_is_replaced_without_a_control_plane() {
+    needs!("root", "dumpcap", "tshark");
+    let cluster = Cluster::start(MESH);
+    let control = cluster.hold("control");
+    let report = under_load(&cluster, "proxy", |_| {
+        let killed = cluster.kill("node-a");
+        assert!(is_gone(killed.old) && !is_gone(killed.new));
+    });
+    assert!(is_gone(control));
+    breaks_what_is_open_and_no_more(&report, 1);
+    let certificates = cluster.admin("node-a", "/certificates").to_string();
+    assert!(certificates.contains("spiffe://") && !certificates.contains("PRIVATE"), "{certificates}");
+}
+
+#[test]
+fn a_killed_agent_is_noticed_by_nobody_and_the_next_one_has_its_pods() {
+    needs!("root", "dumpcap", "tshark");
+    let cluster = Cluster::start(MESH);
+    let report = under_load(&cluster, "agent", |load| {
+        let killed = cluster.kill("agent@node-a");
+        assert!(is_gone(killed.old) && !is_gone(killed.new));
+        load.wait_for_more(ENOUGH);
+    });
+    report.assert_nothing_failed();
+    wait_for_agent(&cluster, "node-a");
+    let _server = Server::start(&cluster, "app/server", PORT);
+    a_pod_comes_and_goes(&cluster);
+}
+
+#[test]
+fn agent_and_proxy_die_one_after_the_other_without_a_control_plane() {
+    needs!("root", "dumpcap", "tshark");
+    let cluster = Cluster::start(MESH);
+    let control = cluster.hold("control");
+    let report = under_load(&cluster, "both", |load| {
+        for name in ["agent@node-a", "node-a", "agent@node-a"] {
+            let killed = cluster.kill(name);
+            assert!(is_gone(killed.old) && !is_gone(killed.new));
+            // The next one dies when the other has taken over: both at once is another promise (P8).
+            wait_for_agent(&cluster, "node-a");
+            load.wait_for_more(ENOUGH);
+        }
+    });
+    assert!(is_gone(control));
+    breaks_what_is_open_and_no_more(&report, 1);
+    cluster.resume("control");
+    let _server = Server::start(&cluster, "app/server", PORT);
+    a_pod_comes_and_goes(&cluster);
+}
+
+#[test]
+fn a_proxy_is_upgraded_and_rolled_back_and_no_connection_is_lost() {
+    needs!("root", "dumpcap", "tshark");
+    for (node, without_control) in [("node-a", false), ("node-b", true)] {
+        let cluster = Cluster::start(MESH);
+        if without_control {
+            cluster.hold("control");
+        }
+        let mut old = Vec::new();
+        let report = under_load(&cluster, &format!("upgrade-of-{node}"), |load| {
+            for _ in 0..2 {
+                let upgraded = cluster.upgrade(node);
+                old.push(upgraded.old);
+                load.wait_for_more(ENOUGH);
+            }
+        });
+        report.assert_nothing_failed();
+        // What they had ended in order, and so did they.
+        eventually("the old proxies to end", PATIENCE, || old.iter().all(|pid| is_gone(*pid)));
+    }
+}
+
+#[test]
+fn an_agent_is_upgraded_and_rolled_back_and_nobody_notices() {
+    needs!("root", "dumpcap", "tshark");
+    let cluster = Cluster::start(MESH);
+    let mut old = Vec::new();
+    let report = under_load(&cluster, "upgrade-of-agent", |load| {
+        for _ in 0..2 {
+            old.push(cluster.upgrade("agent@node-a").old);
+            load.wait_for_more(ENOUGH);
+        }
+    });
+    report.assert_nothing_failed();
+    eventually("the old agents to end", PATIENCE, || old.iter().all(|pid| is_gone(*pid)));
+    wait_for_agent(&cluster, "node-a");
+    let _server = Server::start(&cluster, "app/server", PORT);
+    a_pod_comes_and_goes(&cluster);
+}
+
+#[test]
+fn a_proxy_that_drains_serves_what_it_has_until_it_is_told_again() {
+    needs!("root");
+    let cluster = Cluster::start(MESH);
+    let _echo = cluster.serve("app/server", &["echo", "7000"]);
+    let address = cluster.address("app/server", Family::V4).to_string();
+    let mut held = cluster.tcp("app/client", &["hold", &address, "7000"]).spawn();
+    held.wait_for("open");
+    let upgraded = cluster.upgrade("node-a");
+    // The old one has this connection alone, and the new one those that come now.
+    held.write("still\n");
+    held.wait_for("back still");
+    let asked = cluster.tcp("app/client", &["ask", &address, "7000", "new"]).run().ok();
+    assert!(asked.starts_with("said new"), "{asked}");
+    assert!(!is_gone(upgraded.old));
+    kill(upgraded.old, Signal::SIGTERM).unwrap();
+    eventually("the old proxy to end at once", PATIENCE, || is_gone(upgraded.old));
+    held.write("gone\n");
+    eventually("its connection to end", PATIENCE, || !held.is_alive());
+    assert!(!held.stdout().contains("back gone"));
+}
