@@ -2,7 +2,7 @@
 //!
 //! - `tidy`: the repository checks its own shape ([`tidy`]).
 //! - `test`: the tests in groups, the programs they need, one summary ([`mod@test`]).
-//! - `bench`: the product's speed beside other ways, measured by the crate of that name ([`bench`]).
+//! - `bench`: the product's speed beside other ways, measured by the crate of that name ([`mod@bench`]).
 //! - `ci`: everything that must hold before a change is taken, with the seconds of each stage ([`ci`]).
 //!
 //! Invariants, stated as absences: no other crate of the workspace is linked in, so that this builds in seconds and

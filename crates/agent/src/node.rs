@@ -19,7 +19,7 @@ use crate::discovery::Heard;
 use crate::estate::{self, Inherited};
 use crate::failure::Failure;
 use crate::pods::{Action, Pods, Prepared, Request};
-use crate::process::Event;
+use crate::process::{Event, Handed};
 use crate::proxies::{Change, Proxies};
 use crate::proxy::{Batches, Link, Said};
 use crate::rules::{CapturePlan, Marks};
@@ -192,7 +192,7 @@ impl Node {
     ///
     /// # Errors
     /// There is no descriptor left.
-    pub(crate) fn hand_over(&self) -> std::io::Result<Vec<(Vec<u8>, Vec<OwnedFd>)>> {
+    pub(crate) fn hand_over(&self) -> std::io::Result<Vec<Handed>> {
         let mut all = Vec::new();
         for pod in self.pods.served() {
             if let Some(captured) = self.captures.get(&pod.pod) {

@@ -78,6 +78,9 @@ const MOST_EVENTS: usize = 256;
 /// The pause before what failed is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// A message for the next agent, and the descriptors that go with it.
+pub(crate) type Handed = (Vec<u8>, Vec<OwnedFd>);
+
 /// All that can wake the main thread.
 pub(crate) enum Event {
     /// The runtime asks, and waits.
@@ -85,7 +88,7 @@ pub(crate) enum Event {
     /// It has waited long enough.
     Overdue(Request),
     /// Another agent is to take this one's place, and asks for all that it needs.
-    HandOver(oneshot::Sender<std::io::Result<Vec<(Vec<u8>, Vec<OwnedFd>)>>>),
+    HandOver(oneshot::Sender<std::io::Result<Vec<Handed>>>),
     /// It has taken it.
     Succeeded,
     /// A proxy says something, on the link of that number.

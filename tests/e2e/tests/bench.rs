@@ -80,7 +80,7 @@ fn a_check_fails_where_a_mark_was_missed_or_not_measured() {
     place.bench(&["--only", "connect-cold"]).run().ok();
     let checked = place.bench(&["--only", "connect-cold", "--check"]).run();
     assert!(!checked.success() && checked.stdout.contains("not measured"), "it measured, and then failed: {checked}");
-    assert_eq!(place.entries(), [PathBuf::new(); 0]);
+    assert!(place.entries().is_empty(), "{:?}", place.entries());
 }
 
 #[test]

@@ -99,7 +99,7 @@ fn sealed(sealer: &mut Sealer, content: &[u8]) -> Vec<u8> {
 
 impl Pair {
     /// What rustls has to send.
-    fn from_peer(&mut self) -> VecDeque<Vec<u8>> {
+    fn sent_by_peer(&mut self) -> VecDeque<Vec<u8>> {
         let mut bytes = Vec::new();
         while self.peer.wants_write() {
             self.peer.write_tls(&mut bytes).unwrap();
@@ -120,7 +120,7 @@ impl Pair {
 
     fn open_all(&mut self) -> Result<Vec<u8>, RecordError> {
         let mut all = Vec::new();
-        for mut record in self.from_peer() {
+        for mut record in self.sent_by_peer() {
             if let Opened::Data(content) = self.opener.open(&mut record)? {
                 all.extend_from_slice(&record[content]);
             }
@@ -196,7 +196,7 @@ fn a_key_that_has_sealed_enough_is_replaced() {
 fn the_end_and_alerts_are_told_apart() {
     let mut pair = pair();
     pair.peer.send_close_notify();
-    let mut record = pair.from_peer().pop_front().unwrap();
+    let mut record = pair.sent_by_peer().pop_front().unwrap();
     assert_eq!(pair.opener.open(&mut record), Ok(Opened::Closed));
     let close = pair.sealer.close_notify();
     assert!(pair.peer.read_tls(&mut &close[..]).unwrap() > 0);
@@ -208,7 +208,7 @@ fn the_end_and_alerts_are_told_apart() {
     changed[BEFORE] ^= 1;
     other.peer.read_tls(&mut &changed[..]).unwrap();
     other.peer.process_new_packets().unwrap_err();
-    let mut alert = other.from_peer().pop_front().unwrap();
+    let mut alert = other.sent_by_peer().pop_front().unwrap();
     let told = other.opener.open(&mut alert).unwrap_err();
     assert_eq!(told, RecordError::Alert(AlertDescription::BadRecordMac));
     assert_eq!(told.refusal().as_str(), "peer-refused");
