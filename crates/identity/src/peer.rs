@@ -71,7 +71,7 @@ impl VerifiedPeer {
     /// one, the signatures are verified again.
     ///
     /// # Errors
-    /// As [`verify`]: what a new handshake with the same certificates would be refused for.
+    /// As [`verify`](fn@verify): what a new handshake with the same certificates would be refused for.
     pub fn still_valid(&self, role: Role, bundle: &TrustBundle, now: UnixTime) -> Result<(), VerifyError> {
         let mut good = self.kept.good.lock().unwrap_or_else(PoisonError::into_inner);
         let known =
