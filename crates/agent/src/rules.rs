@@ -4,7 +4,7 @@
 //!
 //! | hook | chain | |
 //! |---|---|---|
-//! | output | `zone` | keeps the proxy's connections to the application apart from the captured ones that they repeat |
+//! | output | `zone` | keeps the proxy's connections apart from the captured ones: to the application, whose tuple they repeat, and to the wire, whose port they may have next |
 //! | output, prerouting | `timeouts_out`, `timeouts_in` | a flow of which one side has ended lives as long as an open one |
 //! | output | `back` | brings the application's answers to the proxy's socket, with the `ip rule` of [`delivery`] |
 //! | output | `capture_out` | a new connection to elsewhere goes to the proxy's outbound listener |
@@ -38,6 +38,9 @@ pub const INBOUND_PORT: u16 = 15006;
 
 /// Our routing table, and our connection-tracking zone; above 255, and used by nobody known.
 const NUMBER: u16 = 27245;
+/// The zone of the proxy's connections to the wire. Another than the one above: a pod that reaches itself through a
+/// Service has both, with one tuple.
+const WIRE_ZONE: u16 = NUMBER + 1;
 /// After the kernel's local addresses (0), before rules that CNI plugins add.
 const PREFERENCE: u32 = 1000;
 /// As the kernel keeps an established flow (5 days), in seconds: a half-closed one is as good as open.
@@ -179,11 +182,20 @@ fn table(plan: &CapturePlan, judging: Vec<Chain>) -> Table {
 }
 
 fn zone(plan: &CapturePlan) -> Vec<Rule> {
-    // The reply has no zone: it is sent by the application, whose socket has no mark.
-    vec![rule(
-        "T7: the application's leg repeats the tuple of the captured connection",
-        [E::Mark(Is, plan.marks.inner), E::SetOriginalZone(NUMBER)],
-    )]
+    // The reply has no zone: it is sent by the application, whose socket has no mark, or comes from the wire.
+    vec![
+        rule(
+            "T7: the application's leg repeats the tuple of the captured connection",
+            [E::Mark(Is, plan.marks.inner), E::SetOriginalZone(NUMBER)],
+        ),
+        // A peer's reset frees the port at once, and the flow stays for 10 s (for days, where the peer vanished). A SYN
+        // does not reopen it then: a program that has the port next would not be captured, and the guard drops it; and
+        // the proxy would be captured by itself where it has a program's port next.
+        rule(
+            "T7: a flow to the wire outlives its port, which a program may have next",
+            [E::Mark(Is, plan.marks.outer), E::SetOriginalZone(WIRE_ZONE)],
+        ),
+    ]
 }
 
 fn timeouts() -> Vec<Rule> {

@@ -1,9 +1,14 @@
 //! What programs in captured pods see.
 
-use std::io::ErrorKind;
-use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr};
+use std::io::{BufReader, ErrorKind};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener};
+use std::time::Duration;
 
-use crate::lab::{A, App, B, Client, FAMILIES, GATEWAY, Lab, is_refused, plan, prepared, with_privilege};
+use agent::capture::SocketKind;
+use linux::sockets::reset_on_close;
+use socket2::Socket;
+
+use crate::lab::{A, App, B, Client, FAMILIES, GATEWAY, Lab, eventually, is_refused, plan, prepared, with_privilege};
 use crate::proxy::{Proxy, Way};
 
 #[test]
@@ -223,6 +228,43 @@ fn thousands_of_connections_from_one_address_keep_their_port_or_get_another() {
         assert_eq!(seen.len(), 4000);
         let kept = seen.iter().filter(|seen| !seen.fell_back).count();
         assert!(kept >= 2000, "only {kept} of 4000 connections kept their port");
+    });
+}
+
+/// A reset by the peer, as of a proxy that was killed, frees the port at once, and the kernel's flow stays for a while.
+#[test]
+fn program_and_proxy_have_each_others_port_next_after_a_reset() {
+    with_privilege(program_and_proxy_have_each_others_port_next_after_a_reset, || {
+        let lab = Lab::new();
+        let a = Proxy::start(prepared(&lab.a, plan(A))).begin();
+        for (family, kind) in FAMILIES.into_iter().zip([SocketKind::OutV4, SocketKind::OutV6]) {
+            let to = SocketAddr::new(B[family], 8080);
+            let listener = lab.b.enter(|| TcpListener::bind(to)).unwrap().unwrap();
+            let before = a.seen().len();
+            let mut client = Client::connect(&lab.a, B[family], 8080).unwrap();
+            let (accepted, of_proxy) = listener.accept().unwrap();
+            eventually("the proxy copies", || a.seen().len() > before);
+            reset_on_close(&accepted, true).unwrap();
+            drop((accepted, listener));
+            assert_eq!(client.end(), ErrorKind::ConnectionReset);
+            eventually("the proxy lets go", || a.live() == 0);
+            let of_program = SocketAddr::new(A[family], client.local_port());
+            drop(client);
+
+            let _app = App::anywhere(&lab.b, family, 8080);
+            let program = Client::connect_with(&lab.a, B[family], 8080, |socket| socket.bind(&of_proxy.into()));
+            program.expect("the program's connection is captured").seen().unwrap();
+            assert_eq!(a.last().client, of_proxy);
+
+            let made = a.capture.lock().unwrap().sockets(kind, 1).unwrap().remove(0);
+            let socket = Socket::from(made);
+            socket.bind(&of_program.into()).unwrap();
+            socket.connect_timeout(&to.into(), Duration::from_secs(5)).unwrap();
+            socket.set_nonblocking(false).unwrap();
+            let mut proxy = Client { stream: BufReader::new(socket.into()) };
+            assert_eq!(proxy.seen().unwrap(), (of_program.ip(), of_program.port()));
+            assert_eq!(a.seen().len(), before + 2, "the proxy is not captured by itself");
+        }
     });
 }
 
