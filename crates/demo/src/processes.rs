@@ -254,7 +254,8 @@ impl Recipes {
     /// The last error in that, or its last line.
     pub(crate) fn last_words(&self, role: &Role) -> String {
         let output = programs::recent_output(&self.log(role));
-        let error = output.lines().rfind(|line| line.starts_with("error"));
+        // A process that was started again may be in the middle of its own.
+        let error = output.lines().rfind(|line| line.starts_with("error: ") && line.trim_end() != "error:");
         error.or_else(|| output.lines().last()).unwrap_or("it said nothing").to_owned()
     }
 }

@@ -53,6 +53,20 @@ fn a_killed_control_plane_is_noticed_by_nobody() {
 }
 
 #[test]
+fn a_killed_agent_is_noticed_by_nobody() {
+    needs!("root", "dumpcap", "tshark");
+    for node in ["node-a", "node-b"] {
+        kill_under_load(&format!("agent@{node}")).0.assert_nothing_failed();
+    }
+}
+
+#[test]
+fn a_killed_proxy_of_the_servers_node_breaks_what_is_open_and_refuses_nothing_new() {
+    needs!("root", "dumpcap", "tshark");
+    breaks_what_is_open_and_no_more(&kill_under_load("node-b").0);
+}
+
+#[test]
 fn a_killed_proxy_of_the_clients_node_breaks_what_is_open_and_refuses_nothing_new() {
     needs!("root", "dumpcap", "tshark");
     breaks_what_is_open_and_no_more(&kill_under_load("node-a").0);
