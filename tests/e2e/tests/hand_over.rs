@@ -126,6 +126,10 @@ fn agent_and_proxy_die_one_after_the_other_without_a_control_plane() {
     assert!(is_gone(control));
     breaks_what_is_open_and_no_more(&report, 1);
     cluster.resume("control");
+    eventually("the nodes to be back at the control plane", PATIENCE, || {
+        let connected = "justmtls_proxy_control_plane_connected 1";
+        ["node-a", "node-b"].iter().all(|node| cluster.page(node, "/metrics").contains(connected))
+    });
     let _server = Server::start(&cluster, "app/server", PORT);
     a_pod_comes_and_goes(&cluster);
 }
