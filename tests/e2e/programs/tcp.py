@@ -307,6 +307,70 @@ def flood(host, port, count, at_once):
     say("good", good, "of", count, "in", f"{time.monotonic() - start:.1f} s", "errors", errors)
 
 
+def ping(host, port, count):
+    """Measures `count` round trips of one byte on one connection, then `count` new connections with one round trip each;
+    prints the median of both in microseconds."""
+    def round_trip(connection):
+        connection.sendall(b"x")
+        if connection.recv(1) != b"x":
+            raise OSError("no answer")
+
+    def median(work):
+        times = []
+        for _ in range(int(count)):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return f"{sorted(times)[len(times) // 2] * 1e6:.0f}"
+
+    def anew():
+        with dial(host, port) as connection:
+            round_trip(connection)
+
+    with dial(host, port) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        say("median", median(lambda: round_trip(connection)), median(anew))
+
+
+def besiege(host, port, count, rate):
+    """Holds up to `count` connections, made at `rate` a second, until its input ends: a third begins a TLS hello and
+    stops, a tenth asks an echo server for much and never reads, the others say nothing. What is refused is made anew. Says when it has tried all."""
+    async def run():
+        held, made, refused = [], 0, 0
+        hello = bytes.fromhex("16030106000100") + b"\x05\xfc\x03\x03" + bytes(60)
+
+        async def attack(number):
+            nonlocal refused
+            reader = writer = None
+            try:
+                reader, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port), limit=1024), 5)
+                if number % 3 == 1:
+                    writer.write(hello)
+                elif number % 10 == 2:
+                    writer.write(bytes(65536))
+                held.append(writer)
+            except (OSError, TimeoutError):
+                refused += 1
+                if writer:
+                    writer.close()
+
+        end = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+        while not end.done():
+            for _ in range(max(1, int(rate) // 20)):
+                asyncio.ensure_future(attack(made))
+                made += 1
+            # Those that were reset make room for others.
+            held[:] = [writer for writer in held if not writer.is_closing()]
+            while len(held) > int(count):
+                held.pop(0).transport.abort()
+            if made - int(rate) // 20 < int(count) <= made:
+                say("besieged", len(held), "refused", refused)
+            await asyncio.sleep(0.05)
+        say("made", made, "held", len(held), "refused", refused)
+
+    asyncio.run(run())
+
+
 def join_listener(host, port):
     """Tries to listen where somebody else does, the ways a program may try."""
     for option in (None, socket.SO_REUSEADDR, socket.SO_REUSEPORT):
