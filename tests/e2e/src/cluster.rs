@@ -67,9 +67,20 @@ impl Cluster {
         Cluster::start_as(Owner::Caller, manifest)
     }
 
+    /// The same, with options of `demo start`.
+    #[track_caller]
+    pub fn start_with(options: &[&str], manifest: &str) -> Cluster {
+        Cluster::make(Owner::Caller, options, manifest)
+    }
+
     /// The same, for somebody.
     #[track_caller]
     pub fn start_as(owner: Owner, manifest: &str) -> Cluster {
+        Cluster::make(owner, &[], manifest)
+    }
+
+    #[track_caller]
+    fn make(owner: Owner, options: &[&str], manifest: &str) -> Cluster {
         let folder = tempfile::Builder::new().prefix("justmtls-e2e-").tempdir().expect("a folder for the test");
         // Programs that run as other users in pods have their data below.
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).expect("our own folder");
@@ -78,7 +89,7 @@ impl Cluster {
         let binary = Cluster::binary_for(owner, folder.path());
         let (state, manifests) = (folder.path().join("state"), folder.path().join("manifests"));
         let start = ["start", "--manifests", manifests.to_str().expect("a path of ours")];
-        verb(owner, &binary, &state, &start).within(START).run().ok();
+        verb(owner, &binary, &state, &start).args(options).within(START).run().ok();
         let traces = Traces::of(&state);
         let cluster = Cluster { folder, binary, owner, traces };
         let status = cluster.status();
@@ -226,6 +237,15 @@ impl Cluster {
     #[track_caller]
     pub fn page(&self, process: &str, path: &str) -> String {
         self.verb(&["admin", process, path]).run().ok()
+    }
+
+    /// A number of a process' metrics that has no labels, by its whole name.
+    #[track_caller]
+    pub fn metric(&self, process: &str, name: &str) -> i64 {
+        let page = self.page(process, "/metrics");
+        let value = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        let value = value.unwrap_or_else(|| panic!("{process} has no {name}:\n{page}"));
+        value.trim().parse().unwrap_or_else(|error| panic!("{process} {name} {value}: {error}"))
     }
 
     /// The same, as JSON.
