@@ -157,7 +157,12 @@ impl Budgets {
         let standing = async {
             let place = lines.place(source, destination).await?;
             // In turn, which the line keeps: whoever is next waits here, and holds its place.
-            sleep_until(self.rates.next(source, Instant::now())).await;
+            let now = Instant::now();
+            let begin = self.rates.next(source, now);
+            // A sleep until now would last to the next millisecond, which is longer than a handshake.
+            if begin > now {
+                sleep_until(begin).await;
+            }
             Ok(place)
         };
         let over = EndedEarly::OverBudget(Budget::Handshakes);
