@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, watch};
 use crate::connections::Direction;
 use crate::node::Node;
 use crate::pod::Pod;
-use crate::pool::{self, Ends};
+use crate::pool;
 use crate::redirect::{self, Captured};
 
 /// Connections that may wait for a core to take them over. Beyond it acceptors wait, and the kernel queues.
@@ -176,12 +176,7 @@ async fn accept(number: usize, node: Arc<Node>, listening: Listening) {
 async fn sweep(node: Arc<Node>) {
     loop {
         tokio::time::sleep(SWEEP).await;
-        node.pool.sweep(node.clock.wall(), |key| {
-            node.view.read(|view| {
-                let destination = view.workload_of(&key.destination_pod)?.clone();
-                Some(Ends { source: view.workload_of(&key.source_pod).cloned(), destination })
-            })
-        });
+        node.pool.sweep(node.clock.wall(), &node.view);
     }
 }
 

@@ -22,6 +22,7 @@ use tokio::time::Instant;
 
 use crate::metrics::Metrics;
 use crate::tunnel::Tunnel;
+use crate::view::LiveView;
 
 /// How long a tunnel may lie idle. Only the client's side ends one for that, so that no lease is asked for in one that the
 /// server is about to end.
@@ -67,6 +68,14 @@ pub(crate) struct Ends {
 }
 
 impl Ends {
+    /// The two pods of a key as the view has them now; `None` where it no longer knows the one that is dialled.
+    pub(crate) fn now(view: &LiveView, key: &Key) -> Option<Ends> {
+        view.read(|view| {
+            let destination = view.workload_of(&key.destination_pod)?.clone();
+            Some(Ends { source: view.workload_of(&key.source_pod).cloned(), destination })
+        })
+    }
+
     fn are(&self, other: &Ends) -> bool {
         let same_source = match (&self.source, &other.source) {
             (Some(one), Some(other)) => Arc::ptr_eq(one, other),
@@ -94,7 +103,12 @@ pub(crate) struct Warm {
     pub(crate) idle: Duration,
 }
 
-type Shelf = HashMap<Key, Vec<Idle>>;
+#[derive(Default, Debug)]
+struct Shelf {
+    by_key: HashMap<Key, Vec<Idle>>,
+    /// How many of all keys.
+    count: usize,
+}
 
 /// Where the tunnel of an outbound connection came from.
 #[derive(Clone, PartialEq, Eq, Hash, EncodeLabelSet, Debug)]
@@ -157,55 +171,62 @@ impl Pool {
 
     fn pop(&self, place: usize, key: &Key) -> Option<Idle> {
         let mut shelf = self.shelf(place);
-        let idle = shelf.get_mut(key)?.pop();
-        self.resting.dec();
-        if shelf.get(key).is_some_and(Vec::is_empty) {
-            shelf.remove(key);
+        let of_key = shelf.by_key.get_mut(key)?;
+        let idle = of_key.pop();
+        if of_key.is_empty() {
+            shelf.by_key.remove(key);
         }
+        shelf.count -= usize::from(idle.is_some());
+        self.resting.inc_by(-i64::from(idle.is_some()));
         idle
     }
 
     /// Puts a tunnel back whose last connection ended in order on both sides.
     pub(crate) fn put(&self, key: Key, tunnel: Box<Tunnel>, ends: Ends) {
-        if tunnel.lease() > LEASES {
-            return;
-        }
         let mut shelf = self.shelf(CORE.get());
-        if shelf.values().map(Vec::len).sum::<usize>() >= ON_A_SHELF {
+        if tunnel.lease() > LEASES || shelf.count >= ON_A_SHELF {
             return;
         }
-        let of_key = shelf.entry(key).or_default();
+        let of_key = shelf.by_key.entry(key).or_default();
         if of_key.len() < OF_ONE_KEY {
             of_key.push(Idle { tunnel, since: Instant::now(), ends });
+            shelf.count += 1;
             self.resting.inc();
         }
     }
 
-    /// Drops what has lain too long, has heard something, or leads between pods that have changed. `ends` says what the view
-    /// has now for a key.
-    pub(crate) fn sweep(&self, now: UnixTime, ends: impl Fn(&Key) -> Option<Ends>) {
-        let mut shelf = self.shelf(CORE.get());
-        shelf.retain(|key, of_key| {
-            let present = ends(key);
+    /// Drops what has lain too long, has heard something, or leads between pods that have changed.
+    pub(crate) fn sweep(&self, now: UnixTime, view: &LiveView) {
+        self.retain(CORE.get(), |key, of_key| {
+            let present = Ends::now(view, key);
             of_key.retain_mut(|idle| {
                 let unchanged = present.as_ref().is_some_and(|present| idle.ends.are(present));
-                let stays = unchanged && may_be_used(idle, now) && idle.tunnel.is_quiet();
-                self.resting.inc_by(if stays { 0 } else { -1 });
-                stays
+                unchanged && may_be_used(idle, now) && idle.tunnel.is_quiet()
             });
-            !of_key.is_empty()
         });
     }
 
     /// Drops all tunnels of a pod: sockets would keep its network namespace (T42).
     pub(crate) fn forget(&self, pod: &PodUid) {
         for place in 0..SHELVES {
-            self.shelf(place).retain(|key, of_key| {
-                let stays = key.source_pod != *pod;
-                self.resting.inc_by(if stays { 0 } else { -(of_key.len() as i64) });
-                stays
+            self.retain(place, |key, of_key| {
+                if key.source_pod == *pod {
+                    of_key.clear();
+                }
             });
         }
+    }
+
+    /// Has `drop` take what it will from each key of a shelf, and counts what is left.
+    fn retain(&self, place: usize, mut drop: impl FnMut(&Key, &mut Vec<Idle>)) {
+        let mut shelf = self.shelf(place);
+        shelf.by_key.retain(|key, of_key| {
+            drop(key, of_key);
+            !of_key.is_empty()
+        });
+        let left = shelf.by_key.values().map(Vec::len).sum();
+        self.resting.inc_by(left as i64 - shelf.count as i64);
+        shelf.count = left;
     }
 
     /// How many there are.

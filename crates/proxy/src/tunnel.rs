@@ -180,7 +180,7 @@ impl Tunnel {
     /// Refuses the lease and ends in order, so that the client learns why.
     pub(crate) async fn refuse(mut self, reason: Reason) {
         let refused = Control::Refused { lease: self.lease(), reason };
-        let _ = self.say_farewell(Some(&refused)).await;
+        let _ = self.say_farewell(&refused).await;
     }
 
     /// The server's side says that it has nothing left of a lease that ended in order both ways, and is ready for the next.
@@ -256,12 +256,10 @@ impl Tunnel {
     }
 
     /// Says the last thing that is to be said, hangs up, and waits for the other side to do the same.
-    async fn say_farewell(&mut self, last: Option<&Control>) -> Result<(), EndedEarly> {
+    async fn say_farewell(&mut self, last: &Control) -> Result<(), EndedEarly> {
         splice::orderly_close(&self.leg.tcp);
         let hang_up = async {
-            if let Some(last) = last {
-                self.leg.sink.queue(last)?;
-            }
+            self.leg.sink.queue(last)?;
             self.leg.sink.queue_close();
             self.leg.sink.flush().await?;
             splice::hang_up(&self.leg.tcp, self.leg.side)

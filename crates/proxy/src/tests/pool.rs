@@ -10,7 +10,6 @@ use wire::tunnel::Reason;
 
 use super::world::{CLIENT, Capture, LONG, Served, World, run};
 use crate::inbound::{self, Next};
-use crate::pool::Ends;
 use crate::reasons::EndedEarly;
 use crate::tunnel::{DRAINING, Tunnel};
 
@@ -90,13 +89,7 @@ fn a_connection_that_was_reset_takes_its_tunnel_along() {
 fn what_the_view_changed_or_the_other_side_ended_is_not_used_again() {
     run(async {
         let world = World::new();
-        let sweep = |world: &World| {
-            let node = &world.node;
-            node.pool.sweep(node.clock.wall(), |key| {
-                let of = |pod| node.view.read(|view| view.workload_of(pod).cloned());
-                Some(Ends { source: of(&key.source_pod), destination: of(&key.destination_pod)? })
-            });
-        };
+        let sweep = |world: &World| world.node.pool.sweep(world.node.clock.wall(), &world.node.view);
         let (tunnel, _application, _) = first(&world).await;
         sweep(&world);
         assert_eq!(world.node.pool.len(), 1, "nothing has changed");
@@ -169,10 +162,7 @@ fn a_pod_that_retires_asks_its_clients_to_go_elsewhere() {
         });
         // The sweep hears it, and hangs up.
         while world.node.pool.len() > 0 {
-            world.node.pool.sweep(world.node.clock.wall(), |key| {
-                let of = |pod| world.node.view.read(|view| view.workload_of(pod).cloned());
-                Some(Ends { source: of(&key.source_pod), destination: of(&key.destination_pod)? })
-            });
+            world.node.pool.sweep(world.node.clock.wall(), &world.node.view);
             tokio::task::yield_now().await;
         }
         assert!(timeout(LONG, over).await.expect("it waits").unwrap());
