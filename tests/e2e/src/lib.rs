@@ -16,6 +16,7 @@ mod wait;
 // The box, its pods and its processes
 mod cluster;
 mod load;
+mod ordeal;
 mod processes;
 mod shared;
 mod view;
@@ -26,6 +27,7 @@ mod wiretap;
 pub use cluster::{Cluster, OUTSIDE, Owner, binary};
 pub use load::{Counts, Load, Loaded, Report, Server};
 pub use machine::Machine;
+pub use ordeal::{ENOUGH, PORT, assert_only_what_was_open_broke, under_load};
 pub use processes::{Replaced, is_gone};
 pub use program::{Finished, Program, Running};
 pub use requirements::{announce_skip, as_ordinary_user, missing, name_of, postgres};

@@ -3,44 +3,16 @@
 
 #![forbid(unsafe_code)]
 
-use std::time::Duration;
-
-use e2e::{Cluster, Family, Loaded, PATIENCE, Report, Server, Wiretap, eventually, is_gone, needs, wait_until};
+use e2e::{
+    Cluster, ENOUGH, Family, PATIENCE, PORT, Server, assert_only_what_was_open_broke, eventually, is_gone, needs,
+    under_load, wait_until,
+};
 use nix::sys::signal::{Signal, kill};
 
 const MESH: &str = include_str!("../manifests/mesh.yaml");
-const PORT: u16 = 8080;
-/// Clients that make short connections at the same time.
-const SHORT: u64 = 8;
-/// Connections that are open all the time.
-const LONG: u64 = 10;
-const EVERY: Duration = Duration::from_millis(50);
-/// Answers after which an outage would have been seen.
-const ENOUGH: u64 = 500;
 /// A pod that comes later.
 const LATE: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: late, namespace: app, labels: {app: late}}\n\
                     spec: {nodeName: node-a, serviceAccountName: client, containers: [{name: idle, command: [sleep, infinity]}]}\n";
-
-/// Does something to a box under load. Nothing of the load may pass in clear, whatever is done.
-fn under_load(cluster: &Cluster, name: &str, what: impl FnOnce(&Loaded)) -> Report {
-    let server = Server::start(cluster, "app/server", PORT);
-    let marker = format!("marker-{name}-{}", std::process::id());
-    let mut tap = Wiretap::start(cluster, "node-a", name);
-    let load = server.load("app/client", Family::V4).marker(&marker).short(SHORT).long(LONG, EVERY);
-    let mut load = load.start();
-    load.wait_for_more(ENOUGH);
-    load.event();
-    what(&load);
-    load.over();
-    load.wait_for_more(2 * ENOUGH);
-    let report = load.finish();
-    tap.stop();
-    println!("{name}: {report}");
-    report.assert_spans_the_event();
-    assert!(!tap.saw(&marker), "a request passed in clear");
-    tap.streams(PORT).assert_all_tls();
-    report
-}
 
 /// The agent of a node knows its proxy and all pods of its node, and has captured them.
 fn wait_for_agent(cluster: &Cluster, node: &str) {
@@ -67,28 +39,18 @@ fn a_pod_comes_and_goes(cluster: &Cluster) {
     eventually("the agent to have let it go", PATIENCE, || !cluster.page("agent@node-a", "/pods").contains("app/late"));
 }
 
-/// Open connections end with an error when their proxy dies; nobody is refused, and nothing that begins afterwards fails.
-fn breaks_what_is_open_and_no_more(report: &Report, deaths: u64) {
-    assert_eq!(report.long(), (LONG, LONG, 0), "{report}");
-    for kind in ["refused", "early-end", "wrong-bytes", "timeout", "other"] {
-        report.assert_never(kind);
-    }
-    assert!(report.of_work("short").failed <= SHORT * deaths, "{report}");
-    assert_eq!(report.of_phase("after", "short").failed, 0, "{report}");
-}
-
 #[test]
 fn a_killed_proxy_is_replaced_without_a_control_plane() {
     needs!("root", "dumpcap", "tshark");
     for node in ["node-a", "node-b"] {
         let cluster = Cluster::start(MESH);
         let control = cluster.hold("control");
-        let report = under_load(&cluster, &format!("proxy-of-{node}"), |_| {
+        let report = under_load(&cluster, &format!("proxy-of-{node}"), false, |_| {
             let killed = cluster.kill(node);
             assert!(is_gone(killed.old) && !is_gone(killed.new));
         });
         assert!(is_gone(control));
-        breaks_what_is_open_and_no_more(&report, 1);
+        assert_only_what_was_open_broke(&report, 1);
         let certificates = cluster.admin(node, "/certificates").to_string();
         assert!(certificates.contains("spiffe://") && !certificates.contains("PRIVATE"), "{certificates}");
     }
@@ -98,7 +60,7 @@ fn a_killed_proxy_is_replaced_without_a_control_plane() {
 fn a_killed_agent_is_noticed_by_nobody_and_the_next_one_has_its_pods() {
     needs!("root", "dumpcap", "tshark");
     let cluster = Cluster::start(MESH);
-    let report = under_load(&cluster, "agent", |load| {
+    let report = under_load(&cluster, "agent", false, |load| {
         let killed = cluster.kill("agent@node-a");
         assert!(is_gone(killed.old) && !is_gone(killed.new));
         load.wait_for_more(ENOUGH);
@@ -114,7 +76,7 @@ fn agent_and_proxy_die_one_after_the_other_without_a_control_plane() {
     needs!("root", "dumpcap", "tshark");
     let cluster = Cluster::start(MESH);
     let control = cluster.hold("control");
-    let report = under_load(&cluster, "both", |load| {
+    let report = under_load(&cluster, "both", false, |load| {
         for name in ["agent@node-a", "node-a", "agent@node-a"] {
             let killed = cluster.kill(name);
             assert!(is_gone(killed.old) && !is_gone(killed.new));
@@ -124,7 +86,7 @@ fn agent_and_proxy_die_one_after_the_other_without_a_control_plane() {
         }
     });
     assert!(is_gone(control));
-    breaks_what_is_open_and_no_more(&report, 1);
+    assert_only_what_was_open_broke(&report, 1);
     cluster.resume("control");
     eventually("the nodes to be back at the control plane", PATIENCE, || {
         let connected = "justmtls_proxy_control_plane_connected 1";
@@ -143,7 +105,7 @@ fn a_proxy_is_upgraded_and_rolled_back_and_no_connection_is_lost() {
             cluster.hold("control");
         }
         let mut old = Vec::new();
-        let report = under_load(&cluster, &format!("upgrade-of-{node}"), |load| {
+        let report = under_load(&cluster, &format!("upgrade-of-{node}"), false, |load| {
             for _ in 0..2 {
                 let upgraded = cluster.upgrade(node);
                 old.push(upgraded.old);
@@ -161,7 +123,7 @@ fn an_agent_is_upgraded_and_rolled_back_and_nobody_notices() {
     needs!("root", "dumpcap", "tshark");
     let cluster = Cluster::start(MESH);
     let mut old = Vec::new();
-    let report = under_load(&cluster, "upgrade-of-agent", |load| {
+    let report = under_load(&cluster, "upgrade-of-agent", false, |load| {
         for _ in 0..2 {
             old.push(cluster.upgrade("agent@node-a").old);
             load.wait_for_more(ENOUGH);
