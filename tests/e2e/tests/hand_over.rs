@@ -88,9 +88,12 @@ fn agent_and_proxy_die_one_after_the_other_without_a_control_plane() {
     assert!(is_gone(control));
     assert_only_what_was_open_broke(&report, 1);
     cluster.resume("control");
+    // The agents too: nobody speaks with a pod whose capture the control plane has not heard of.
     eventually("the nodes to be back at the control plane", PATIENCE, || {
-        let connected = "justmtls_proxy_control_plane_connected 1";
-        ["node-a", "node-b"].iter().all(|node| cluster.page(node, "/metrics").contains(connected))
+        ["node-a", "node-b"].iter().all(|node| {
+            cluster.metric(node, "justmtls_proxy_control_plane_connected") == 1
+                && cluster.metric(&format!("agent@{node}"), "justmtls_agent_control_plane_connected") == 1
+        })
     });
     let _server = Server::start(&cluster, "app/server", PORT);
     a_pod_comes_and_goes(&cluster);
