@@ -112,7 +112,8 @@ async fn take_in(batch: Batch, events: &mpsc::Sender<Event>) -> Result<(), Ended
             Change::Removed(Removed::NodePod(pod)) => tell(events, Heard::PodGone(pod)).await?,
             // Nothing else is subscribed to.
             Change::Set(Resource::Mesh(_) | Resource::Bundle(_) | Resource::Heartbeat(_))
-            | Change::Removed(Removed::Mesh(_)) => {}
+            | Change::Removed(Removed::Mesh(_))
+            | Change::Nobody(_) => {}
         }
     }
     Ok(())

@@ -1,9 +1,9 @@
 //! One node's discovery stream: what it asked for, at once and then as it changes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use tokio::select;
-use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, info, warn};
 use wire::discovery::{Asked, Kind};
@@ -13,7 +13,7 @@ use crate::ca::token::{Caller, Role};
 use crate::clock::Clock;
 use crate::metrics::Metrics;
 use crate::nodes::Registered;
-use crate::publication::{News, Publication};
+use crate::publication::{News, Publication, Reading};
 use crate::server::Served;
 
 /// The kinds that a process may have. An agent's are its own node's alone.
@@ -35,20 +35,20 @@ pub(crate) async fn serve(served: &Served, caller: Caller, stream: DiscoveryStre
         return Err(Refused::TooMany(message));
     };
     info!(node = caller.node, role = caller.role.as_str(), "discovery stream opened");
-    let changes = publication.subscribe();
-    let seen = BTreeMap::new();
+    let reading = publication.open(&caller);
     let mut subscriber = Subscriber {
         publication,
+        reading,
         metrics,
         clock,
         registered,
         stream,
         caller,
-        seen,
+        subscribed: BTreeSet::new(),
         beats: Beats::default(),
         counted: 0,
     };
-    let result = subscriber.run(changes).await;
+    let result = subscriber.run().await;
     let Caller { node, role } = subscriber.caller;
     info!(
         node,
@@ -70,30 +70,28 @@ struct Beats {
 
 struct Subscriber<'a> {
     publication: &'a Publication,
+    reading: Reading<'a>,
     metrics: &'a Metrics,
     clock: &'a Clock,
     registered: Registered,
     stream: DiscoveryStream,
     caller: Caller,
-    /// By subscribed kind, up to which change the node has been told.
-    seen: BTreeMap<Kind, u64>,
+    /// The kinds that the node is told of.
+    subscribed: BTreeSet<Kind>,
     beats: Beats,
     /// What of all that was told is in the metrics.
     counted: u64,
 }
 
 impl Subscriber<'_> {
-    async fn run(&mut self, mut changes: watch::Receiver<u64>) -> Result<(), Refused> {
+    async fn run(&mut self) -> Result<(), Refused> {
         loop {
             let told = self.stream.told();
             self.metrics.told.inc_by(told - std::mem::replace(&mut self.counted, told));
             let due = self.beats.next;
             let asked = select! {
                 asked = self.stream.next() => asked?,
-                changed = changes.changed() => {
-                    if changed.is_err() {
-                        return Err(Refused::Unavailable("the control plane is ending".to_owned()));
-                    }
+                () = self.reading.mailbox().arrived() => {
                     self.tell_news().await;
                     continue;
                 }
@@ -104,14 +102,15 @@ impl Subscriber<'_> {
             };
             match asked {
                 None => return Ok(()),
-                Some(Asked::Subscribed(kind)) => self.subscribed(kind).await?,
+                Some(Asked::Subscribed(kind)) => self.subscribe(kind).await?,
+                Some(Asked::Addresses { about, no_longer }) => self.answer(&about, &no_longer).await,
                 Some(Asked::Accepted { kind, current }) => self.accepted(kind, current),
                 Some(Asked::Refused { kind, detail }) => self.refused(kind, detail),
             }
         }
     }
 
-    async fn subscribed(&mut self, kind: Kind) -> Result<(), Refused> {
+    async fn subscribe(&mut self, kind: Kind) -> Result<(), Refused> {
         if !allowed(self.caller.role).contains(&kind) {
             return Err(Refused::NotAllowed(format!("{kind} is not for the {} of a node", self.caller.role.as_str())));
         }
@@ -136,31 +135,36 @@ impl Subscriber<'_> {
     async fn reconcile(&mut self, kind: Kind) {
         // The number first: what is read after it is at least as new, and being told twice does no harm.
         let number = self.publication.number();
-        let all = self.publication.all(&self.caller.node, kind);
+        let all = self.reading.all(kind, self.stream.has(kind));
         let messages = self.stream.reconcile(kind, &all).await;
         self.told(kind, number, messages);
     }
 
-    /// Tells what changed since the node was last told.
+    /// Says what has the addresses that the node asks about.
+    async fn answer(&mut self, about: &[IpAddr], no_longer: &[IpAddr]) {
+        // What it was told of before it asked comes before the answer.
+        self.tell_news().await;
+        let number = self.publication.number();
+        self.reading.forget(no_longer);
+        let (found, nobody) = self.reading.ask(about);
+        let (set, _) = self.reading.look(Kind::Address, &found);
+        let mut messages = self.stream.update(Kind::Address, &set, []).await;
+        messages += self.stream.nobody(nobody).await;
+        self.told(Kind::Address, number, messages);
+    }
+
+    /// Tells what concerns the node and changed since it was last told.
     async fn tell_news(&mut self) {
-        let Some(since) = self.seen.values().min().copied() else { return };
-        let (number, news) = self.publication.news(since, &self.caller.node);
-        let subscribed: Vec<Kind> = self.seen.keys().copied().collect();
-        let News::Of(news) = news else {
+        let number = self.publication.number();
+        let subscribed = self.subscribed.clone();
+        let News::Of(news) = self.reading.mailbox().take() else {
             for kind in subscribed {
                 self.reconcile(kind).await;
             }
             return;
         };
-        let changes = |kind| {
-            let names: &BTreeSet<String> = news.get(&kind)?;
-            let resources =
-                names.iter().map(|name| (name.as_str(), self.publication.get(&self.caller.node, kind, name)));
-            let (set, gone): (Vec<_>, Vec<_>) = resources.partition(|(_, resource)| resource.is_some());
-            let set: Vec<_> = set.into_iter().filter_map(|(_, resource)| resource).collect();
-            Some((set, gone.into_iter().map(|(name, _)| name).collect::<Vec<_>>()))
-        };
-        let all: BTreeMap<_, _> = subscribed.iter().filter_map(|kind| Some((*kind, changes(*kind)?))).collect();
+        let changes = |kind: &Kind| Some((*kind, self.reading.look(*kind, news.get(kind)?)));
+        let all: BTreeMap<_, _> = subscribed.iter().filter_map(changes).collect();
         let mut messages: BTreeMap<Kind, usize> = BTreeMap::new();
         // A workload that names a policy comes after the policy, and goes before it: in between, the node would refuse
         // every connection to it.
@@ -181,7 +185,7 @@ impl Subscriber<'_> {
 
     /// Notes up to which change the node was told, in so many messages.
     fn told(&mut self, kind: Kind, number: u64, messages: usize) {
-        self.seen.insert(kind, number);
+        self.subscribed.insert(kind);
         debug!(node = self.caller.node, kind = kind.as_str(), number, messages, "told");
         self.registered.note(kind, |progress| {
             // Where there was nothing to say and nothing is unanswered, nothing has to be waited for.

@@ -68,6 +68,8 @@ pub(crate) struct Views {
     pub(crate) services: BTreeMap<ServiceName, Service>,
     pub(crate) policies: BTreeMap<PolicyName, Policy>,
     pub(crate) node_pods: BTreeMap<String, BTreeMap<PodUid, NodePod>>,
+    /// Not told: up to how many workloads everybody is told of the whole mesh.
+    pub(crate) whole_mesh_up_to: usize,
     /// Not told, but what workloads are made of.
     endpoints: BTreeMap<Name, endpoints::Usable>,
 }
@@ -108,7 +110,9 @@ pub(crate) struct Index {
 impl Index {
     /// An empty cluster. Identities are of this trust domain as long as the index lives.
     pub(crate) fn new(trust_domain: TrustDomain) -> Self {
-        Self { cluster: Cluster::new(trust_domain), views: Views::default(), problems: BTreeMap::new() }
+        let cluster = Cluster::new(trust_domain);
+        let views = Views { whole_mesh_up_to: cluster.settings.whole_mesh_up_to(), ..Views::default() };
+        Self { cluster, views, problems: BTreeMap::new() }
     }
 
     /// What nodes are told.

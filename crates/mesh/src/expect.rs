@@ -36,7 +36,9 @@ pub fn expect(view: &View, destination: &Workload, port: u16, source: IpAddr) ->
         | PlaintextReason::SystemNamespace
         | PlaintextReason::CapturePending
         | PlaintextReason::UnknownSource => (UNKNOWN, PlaintextReason::StaleView),
-        PlaintextReason::NotAPod if view.is_within(source) => (UNKNOWN, PlaintextReason::StaleView),
+        PlaintextReason::NotAPod | PlaintextReason::Outside if view.is_within(source) => {
+            (UNKNOWN, PlaintextReason::StaleView)
+        }
         _ => (wait, plaintext),
     };
     // A strict port lets no plaintext through, so nobody is kept from speaking by waiting, and a client that our view
@@ -59,6 +61,7 @@ fn by_source(view: &View, source: IpAddr) -> (Duration, PlaintextReason) {
     match view.settings().map(|settings| settings.classify(source)) {
         Some(AddressClass::Node) => (Duration::ZERO, PlaintextReason::Node),
         Some(AddressClass::Outside) => (Duration::ZERO, PlaintextReason::Outside),
+        Some(AddressClass::Mixed) if view.is_nobodys(source) => (Duration::ZERO, PlaintextReason::Outside),
         Some(AddressClass::Inside | AddressClass::Mixed) | None => (UNKNOWN, PlaintextReason::UnknownSource),
     }
 }

@@ -98,6 +98,12 @@ pub fn route(view: &View, connection: Outgoing<'_>) -> Route {
     match settings.classify(destination.ip()) {
         AddressClass::Node => Route::Plaintext { to: destination, because: PlaintextReason::Node },
         AddressClass::Outside => Route::Plaintext { to: destination, because: PlaintextReason::Outside },
+        // Others live there beside pods, and who it is was asked (T2).
+        AddressClass::Mixed if view.is_nobodys(destination.ip()) => match (view.is_stale(), client.modes.default) {
+            (false, _) => Route::Plaintext { to: destination, because: PlaintextReason::Outside },
+            (true, Mode::Permissive) => Route::Plaintext { to: destination, because: PlaintextReason::StaleView },
+            (true, Mode::Strict) => Route::refuse(RefuseReason::StrictStaleView),
+        },
         AddressClass::Inside | AddressClass::Mixed => Route::ask_or_refuse(RefuseReason::UnknownDestination),
     }
 }

@@ -49,6 +49,8 @@ pub struct View {
     settings: Option<MeshSettings>,
     /// Pods whose capability was published: they never fall back to "speaks nothing" while they live (T47).
     published: HashSet<PodUid>,
+    /// Addresses that the control plane said to be nobody's.
+    nobodys: HashSet<IpAddr>,
     /// The control plane has not been heard of for longer than the settings allow (T2).
     stale: bool,
 }
@@ -93,6 +95,33 @@ impl View {
         self.stale
     }
 
+    /// Takes in that nothing in the mesh has an address. It holds until something does, or the word is forgotten.
+    pub fn set_nobodys(&mut self, address: IpAddr) {
+        if self.workload_at(address).is_none() && self.service_at(address).is_none() {
+            self.nobodys.insert(address);
+        }
+    }
+
+    /// Takes an address to be unknown again.
+    pub fn forget_nobodys(&mut self, address: IpAddr) {
+        self.nobodys.remove(&address);
+    }
+
+    /// Whether the control plane said that nothing has this address. An address of which it said nothing is unknown, which
+    /// is something else.
+    pub fn is_nobodys(&self, address: IpAddr) -> bool {
+        self.nobodys.contains(&address)
+    }
+
+    /// Whether an address is in the cluster's ranges, and nothing was said about it.
+    pub fn is_unknown(&self, address: IpAddr) -> bool {
+        self.workload_at(address).is_none()
+            && self.service_at(address).is_none()
+            && !self.is_nobodys(address)
+            && self.settings.is_some()
+            && self.is_within(address)
+    }
+
     fn apply_workload(&mut self, mut workload: Workload) {
         let old = self.take_workload(&workload.uid);
         if let Some(old) = old.filter(|old| old.pod_uid != workload.pod_uid) {
@@ -108,6 +137,7 @@ impl View {
             self.by_pod.claim(workload.pod_uid.clone(), workload.uid.clone());
         }
         for address in &workload.addresses {
+            self.nobodys.remove(address);
             self.by_address.claim(*address, workload.uid.clone());
         }
         for endpoint in &workload.endpoints {
@@ -136,6 +166,7 @@ impl View {
     fn apply_service(&mut self, service: Service) {
         self.remove_service(&service.name);
         for address in &service.addresses {
+            self.nobodys.remove(address);
             self.service_by_address.claim(*address, service.name.clone());
         }
         self.services.insert(service.name.clone(), Arc::new(service));

@@ -22,6 +22,7 @@ use crate::certs::Authority;
 use crate::dice;
 use crate::node::Node;
 use crate::process::Args;
+use crate::questions::{Questions, Tell};
 
 /// What a proxy subscribes to.
 pub(crate) const KINDS: &[Kind] = &[Kind::Settings, Kind::Bundle, Kind::Policy, Kind::Address, Kind::Heartbeat];
@@ -79,6 +80,7 @@ impl ControlPlane {
                     self.node.metrics.connected.set(1);
                     self.connection.send_replace(Some(Connection(connected.clone())));
                     let lost = self.discover(&connected, &mut received, &mut failures).await;
+                    self.node.questions.lost();
                     self.connection.send_replace(None);
                     self.node.metrics.connected.set(0);
                     lost
@@ -97,6 +99,10 @@ impl ControlPlane {
             Ok(stream) => stream,
             Err(error) => return error,
         };
+        let nobodys = self.node.questions.connected();
+        if !nobodys.is_empty() {
+            self.node.view.change(|view| nobodys.into_iter().for_each(|address| view.forget_nobodys(address)));
+        }
         loop {
             // Asking for the next batch accepts the last one, and only then is it known whether that made the view whole.
             let ready = stream.next().now_or_never();
@@ -106,7 +112,17 @@ impl ControlPlane {
             }
             let batch = match ready {
                 Some(batch) => batch,
-                None => stream.next().await,
+                None => tokio::select! {
+                    biased;
+                    batch = stream.next() => batch,
+                    tell = self.node.questions.next() => {
+                        match tell {
+                            Tell::Ask(address) => stream.ask(address),
+                            Tell::Forget(address) => stream.forget(address),
+                        }
+                        continue;
+                    }
+                },
             };
             match batch {
                 Ok(batch) => {
@@ -166,7 +182,7 @@ impl Received {
             return;
         }
         if self.live {
-            node.view.change(|view| changes.into_iter().for_each(|change| apply(view, change)));
+            node.view.change(|view| changes.into_iter().for_each(|change| apply(view, &node.questions, change)));
         } else {
             self.staged.extend(changes);
         }
@@ -195,14 +211,22 @@ impl Received {
             self.live = true;
             let staged = std::mem::take(&mut self.staged);
             tracing::info!(changes = staged.len(), "the view is whole");
-            node.view.change(|view| staged.into_iter().for_each(|change| apply(view, change)));
+            node.view.change(|view| staged.into_iter().for_each(|change| apply(view, &node.questions, change)));
         }
     }
 }
 
-fn apply(view: &mut View, change: Change) {
+fn apply(view: &mut View, questions: &Questions, change: Change) {
     match change {
-        Change::Set(Resource::Mesh(resource)) => view.apply(resource),
+        Change::Set(Resource::Mesh(resource)) => {
+            match &resource {
+                mesh::Resource::Workload(workload) => questions.found(&workload.addresses),
+                mesh::Resource::Service(service) => questions.found(&service.addresses),
+                mesh::Resource::Policy(_) | mesh::Resource::Settings(_) => {}
+            }
+            view.apply(resource);
+        }
+        Change::Nobody(address) => questions.nobody(view, address),
         Change::Removed(Removed::Mesh(key)) => view.remove(&key),
         // Bundles go to the certificates, heartbeats to the clock; pods of the node are not subscribed to.
         Change::Set(Resource::Bundle(_) | Resource::NodePod(_) | Resource::Heartbeat(_))

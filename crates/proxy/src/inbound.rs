@@ -23,6 +23,9 @@ use crate::{legs, tunnel};
 /// How long a certificate that contradicts the view may wait for the view: pods come and go faster than news of them.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
+/// How long the control plane may take to say who an unknown client is, before it is looked at as unknown.
+const LEARN: Duration = Duration::from_millis(300);
+
 /// How long a tunnel may rest between two connections: twice as long as the client's side lets it.
 const REST: Duration = Duration::from_secs(60);
 
@@ -59,6 +62,13 @@ async fn arrive(
 ) -> Result<Arrived, EndedEarly> {
     let destination = connection.destination().ok_or(EndedEarly::System("getsockopt"))?;
     let source = connection.source;
+    // Whichever comes first: the client's bytes, or who it is.
+    node.ask(source.ip());
+    tokio::select! {
+        biased;
+        _ = client.readable() => {}
+        () = node.learn(source.ip(), LEARN) => {}
+    }
     let expected = expect(node, pod, destination, source)?;
     let known = node.view.read(|view| view.workload_at(source.ip()).is_some());
     let half_read = node.budgets.half_read(source.ip(), known)?;
@@ -85,6 +95,8 @@ async fn arrive(
     let accepting = tunnel::accept(client, hello.into_bytes(), config);
     let mut tunnel = node.metrics.handshake(connection.direction, accepting).await?;
     drop((place, half_read));
+    // The certificate is held against what the view says of its address (T16), which is nothing where that is unknown.
+    node.learn(source.ip(), ASK_AGAIN).await;
 
     let claim = tunnel.receive_open().await?;
     Ok(Arrived::Tunnel(tunnel, claim))

@@ -37,6 +37,7 @@ mod pod;
 mod pods;
 mod pool;
 mod process;
+mod questions;
 mod reasons;
 mod redirect;
 mod splice;

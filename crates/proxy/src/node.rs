@@ -1,7 +1,10 @@
 //! What all connections of a node share: a value, so that a test can make one of its own.
 
+use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
+use tokio::time::{Instant, timeout_at};
 use tracing::Level;
 
 use crate::access_log::AccessLog;
@@ -12,6 +15,7 @@ use crate::connections::{Connection, Direction, Registry};
 use crate::coverage::{Coverage, Edge};
 use crate::metrics::Metrics;
 use crate::pool::Pool;
+use crate::questions::Questions;
 use crate::reasons::EndedEarly;
 use crate::view::LiveView;
 
@@ -22,6 +26,8 @@ pub(crate) struct Node {
     pub(crate) clock: Clock,
     /// What it knows of the mesh.
     pub(crate) view: LiveView,
+    /// What the control plane is asked about.
+    pub(crate) questions: Questions,
     /// What its pods prove themselves with.
     pub(crate) certificates: Arc<Certificates>,
     /// What is open.
@@ -44,6 +50,7 @@ impl Node {
         let metrics = Arc::new(Metrics::new(clock.monotonic()));
         Self {
             view: LiveView::default(),
+            questions: Questions::default(),
             certificates: Arc::new(Certificates::new(clock.clone())),
             connections: Registry::default(),
             pool: Pool::new(&metrics),
@@ -53,6 +60,22 @@ impl Node {
             access_log: AccessLog::off(),
             clock,
         }
+    }
+
+    /// Asks the control plane about an address that the view does not know. Whether an answer is to come.
+    pub(crate) fn ask(&self, address: IpAddr) -> bool {
+        self.view.read(|view| view.is_unknown(address)) && self.questions.ask(address)
+    }
+
+    /// Waits for the control plane's word about an address that the view does not know, where there is one to come, and no
+    /// longer than this.
+    pub(crate) async fn learn(&self, address: IpAddr, patience: Duration) {
+        if !self.ask(address) {
+            return;
+        }
+        let mut changes = self.view.changes();
+        let deadline = Instant::now() + patience;
+        while self.questions.is_open(address) && matches!(timeout_at(deadline, changes.changed()).await, Ok(Ok(()))) {}
     }
 
     /// Counts a connection that was decided and is about to carry bytes.

@@ -242,6 +242,7 @@ async fn decide(node: &Node, connection: &Connection, outgoing: Outgoing<'_>) ->
         if asking.is_none() {
             asking = Some(node.budgets.look_up(connection.source.ip())?);
         }
+        node.ask(outgoing.destination.ip());
         let patience = match fallback {
             Fallback::Plaintext { .. } => ASK_FOR_CAPTURE,
             Fallback::Refuse { .. } => ASK,

@@ -177,6 +177,8 @@ pub enum Change {
     Set(Resource),
     /// A resource is gone.
     Removed(Removed),
+    /// Nothing has this address, which was asked about. Whatever will have it comes as a resource.
+    Nobody(IpAddr),
 }
 
 /// What is wrong with a resource, or with its removal.
@@ -264,6 +266,18 @@ fn removed(kind: Kind, name: &str) -> Result<Removed, Fault> {
         Kind::NodePod => Ok(Removed::NodePod(PodUid::from(name))),
         Kind::Bundle | Kind::Settings | Kind::Heartbeat => Err(Fault::NotRemovable),
     }
+}
+
+/// The name under which a node asks about an address: `network/address` as in Istio's on-demand subscriptions, in the one
+/// network that there is, which has no name. No resource has such a name.
+fn question(address: IpAddr) -> String {
+    format!("/{address}")
+}
+
+/// The address that is asked about by this name; `None` where the name is not of that form.
+fn asked_address(name: &str) -> Option<Result<IpAddr, Fault>> {
+    let address = name.strip_prefix('/')?;
+    Some(address.parse().map_err(|_| Fault::Address { field: "name" }))
 }
 
 /// The policy of that name: `namespace/name`.

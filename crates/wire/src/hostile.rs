@@ -24,7 +24,7 @@ pub fn discovery_response(bytes: &[u8]) {
                 let same = crate::discovery::decode(resource.kind(), &published.to_proto());
                 assert_eq!(same.as_ref(), Ok(resource), "what was said once cannot be said again");
             }
-            Change::Removed(Removed::Mesh(_) | Removed::NodePod(_)) => {}
+            Change::Removed(Removed::Mesh(_) | Removed::NodePod(_)) | Change::Nobody(_) => {}
         }
     }
     let refused = batch.as_ref().is_none_or(|batch| !batch.refused.is_empty());

@@ -174,6 +174,8 @@ struct Watched {
     bundles: usize,
     /// The times that heartbeats told.
     beats: Vec<u64>,
+    /// The addresses that were said to be nobody's.
+    nobody: Vec<std::net::IpAddr>,
     /// Every batch that came, by kind and number of changes.
     batches: Vec<(Kind, usize)>,
 }
@@ -188,6 +190,7 @@ impl Watched {
             node_pods: Default::default(),
             bundles: 0,
             beats: Vec::new(),
+            nobody: Vec::new(),
             batches: Vec::new(),
         };
         let kinds: BTreeSet<_> = kinds.iter().copied().collect();
@@ -214,6 +217,7 @@ impl Watched {
                 Change::Set(Resource::NodePod(pod)) => drop(self.node_pods.insert(pod.pod.clone(), pod)),
                 Change::Removed(wire::discovery::Removed::Mesh(key)) => self.view.remove(&key),
                 Change::Removed(wire::discovery::Removed::NodePod(pod)) => drop(self.node_pods.remove(&pod)),
+                Change::Nobody(address) => self.nobody.push(address),
             }
         }
     }

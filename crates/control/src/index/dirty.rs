@@ -94,6 +94,11 @@ impl Index {
         let mut problems = Vec::new();
         let settings = self.cluster.settings.publish(&self.cluster.nodes, &mut problems);
         self.note(Origin::Settings, problems);
+        let whole = self.cluster.settings.whole_mesh_up_to();
+        if whole != self.views.whole_mesh_up_to {
+            self.views.whole_mesh_up_to = whole;
+            touched.insert(Told::Settings);
+        }
         if settings != self.views.settings {
             self.views.settings = settings;
             touched.insert(Told::Settings);

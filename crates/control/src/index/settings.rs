@@ -20,7 +20,11 @@ const MIXED: &str = "mixedCIDRs";
 const SERVICES: &str = "serviceCIDRs";
 const EXCLUDED_PORTS: &str = "excludedPorts";
 const VIEW_LIFETIME: &str = "viewLifetime";
-const ALL: [&str; 6] = [TRUST_DOMAIN, INSIDE, MIXED, SERVICES, EXCLUDED_PORTS, VIEW_LIFETIME];
+const WHOLE_MESH: &str = "wholeMeshUpTo";
+const ALL: [&str; 7] = [TRUST_DOMAIN, INSIDE, MIXED, SERVICES, EXCLUDED_PORTS, VIEW_LIFETIME, WHOLE_MESH];
+
+/// Up to how many workloads everybody is told of all, where the ConfigMap does not say: some megabytes for each proxy.
+const DEFAULT_WHOLE_MESH: usize = 5_000;
 
 /// How short and how long a view may be allowed to live. Below, a busy machine is taken for an attacker; above, an attacker
 /// has his time.
@@ -37,6 +41,7 @@ pub(crate) struct Settings {
     services: BTreeSet<IpNet>,
     excluded_ports: BTreeSet<u16>,
     view_lifetime: Option<Duration>,
+    whole_mesh_up_to: Option<usize>,
 }
 
 /// Whether an object is the one with the settings.
@@ -91,7 +96,13 @@ impl Settings {
             services: list(data, SERVICES, &self.services, problems),
             excluded_ports: list(data, EXCLUDED_PORTS, &self.excluded_ports, problems),
             view_lifetime: view_lifetime(data, self.view_lifetime, problems),
+            whole_mesh_up_to: whole_mesh(data, self.whole_mesh_up_to, problems),
         }
+    }
+
+    /// Up to how many workloads everybody is told of the whole mesh.
+    pub(crate) fn whole_mesh_up_to(&self) -> usize {
+        self.whole_mesh_up_to.unwrap_or(DEFAULT_WHOLE_MESH)
     }
 
     /// Ports that are never captured, ascending.
@@ -133,6 +144,19 @@ fn view_lifetime(
     if read.is_none() {
         let message = format!(
             "field data.{VIEW_LIFETIME}: {} is not a time from 1s to 300s; the last good value of the field stays",
+            quoted(text)
+        );
+        problems.push(Problem::error(object(), message));
+    }
+    read.or(last)
+}
+
+fn whole_mesh(data: &BTreeMap<String, String>, last: Option<usize>, problems: &mut Vec<Problem>) -> Option<usize> {
+    let text = data.get(WHOLE_MESH)?;
+    let read = text.trim().parse().ok();
+    if read.is_none() {
+        let message = format!(
+            "field data.{WHOLE_MESH}: {} is not a number of workloads; the last good value of the field stays",
             quoted(text)
         );
         problems.push(Problem::error(object(), message));

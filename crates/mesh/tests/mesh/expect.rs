@@ -56,6 +56,21 @@ fn a_strict_port_waits_for_everybodys_hello_and_keeps_the_name() {
 }
 
 #[test]
+fn a_source_that_is_nobodys_is_outside_where_others_live_beside_pods_for_as_long_as_the_view_is_fresh() {
+    let mut view = world();
+    ["172.16.0.1", "10.0.0.99"].iter().for_each(|address| view.set_nobodys(ip(address)));
+    let seen = |view: &View, source: &str| {
+        let expected = expect(view, &pod("server", 1), 80, ip(source));
+        (expected.wait.as_millis(), expected.plaintext)
+    };
+    assert_eq!(seen(&view, "172.16.0.1"), (0, Plain::Outside));
+    assert_eq!(seen(&view, "172.16.0.2"), (300, Plain::UnknownSource));
+    assert_eq!(seen(&view, "10.0.0.99"), (300, Plain::UnknownSource));
+    view.set_stale(true);
+    assert_eq!(seen(&view, "172.16.0.1"), (300, Plain::StaleView));
+}
+
+#[test]
 fn without_settings_nobody_is_taken_for_outside() {
     let view = View::default();
     let expectation = expect(&view, &pod("server", 1), 80, ip("203.0.113.9"));

@@ -296,6 +296,40 @@ proptest! {
 }
 
 #[test]
+fn what_nothing_has_is_outside_where_others_live_beside_pods_and_nowhere_else() {
+    let destination = |address: &str| SocketAddr::new(ip(address), 443);
+    let decide = |view: &View, address: &str| {
+        let pod = PodUid::from("client");
+        route(view, Outgoing { pod: &pod, source: ip("10.0.0.1"), destination: destination(address), dice: 0 })
+    };
+    let unknown = Route::Ask(Fallback::Refuse { because: No::UnknownDestination });
+    let clear = |because| Route::Plaintext { to: destination("172.16.0.1"), because };
+    for (mode, stale) in
+        [(Mode::Permissive, clear(Plain::StaleView)), (Mode::Strict, Route::Refuse { because: No::StrictStaleView })]
+    {
+        let mut client = pod("client", 1);
+        client.modes.default = mode;
+        let mut view = view([client], []);
+        let said = ["172.16.0.1", "10.0.0.9", "10.96.0.9"];
+        assert!(said.iter().all(|address| view.is_unknown(ip(address)) && decide(&view, address) == unknown));
+        said.iter().for_each(|address| view.set_nobodys(ip(address)));
+        assert!(said.iter().all(|address| !view.is_unknown(ip(address))));
+        assert_eq!(decide(&view, "172.16.0.1"), clear(Plain::Outside));
+        assert!(said[1..].iter().all(|address| decide(&view, address) == unknown), "pods' and Services' ranges");
+        view.set_stale(true);
+        assert_eq!(decide(&view, "172.16.0.1"), stale);
+        view.set_stale(false);
+        let mut moved = pod("web", 2);
+        moved.addresses = vec![ip("172.16.0.1")];
+        view.apply(Resource::Workload(Box::new(moved)));
+        assert!(matches!(decide(&view, "172.16.0.1"), Route::Tunnel(_)), "something has it now");
+        // A word that came late takes nothing away.
+        view.set_nobodys(ip("172.16.0.1"));
+        assert!(!view.is_nobodys(ip("172.16.0.1")));
+    }
+}
+
+#[test]
 fn service_names_are_of_one_form() {
     for bad in ["", "web", "/web", "shop/", "a/b/c"] {
         assert!(bad.parse::<ServiceName>().is_err(), "{bad}");

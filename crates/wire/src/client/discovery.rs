@@ -1,5 +1,7 @@
 //! The discovery stream, as a node reads it.
 
+use std::net::IpAddr;
+
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -14,7 +16,8 @@ use crate::proto::envoy::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 pub struct Discovery {
     connection: Connected,
     state: ClientState,
-    /// Unbounded, and yet never long: after the subscriptions there is one answer for each message that was read.
+    /// Unbounded, and yet never long: after the subscriptions there is one answer for each message that was read, and
+    /// whoever asks about addresses bounds them.
     requests: UnboundedSender<DeltaDiscoveryRequest>,
     responses: Streaming<DeltaDiscoveryResponse>,
     /// When this end last said something that the next heartbeat answers: its subscription, then each heartbeat's answer.
@@ -66,6 +69,18 @@ impl Discovery {
                 None => self.answer(Ok(())),
             }
         }
+    }
+
+    /// Asks what has an address: answered by a resource that has it, unless that is known already, or by
+    /// [`Change::Nobody`](crate::discovery::Change::Nobody), and by a resource once something has it.
+    pub fn ask(&self, address: IpAddr) {
+        // A stream that has ended says so by its other half.
+        let _ = self.requests.send(ClientState::ask(address));
+    }
+
+    /// No longer wants to know when something has an address that nothing had.
+    pub fn forget(&self, address: IpAddr) {
+        let _ = self.requests.send(ClientState::forget(address));
     }
 
     /// Refuses the last batch, with a sentence for the control plane. None of it counts as known.

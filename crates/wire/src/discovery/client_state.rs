@@ -1,9 +1,10 @@
 //! The node's end of delta xDS: what it has, what came, and what to answer. No stream, no clock.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use super::published::decode;
-use super::{Change, Kind, Malformed, removed};
+use super::{Change, Kind, Malformed, asked_address, question, removed};
 use crate::proto::envoy::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
 
 /// On a response that more responses complete. Other control planes leave the field to a version, or empty.
@@ -80,6 +81,27 @@ impl ClientState {
         self.kinds.iter().map(request).collect()
     }
 
+    /// Asks what has an address. The answer is a resource that has it, unless that is known already, or that there is none;
+    /// the control plane then says so when there is one.
+    pub(crate) fn ask(address: IpAddr) -> DeltaDiscoveryRequest {
+        let resource_names_subscribe = vec![question(address)];
+        DeltaDiscoveryRequest {
+            type_url: Kind::Address.type_url().to_owned(),
+            resource_names_subscribe,
+            ..Default::default()
+        }
+    }
+
+    /// No longer asks about an address that nothing has.
+    pub(crate) fn forget(address: IpAddr) -> DeltaDiscoveryRequest {
+        let resource_names_unsubscribe = vec![question(address)];
+        DeltaDiscoveryRequest {
+            type_url: Kind::Address.type_url().to_owned(),
+            resource_names_unsubscribe,
+            ..Default::default()
+        }
+    }
+
     /// Takes a response. It must be answered by [`ClientState::answer`] before the next one.
     ///
     /// `None` where its type was not subscribed to: nothing in it counts, and the answer refuses it.
@@ -101,6 +123,13 @@ impl ClientState {
         let mut batch = Batch { kind, changes: Vec::new(), refused: Vec::new() };
         // Removals first: a resource that is removed and set in one message was replaced.
         for name in response.removed_resources {
+            if let Some(asked) = asked_address(&name).filter(|_| kind == Kind::Address) {
+                match asked {
+                    Ok(address) => batch.changes.push(Change::Nobody(address)),
+                    Err(fault) => batch.refused.push(Malformed { kind, name, fault }),
+                }
+                continue;
+            }
             match removed(kind, &name) {
                 Ok(key) => {
                     batch.changes.push(Change::Removed(key));

@@ -1,12 +1,13 @@
 //! The control plane's end of delta xDS, for one stream: who subscribed to what, and what it has. No stream, no clock.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use identity::UnixTime;
 
 use super::client_state::PARTIAL;
-use super::{Heartbeat, Kind, Published, Resource};
+use super::{Heartbeat, Kind, Published, Resource, asked_address, question};
 use crate::proto::envoy::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
 /// Bytes after which a response is closed and another one begins: far below what a client takes in one message.
@@ -23,6 +24,13 @@ const MAX_DETAIL: usize = 1024;
 pub enum Asked {
     /// It subscribed, or changed its subscription: a reconciliation with everything of that kind is due.
     Subscribed(Kind),
+    /// It wants to know what has these addresses, and no longer those that nothing had.
+    Addresses {
+        /// Those that it asks about.
+        about: Vec<IpAddr>,
+        /// Those that it asked about and that are of no interest any more.
+        no_longer: Vec<IpAddr>,
+    },
     /// It took in a response.
     Accepted {
         /// The kind of the response.
@@ -46,6 +54,8 @@ pub(crate) enum BadRequest {
     UnknownType,
     #[error("the stream subscribes to more than {MAX_NAMES} resources")]
     TooManyNames,
+    #[error("the stream asks about an address that is none")]
+    NotAnAddress,
 }
 
 #[derive(Default)]
@@ -54,6 +64,9 @@ pub(crate) struct ServerState {
     last_nonce: u64,
     node: String,
     told: u64,
+    /// Addresses that the node asks about, and that it asks about no longer.
+    about: Vec<IpAddr>,
+    no_longer: Vec<IpAddr>,
 }
 
 #[derive(Default)]
@@ -85,7 +98,21 @@ impl ServerState {
         self.told
     }
 
-    /// Takes a request. `None`: nothing to do about it.
+    /// What a node has of a kind, or will have when it has read what was sent to it.
+    pub(crate) fn has(&self, kind: Kind) -> impl Iterator<Item = &Arc<str>> {
+        self.subscriptions.get(&kind).into_iter().flat_map(|subscription| subscription.has.keys())
+    }
+
+    /// The addresses in the last requests, once.
+    pub(crate) fn addresses(&mut self) -> Option<Asked> {
+        if self.about.is_empty() && self.no_longer.is_empty() {
+            return None;
+        }
+        let (about, no_longer) = (std::mem::take(&mut self.about), std::mem::take(&mut self.no_longer));
+        Some(Asked::Addresses { about, no_longer })
+    }
+
+    /// Takes a request. `None`: nothing to do about it, but for [`ServerState::addresses`].
     pub(crate) fn receive(&mut self, request: DeltaDiscoveryRequest) -> Result<Option<Asked>, BadRequest> {
         let kind = Kind::from_type_url(&request.type_url).ok_or(BadRequest::UnknownType)?;
         if let Some(node) = request.node {
@@ -93,23 +120,29 @@ impl ServerState {
         }
         let first = !self.subscriptions.contains_key(&kind);
         let subscription = self.subscriptions.entry(kind).or_default();
-        let subscribe: Vec<Arc<str>> = request.resource_names_subscribe.into_iter().map(Into::into).collect();
+        let (mut subscribe, mut unsubscribe) = (request.resource_names_subscribe, request.resource_names_unsubscribe);
+        let everything = subscribe.is_empty();
+        if kind == Kind::Address {
+            take_addresses(&mut subscribe, &mut self.about)?;
+            take_addresses(&mut unsubscribe, &mut self.no_longer)?;
+        }
+        let subscribe: Vec<Arc<str>> = subscribe.into_iter().map(Into::into).collect();
         if first {
             // A first request without names is for everything; later ones without names are answers.
-            subscription.everything = subscribe.is_empty();
+            subscription.everything = everything;
             subscription.has = request
                 .initial_resource_versions
                 .into_iter()
                 .map(|(name, version)| (name.into(), version.into()))
                 .collect();
         }
-        let changed = first || !subscribe.is_empty() || !request.resource_names_unsubscribe.is_empty();
+        let changed = first || !subscribe.is_empty() || !unsubscribe.is_empty();
         for name in subscribe {
             subscription.everything |= &*name == "*";
             subscription.names.insert(name.clone());
             subscription.asked.insert(name);
         }
-        for name in request.resource_names_unsubscribe {
+        for name in unsubscribe {
             subscription.everything &= name != "*";
             subscription.names.remove(name.as_str());
             // Whoever unsubscribes forgets by itself (xDS protocol, "Unsubscribing From Resources").
@@ -184,6 +217,14 @@ impl ServerState {
         self.respond(kind, set, gone, false)
     }
 
+    /// Says that nothing has these addresses. Nothing before the first comparison.
+    pub(crate) fn nobody(&mut self, addresses: impl IntoIterator<Item = IpAddr>) -> Vec<DeltaDiscoveryResponse> {
+        if !self.subscriptions.get(&Kind::Address).is_some_and(|subscription| subscription.answered) {
+            return Vec::new();
+        }
+        self.respond(Kind::Address, Vec::new(), addresses.into_iter().map(question).collect(), false)
+    }
+
     /// The next heartbeat, if the node wants any and has answered the last one: each answers what the node said after the
     /// one before, so that a stream that is held up somewhere holds up its heartbeats too.
     pub(crate) fn beat(&mut self, time: UnixTime) -> Option<DeltaDiscoveryResponse> {
@@ -231,6 +272,19 @@ impl ServerState {
         }
         responses
     }
+}
+
+/// Takes those names out that stand for an address.
+fn take_addresses(names: &mut Vec<String>, addresses: &mut Vec<IpAddr>) -> Result<(), BadRequest> {
+    let mut rest = Vec::new();
+    for name in names.drain(..) {
+        match asked_address(&name) {
+            Some(address) => addresses.push(address.map_err(|_| BadRequest::NotAnAddress)?),
+            None => rest.push(name),
+        }
+    }
+    *names = rest;
+    Ok(())
 }
 
 fn printable(text: &str) -> String {

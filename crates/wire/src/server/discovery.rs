@@ -1,5 +1,8 @@
 //! A discovery stream, as the control plane sees it.
 
+use std::net::IpAddr;
+use std::sync::Arc;
+
 use identity::UnixTime;
 use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
@@ -28,11 +31,18 @@ impl DiscoveryStream {
     /// # Errors
     /// The node asked for something that makes no sense; return it from the handler.
     pub async fn next(&mut self) -> Result<Option<Asked>, Refused> {
+        if let Some(addresses) = self.state.addresses() {
+            return Ok(Some(addresses));
+        }
         // A broken connection is an end like any other: whoever was there connects anew.
         while let Ok(Some(request)) = self.requests.message().await {
             match self.state.receive(request) {
                 Ok(Some(asked)) => return Ok(Some(asked)),
-                Ok(None) => {}
+                Ok(None) => {
+                    if let Some(addresses) = self.state.addresses() {
+                        return Ok(Some(addresses));
+                    }
+                }
                 Err(error) => return Err(Refused::BadRequest(error.to_string())),
             }
         }
@@ -68,6 +78,18 @@ impl DiscoveryStream {
         removed: impl IntoIterator<Item = &'a str>,
     ) -> usize {
         let responses = self.state.update(kind, changed, removed);
+        self.send(responses).await
+    }
+
+    /// The names of what the node has of a kind, or will have when it has read what was sent to it.
+    pub fn has(&self, kind: Kind) -> impl Iterator<Item = &Arc<str>> {
+        self.state.has(kind)
+    }
+
+    /// Says that nothing has these addresses, which the node asked about. Waiting and cancelling as for
+    /// [`DiscoveryStream::reconcile`].
+    pub async fn nobody(&mut self, addresses: impl IntoIterator<Item = IpAddr>) -> usize {
+        let responses = self.state.nobody(addresses);
         self.send(responses).await
     }
 

@@ -25,6 +25,35 @@ async fn a_proxy_is_told_of_the_whole_mesh_and_an_agent_of_its_own_nodes_pods() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_proxy_of_a_large_mesh_is_told_of_its_own_node_and_of_what_it_asks_about() {
+    let bed = Bed::start().await;
+    let settings = "apiVersion: v1\nkind: ConfigMap\nmetadata: {namespace: justmtls-system, name: justmtls}\n\
+                    data: {insideCIDRs: \"10.88.0.0/16,fd88::/16\", wholeMeshUpTo: \"0\"}\n";
+    let mut whole = bed.proxy("node-a").await;
+    assert!(whole.workload("db").is_some());
+    bed.put("settings", settings);
+    whole.until(|proxy| !proxy.view.settings().unwrap().inside.is_empty()).await;
+
+    let mut proxy = bed.proxy("node-a").await;
+    assert!(proxy.workload("web").is_some() && proxy.workload("db").is_none());
+    let address = |last: u8| std::net::IpAddr::from([10, 88, 16, last]);
+    [6, 9].iter().for_each(|last| proxy.stream.ask(address(*last)));
+    proxy.until(|proxy| proxy.workload("db").is_some() && proxy.nobody == [address(9)]).await;
+    bed.put("late", &pod("late", "node-b", 9, "late"));
+    proxy.until(|proxy| proxy.workload("late").is_some()).await;
+    // What one knew from before it hears of all the same.
+    bed.put("db", &pod("db", "node-b", 7, "db"));
+    whole.until(|proxy| proxy.workload("db").unwrap().addresses[0] == address(7)).await;
+    assert!(whole.workload("late").is_none());
+
+    let known = whole.stream.known().clone();
+    drop(whole);
+    let back = Watched::open(&bed.connect(Role::Proxy, "node-a").await, PROXY_KINDS, known).await;
+    let removed = back.batches.iter().map(|(_, changes)| changes).sum::<usize>();
+    assert!(removed <= 1, "nothing that it knows is taken away: {:?}", back.batches);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_kind_that_is_not_for_that_process_is_refused() {
     let bed = Bed::start().await;
     let agents = [Kind::Address, Kind::Policy, Kind::Settings].map(|kind| (Role::Agent, kind));

@@ -84,6 +84,47 @@ fn a_first_stream_gets_everything_and_then_changes_alone() {
 }
 
 #[test]
+fn who_asks_about_an_address_is_told_what_has_it_or_that_nothing_has() {
+    let (mut client, mut server) = (ClientState::new(&[Kind::Address], Known::default()), ServerState::default());
+    let question = |text: &str| ClientState::ask(text.parse().unwrap());
+    for request in client.subscribe("node-a/proxy") {
+        assert_eq!(server.receive(request), Ok(Some(Asked::Subscribed(Kind::Address))));
+    }
+    assert_eq!(server.nobody(["10.0.0.9".parse().unwrap()]), [], "nothing before the first comparison");
+    let take = |client: &mut ClientState, server: &mut ServerState, response| {
+        let batch = client.receive(response).unwrap();
+        let accepted = server.receive(client.answer(Ok(())).unwrap());
+        assert!(matches!(accepted, Ok(Some(Asked::Accepted { kind: Kind::Address, .. }))), "{accepted:?}");
+        assert_eq!(batch.refused, []);
+        batch.changes
+    };
+    let first = server.reconcile(Kind::Address, []).remove(0);
+    assert_eq!(take(&mut client, &mut server, first), []);
+
+    assert_eq!(server.receive(question("10.0.0.9")), Ok(None));
+    assert_eq!(server.receive(question("fd00::9")), Ok(None));
+    assert_eq!(server.receive(ClientState::forget("10.0.0.7".parse().unwrap())), Ok(None));
+    let about: Vec<std::net::IpAddr> = vec!["10.0.0.9".parse().unwrap(), "fd00::9".parse().unwrap()];
+    let no_longer = vec!["10.0.0.7".parse().unwrap()];
+    assert_eq!(server.addresses(), Some(Asked::Addresses { about: about.clone(), no_longer }));
+    assert_eq!(server.addresses(), None);
+    let answer = server.nobody(about.clone()).remove(0);
+    let changes: Vec<_> = about.into_iter().map(Change::Nobody).collect();
+    assert_eq!(take(&mut client, &mut server, answer), changes);
+    assert_eq!(client.known().count(Kind::Address), 0);
+
+    let bad = DeltaDiscoveryRequest { resource_names_subscribe: vec!["/not-one".into()], ..question("10.0.0.9") };
+    assert_eq!(server.receive(bad), Err(BadRequest::NotAnAddress));
+    let bad = DeltaDiscoveryResponse {
+        type_url: Kind::Address.type_url().to_owned(),
+        removed_resources: vec!["/not-one".into()],
+        ..Default::default()
+    };
+    let batch = client.receive(bad).unwrap();
+    assert_eq!((batch.changes, batch.refused.len()), (vec![], 1));
+}
+
+#[test]
 fn nothing_to_say_is_said_once() {
     let mut node = Node::new(Known::default(), BTreeMap::new());
     let mut server = subscribed(&node);
