@@ -14,6 +14,7 @@ mod endpoints;
 mod enrolment;
 mod facts;
 mod modes;
+mod network_rules;
 mod policy;
 mod settings;
 
@@ -144,8 +145,9 @@ impl Index {
         let new = &self.cluster.reported[node];
         let changed: BTreeSet<_> = old.unwrap_or_default().symmetric_difference(new).cloned().collect();
         let mut dirty = Dirty::default();
-        let pods = self.cluster.pods.values().filter(|pod| pod.node == node && changed.contains(&pod.uid));
-        dirty.pods.extend(pods.map(|pod| pod.name.clone()));
+        let pods =
+            changed.iter().flat_map(|uid| self.cluster.pods_with(uid)).filter_map(|name| self.cluster.pods.get(name));
+        dirty.pods.extend(pods.filter(|pod| pod.node == node).map(|pod| pod.name.clone()));
         self.refresh(dirty)
     }
 
@@ -227,6 +229,9 @@ impl Index {
             Object::ConfigMap(config) if settings::is_settings(&key) => {
                 self.set_settings(Some(config), &mut problems, dirty);
             }
+            Object::NetworkPolicy(policy) => {
+                self.set_network_policy(&name, Some(network_rules::digest_of_policy(policy)), dirty);
+            }
             Object::PeerAuthentication(policy) => {
                 let facts = modes::PeerAuthentication::read(policy, &mut problems);
                 self.set_peer_authentication(&name, Some(facts), dirty);
@@ -260,6 +265,7 @@ impl Index {
             Kind::ConfigMap if settings::is_settings(key) => self.set_settings(None, &mut problems, dirty),
             Kind::PeerAuthentication => self.set_peer_authentication(&name, None, dirty),
             Kind::AuthorizationPolicy => self.set_authorization_policy(&name, None, dirty),
+            Kind::NetworkPolicy => self.set_network_policy(&name, None, dirty),
             Kind::ConfigMap | Kind::ServiceAccount | Kind::Deployment => {}
         }
         self.note(Origin::Object(key.clone()), problems);
@@ -313,6 +319,16 @@ impl Index {
         }
         self.cluster.settings = settings;
         dirty.settings = true;
+    }
+
+    fn set_network_policy(&mut self, name: &Name, policy: Option<u64>, dirty: &mut Dirty) {
+        let old = match policy {
+            Some(policy) => self.cluster.network_policies.insert(name.clone(), policy),
+            None => self.cluster.network_policies.remove(name),
+        };
+        if old != policy {
+            dirty.pods_of(&self.cluster, &name.namespace);
+        }
     }
 
     fn set_peer_authentication(&mut self, name: &Name, policy: Option<modes::PeerAuthentication>, dirty: &mut Dirty) {

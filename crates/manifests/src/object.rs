@@ -5,6 +5,7 @@ use std::fmt;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, Pod, Service, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use crate::istio::{AuthorizationPolicy, PeerAuthentication};
@@ -93,6 +94,7 @@ kinds! {
     Deployment { namespaced, "A number of like pods; the cluster in a box expands it, the control plane looks only at pods.", "apps/v1" }
     Service { namespaced, "A name and addresses for a set of pods.", "v1" }
     EndpointSlice { namespaced, "The addresses behind a Service.", "discovery.k8s.io/v1" }
+    NetworkPolicy { namespaced, "What a network lets through to and from pods; others enforce it.", "networking.k8s.io/v1" }
     PeerAuthentication { namespaced, "Istio's: which mode a workload's ports are in.", "security.istio.io/v1", "security.istio.io/v1beta1" }
     AuthorizationPolicy { namespaced, "Istio's: who may connect.", "security.istio.io/v1", "security.istio.io/v1beta1" }
 }

@@ -158,6 +158,9 @@ pub struct Workload {
     pub modes: Modes,
     /// The Services that it serves.
     pub endpoints: Vec<Endpoint>,
+    /// A digest of what a NetworkPolicy can go by: the pod's labels, its namespace's labels and the NetworkPolicies there. Others
+    /// enforce those, on new connections of the wire; so a tunnel at rest is not used again once this is different (T20).
+    pub network_rules: u64,
     /// The policies that select it by label; those of its namespace and of the mesh apply besides.
     pub policies: Vec<PolicyName>,
 }

@@ -21,6 +21,8 @@ pub(crate) struct Cluster {
     pub(crate) pods: BTreeMap<Name, Pod>,
     pub(crate) services: BTreeMap<Name, Service>,
     slices: BTreeMap<Name, Slice>,
+    /// Digests of what they say.
+    pub(crate) network_policies: BTreeMap<Name, u64>,
     pub(crate) peer_authentications: PeerAuthentications,
     pub(crate) authorization_policies: BTreeMap<Name, AuthorizationPolicy>,
     /// By node, what its agent said last.
@@ -49,6 +51,7 @@ impl Cluster {
             pods: BTreeMap::new(),
             services: BTreeMap::new(),
             slices: BTreeMap::new(),
+            network_policies: BTreeMap::new(),
             peer_authentications: PeerAuthentications::default(),
             authorization_policies: BTreeMap::new(),
             reported: BTreeMap::new(),

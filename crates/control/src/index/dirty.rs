@@ -11,7 +11,7 @@ use super::cluster::Cluster;
 use super::endpoints::{self, service_name};
 use super::facts::{Name, Pod};
 use super::policy::policy_name;
-use super::{Index, Origin, Told, Touched, Views, enrolment};
+use super::{Index, Origin, Told, Touched, Views, enrolment, network_rules};
 use crate::ROOT_NAMESPACE;
 use crate::problem::Problem;
 
@@ -186,6 +186,7 @@ impl Index {
         let endpoints = addresses.iter().flat_map(|address| self.views.endpoints_at(cluster, *address)).collect();
         let selecting = cluster.authorization_policies.values();
         let selecting = selecting.filter(|policy| policy.selects(&pod.name.namespace, &pod.labels));
+        let network_policies = cluster.network_policies.range(Name::all_of(&pod.name.namespace));
         let workload = Workload {
             uid: pod_workload_uid(&pod.name),
             pod_uid: pod.uid.clone(),
@@ -199,6 +200,11 @@ impl Index {
             uncaptured: if captured { None } else { Some(exempt.unwrap_or(Uncaptured::Pending)) },
             modes,
             endpoints: merge(endpoints),
+            network_rules: network_rules::digest(
+                &pod.labels,
+                &namespace.labels,
+                network_policies.map(|(_, digest)| *digest),
+            ),
             policies: selecting.map(|policy| policy.policy.name.clone()).collect(),
         };
         let node_pod = NodePod {

@@ -130,6 +130,7 @@ pub(crate) fn bare_workload(
         uncaptured: Some(if on_host { Uncaptured::HostNetwork } else { Uncaptured::NotAPod }),
         modes: Default::default(),
         endpoints,
+        network_rules: 0,
         policies: Vec::new(),
     })
 }

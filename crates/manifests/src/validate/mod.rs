@@ -38,7 +38,8 @@ pub(crate) fn findings(object: &Object, tree: Option<&Node>) -> Vec<Finding> {
     let mut checker = Checker::new(tree);
     meta::check(&mut checker, object);
     match object {
-        Object::Namespace(_) | Object::ServiceAccount(_) => {}
+        // What a NetworkPolicy says is for those who enforce it.
+        Object::Namespace(_) | Object::ServiceAccount(_) | Object::NetworkPolicy(_) => {}
         Object::Node(node) => cluster::node(&mut checker, node),
         Object::ConfigMap(map) => cluster::config_map(&mut checker, map),
         Object::EndpointSlice(slice) => cluster::endpoint_slice(&mut checker, slice),

@@ -44,6 +44,7 @@ pub(crate) fn pod(name: &str, number: u8) -> Workload {
         uncaptured: None,
         modes: Modes::default(),
         endpoints: vec![],
+        network_rules: 0,
         policies: vec![],
     }
 }

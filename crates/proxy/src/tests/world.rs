@@ -102,6 +102,7 @@ pub(crate) fn workload(name: &str, identity: &SpiffeId, address: IpAddr) -> Work
         uncaptured: None,
         modes: Modes::default(),
         endpoints: Vec::new(),
+        network_rules: 0,
         policies: Vec::new(),
     }
 }

@@ -34,6 +34,7 @@ pub(super) fn encode_workload(workload: &Workload) -> Vec<u8> {
             .iter()
             .map(|(port, mode)| ((*port).into(), encode_mode(*mode).into()))
             .collect(),
+        network_rules: workload.network_rules,
     };
     let message = istio::Workload {
         name: workload.name.to_string(),
@@ -202,6 +203,7 @@ fn decode_workload(message: istio::Workload) -> Result<Workload, Fault> {
         uncaptured,
         modes: decode_modes(&extension)?,
         endpoints: message.services.iter().map(decode_endpoint).collect::<Result<_, _>>()?,
+        network_rules: extension.network_rules,
         policies: policies.collect::<Result<_, _>>()?,
     })
 }

@@ -16,6 +16,9 @@ const RESPONSE: usize = 4 * 1024 * 1024;
 /// The most resources that one stream may name in its subscriptions.
 const MAX_NAMES: usize = 500_000;
 
+/// Responses that a stream may leave unanswered: a node answers each as soon as it has read it.
+const MAX_UNANSWERED: usize = 4096;
+
 /// The longest text of a refusal that is kept, in characters.
 const MAX_DETAIL: usize = 1024;
 
@@ -54,6 +57,8 @@ pub(crate) enum BadRequest {
     UnknownType,
     #[error("the stream subscribes to more than {MAX_NAMES} resources")]
     TooManyNames,
+    #[error("the stream leaves more than {MAX_UNANSWERED} responses unanswered")]
+    TooManyUnanswered,
     #[error("the stream asks about an address that is none")]
     NotAnAddress,
 }
@@ -103,6 +108,12 @@ impl ServerState {
         self.subscriptions.get(&kind).into_iter().flat_map(|subscription| subscription.has.keys())
     }
 
+    /// Whether the node goes on answering what it is sent.
+    pub(crate) fn check_answers(&self) -> Result<(), BadRequest> {
+        let unanswered: usize = self.subscriptions.values().map(|subscription| subscription.unacknowledged.len()).sum();
+        if unanswered > MAX_UNANSWERED { Err(BadRequest::TooManyUnanswered) } else { Ok(()) }
+    }
+
     /// The addresses in the last requests, once.
     pub(crate) fn addresses(&mut self) -> Option<Asked> {
         if self.about.is_empty() && self.no_longer.is_empty() {
@@ -127,6 +138,9 @@ impl ServerState {
             take_addresses(&mut unsubscribe, &mut self.no_longer)?;
         }
         let subscribe: Vec<Arc<str>> = subscribe.into_iter().map(Into::into).collect();
+        if request.initial_resource_versions.len() > MAX_NAMES {
+            return Err(BadRequest::TooManyNames);
+        }
         if first {
             // A first request without names is for everything; later ones without names are answers.
             subscription.everything = everything;

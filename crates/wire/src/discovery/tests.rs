@@ -63,8 +63,9 @@ fn workload() -> impl Strategy<Value = Workload> {
         prop::collection::vec(policy_name(), 0..3),
     );
     let capture = prop::option::of(uncaptured());
-    (NAME, NAME, id(), capture, modes, lists).prop_map(|(name, node, identity, uncaptured, modes, lists)| {
-        let (addresses, endpoints, policies) = lists;
+    let numbers = (lists, any::<u64>());
+    (NAME, NAME, id(), capture, modes, numbers).prop_map(|(name, node, identity, uncaptured, modes, numbers)| {
+        let ((addresses, endpoints, policies), network_rules) = numbers;
         let mut endpoints: Vec<Endpoint> = endpoints.into_values().collect();
         endpoints.sort_by_key(|endpoint| endpoint.service.to_string());
         endpoints.dedup_by(|a, b| a.service == b.service);
@@ -81,6 +82,7 @@ fn workload() -> impl Strategy<Value = Workload> {
             uncaptured,
             modes: Modes { default: modes.0, ports: modes.1 },
             endpoints,
+            network_rules,
             policies,
         }
     })

@@ -31,6 +31,7 @@ impl DiscoveryStream {
     /// # Errors
     /// The node asked for something that makes no sense; return it from the handler.
     pub async fn next(&mut self) -> Result<Option<Asked>, Refused> {
+        self.state.check_answers().map_err(|error| Refused::BadRequest(error.to_string()))?;
         if let Some(addresses) = self.state.addresses() {
             return Ok(Some(addresses));
         }

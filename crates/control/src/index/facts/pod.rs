@@ -44,6 +44,7 @@ impl ModeLabel {
 pub(crate) struct Namespace {
     pub(crate) mode: Option<ModeLabel>,
     pub(crate) allows_opt_out: bool,
+    pub(crate) labels: BTreeMap<String, String>,
 }
 
 impl Namespace {
@@ -54,6 +55,7 @@ impl Namespace {
         Self {
             mode: ModeLabel::of(metadata, &object, problems),
             allows_opt_out: allows.is_some_and(|value| value == "true"),
+            labels: metadata.labels.clone().unwrap_or_default(),
         }
     }
 }

@@ -162,3 +162,40 @@ fn a_certificate_is_for_enrolled_pods_of_that_node_alone() {
         assert!(!index.runs_on("node-a", &id(account)), "{account}");
     }
 }
+
+#[test]
+fn what_a_network_policy_can_go_by_is_news_of_the_pods_that_it_may_concern() {
+    let labelled = |tier: &str| pod("shop", "web", "10.88.16.5", &format!("  labels: {{tier: {tier}}}"), "");
+    let policy = |port: u16| {
+        format!(
+            "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{namespace: shop, name: p}}\n\
+             spec: {{podSelector: {{}}, ingress: [{{ports: [{{port: {port}}}]}}]}}\n"
+        )
+    };
+    let mut index =
+        index(&(labelled("a") + &pod("shop", "db", "10.88.16.6", "", "") + &pod("other", "x", "10.88.16.7", "", "")));
+    let rules = |index: &crate::index::Index| {
+        [("shop", "web"), ("shop", "db"), ("other", "x")]
+            .map(|(namespace, name)| workload(index, namespace, name).network_rules)
+    };
+    let mut last = rules(&index);
+    for (text, expected) in [
+        (labelled("b"), [true, false, false]),
+        (labelled("b"), [false; 3]),
+        (policy(80), [true, true, false]),
+        (policy(80), [false; 3]),
+        (policy(81), [true, true, false]),
+        (namespace("other", "team: a"), [false, false, true]),
+    ] {
+        let touched = apply(&mut index, &text);
+        let now = rules(&index);
+        let changed = [0, 1, 2].map(|pod| now[pod] != last[pod]);
+        assert_eq!(changed, expected, "{text}");
+        assert_eq!(touched.len(), changed.iter().filter(|changed| **changed).count(), "{text}");
+        last = now;
+    }
+    delete(&mut index, "NetworkPolicy", "shop", "p");
+    let now = rules(&index);
+    assert_eq!([0, 1, 2].map(|pod| now[pod] != last[pod]), [true, true, false]);
+    assert_no_problems(&index);
+}

@@ -125,6 +125,19 @@ fn who_asks_about_an_address_is_told_what_has_it_or_that_nothing_has() {
 }
 
 #[test]
+fn a_node_that_answers_nothing_is_not_told_for_ever() {
+    let node = Node::new(Known::default(), BTreeMap::new());
+    let mut server = subscribed(&node);
+    server.reconcile(KIND, []);
+    let mut sent = 1;
+    while server.check_answers().is_ok() {
+        assert!(sent <= 4096, "{sent} responses are unanswered");
+        sent += server.update(KIND, &[pod_at("a", (sent % 2) as u8)], []).len();
+    }
+    assert_eq!((server.check_answers(), sent), (Err(BadRequest::TooManyUnanswered), 4097));
+}
+
+#[test]
 fn nothing_to_say_is_said_once() {
     let mut node = Node::new(Known::default(), BTreeMap::new());
     let mut server = subscribed(&node);
