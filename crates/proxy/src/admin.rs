@@ -18,6 +18,7 @@ use axum::{Json, Router};
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, UnixListener};
 
+use crate::bounded::Bounded;
 use crate::certs::Authority;
 use crate::connections::{Connection, Security};
 use crate::cores::Cores;
@@ -81,7 +82,7 @@ pub(crate) async fn serve_metrics<A: Authority>(listener: TcpListener, shown: Ar
         .route("/readyz", get(ready::<A>))
         .fallback(async || no_such_page("/metrics, /readyz"))
         .with_state(shown);
-    axum::serve(listener, router).await
+    axum::serve(Bounded::new(listener), router).await
 }
 
 async fn metrics<A: Authority>(State(shown): Shared<A>) -> impl IntoResponse {

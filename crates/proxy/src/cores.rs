@@ -12,6 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use tokio::runtime::{Builder, LocalOptions};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
 
 use crate::connections::Direction;
@@ -20,7 +21,7 @@ use crate::pod::Pod;
 use crate::pool;
 use crate::redirect::{self, Captured};
 
-/// Connections that may wait for a core to take them over. Beyond it acceptors wait, and the kernel queues.
+/// Connections that may wait for a core to take them over. Beyond it whoever accepted one serves it.
 const HANDED_OVER: usize = 1024;
 
 /// A core serves what it accepts itself while it has at most so many connections more than the least busy one: waking
@@ -42,7 +43,7 @@ pub(crate) struct Cores {
 struct Core {
     open: Arc<AtomicUsize>,
     listeners: mpsc::UnboundedSender<Listening>,
-    connections: mpsc::Sender<Captured>,
+    connections: mpsc::Sender<(Captured, Busy)>,
 }
 
 /// A listener on its way to its core.
@@ -96,20 +97,20 @@ impl Cores {
         Ok(Accepting(stop))
     }
 
-    /// Serves a connection that core `own` has accepted: there, or on the least busy core. Only for a task of that core.
-    async fn serve(&self, own: usize, node: &Arc<Node>, captured: Captured) {
+    /// Serves a connection that core `own` has accepted: there, or on the least busy core. Only for a task of that core. It
+    /// waits for nothing: an acceptor that is stopped would lose a connection that it waits with.
+    fn serve(&self, own: usize, node: &Arc<Node>, mut captured: Captured) {
         let open = |core: &Core| core.open.load(Ordering::Relaxed);
         let Some(least) = self.cores.iter().min_by_key(|core| open(core)) else { return };
         let here = &self.cores[own];
-        if open(here) <= open(least) + SPREAD {
-            here.open.fetch_add(1, Ordering::Relaxed);
-            serve_here(node.clone(), captured, Busy(here.open.clone()));
-            return;
+        if open(here) > open(least) + SPREAD {
+            match least.connections.try_send((captured, Busy::on(least))) {
+                Ok(()) => return,
+                // It is behind with what it was given.
+                Err(TrySendError::Full((back, _busy)) | TrySendError::Closed((back, _busy))) => captured = back,
+            }
         }
-        least.open.fetch_add(1, Ordering::Relaxed);
-        if least.connections.send(captured).await.is_err() {
-            tracing::error!("a core has ended");
-        }
+        serve_here(node.clone(), captured, Busy::on(here));
     }
 
     /// How many connections each core has.
@@ -123,11 +124,10 @@ impl Core {
         let open = Arc::new(AtomicUsize::new(0));
         let (connections, handed_over) = mpsc::channel(HANDED_OVER);
         let (listeners, listening) = mpsc::unbounded_channel();
-        let counter = open.clone();
         thread::Builder::new().name(format!("core-{number}")).spawn(move || {
             pool::this_is_core(number);
             match Builder::new_current_thread().enable_all().build_local(LocalOptions::default()) {
-                Ok(runtime) => runtime.block_on(serve_all(number, node, listening, handed_over, counter)),
+                Ok(runtime) => runtime.block_on(serve_all(number, node, listening, handed_over)),
                 Err(error) => tracing::error!(%error, "a core has no event queue"),
             }
         })?;
@@ -139,13 +139,12 @@ async fn serve_all(
     number: usize,
     node: Arc<Node>,
     mut listening: mpsc::UnboundedReceiver<Listening>,
-    mut handed_over: mpsc::Receiver<Captured>,
-    open: Arc<AtomicUsize>,
+    mut handed_over: mpsc::Receiver<(Captured, Busy)>,
 ) {
     tokio::task::spawn_local(sweep(node.clone()));
     loop {
         tokio::select! {
-            Some(captured) = handed_over.recv() => serve_here(node.clone(), captured, Busy(open.clone())),
+            Some((captured, busy)) = handed_over.recv() => serve_here(node.clone(), captured, busy),
             Some(listening) = listening.recv() => {
                 tokio::task::spawn_local(accept(number, node.clone(), listening));
             }
@@ -180,8 +179,16 @@ async fn sweep(node: Arc<Node>) {
     }
 }
 
-/// Counts its connection out, also where serving it panicked.
+/// One connection of a core. It is counted out wherever this ends, also where serving it panicked.
+#[derive(Debug)]
 struct Busy(Arc<AtomicUsize>);
+
+impl Busy {
+    fn on(core: &Core) -> Self {
+        core.open.fetch_add(1, Ordering::Relaxed);
+        Self(core.open.clone())
+    }
+}
 
 impl Drop for Busy {
     fn drop(&mut self) {

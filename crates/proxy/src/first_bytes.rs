@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use mesh::RefuseReason;
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use wire::hello::{Classifier, MAX_HELLO, Verdict};
 
 use crate::batch::Batch;
@@ -18,6 +18,8 @@ use crate::splice::{self, Leg, PlainSink, PlainSource, Read, Source};
 pub(crate) struct FirstBytes {
     classifier: Classifier,
     bytes: Vec<u8>,
+    /// When the first of them came.
+    begun: Option<Instant>,
 }
 
 /// What a client turned out to be.
@@ -33,7 +35,7 @@ pub(crate) enum First {
 
 impl FirstBytes {
     pub(crate) fn new() -> Self {
-        Self { classifier: Classifier::new(), bytes: Vec::new() }
+        Self { classifier: Classifier::new(), bytes: Vec::new(), begun: None }
     }
 
     /// Reads until the bytes decide, at most so long.
@@ -47,7 +49,13 @@ impl FirstBytes {
         }
     }
 
-    /// Reads until the bytes decide. Nothing is lost when the wait is given up.
+    /// Whether the client has said something that could become a hello, and has not become one.
+    pub(crate) fn is_undecided(&self) -> bool {
+        !self.bytes.is_empty()
+    }
+
+    /// Reads until the bytes decide, or have left it open for too long: a hello comes in one go, and others may say little
+    /// and wait for an answer. Nothing is lost when the wait is given up.
     ///
     /// # Errors
     /// [`EndedEarly::Reset`] where the client resets meanwhile.
@@ -58,7 +66,14 @@ impl FirstBytes {
                 Verdict::Other => return Ok(First::Other),
                 Verdict::NeedMore => {}
             }
-            tcp.readable().await.map_err(|_| EndedEarly::Reset(Side::Client))?;
+            let readable = match self.begun {
+                None => tcp.readable().await,
+                Some(begun) => match timeout_at(begun + UNDECIDED, tcp.readable()).await {
+                    Ok(readable) => readable,
+                    Err(_) => return Ok(First::Other),
+                },
+            };
+            readable.map_err(|_| EndedEarly::Reset(Side::Client))?;
             // On the stack, behind the wait: a client that is waited for costs no buffer.
             let mut buffer = [0; 2048];
             let room = buffer.len().min((MAX_HELLO + 1).saturating_sub(self.bytes.len()));
@@ -66,6 +81,7 @@ impl FirstBytes {
                 // An end before a whole hello is no hello; the application gets to see it.
                 Ok(0) => return Ok(First::Other),
                 Ok(length) => {
+                    self.begun.get_or_insert_with(Instant::now);
                     self.bytes.extend_from_slice(&buffer[..length]);
                     self.classifier.push(&buffer[..length]);
                 }
@@ -81,7 +97,7 @@ impl FirstBytes {
     }
 }
 
-/// How long the bytes of a client may leave it open whether they become a hello, once the application was connected.
+/// How long the bytes of a client may leave it open whether they become a hello.
 const UNDECIDED: Duration = Duration::from_secs(3);
 
 /// The client's leg of a connection in clear. One that has not shown what it is is watched until it has.

@@ -78,7 +78,8 @@ async fn arrive(
     let (hello, half_read) = match seen {
         First::Hello => (first, half_read),
         First::Other | First::Silent => {
-            drop(half_read);
+            // Room for a hello that has begun is held until it is one, or is none.
+            let half_read = (seen == First::Silent && first.is_undecided()).then_some(half_read);
             let allowed = allow_in_clear(node, connection, expected, seen)?;
             let server = legs::to_application(pod, allowed, source).await?;
             let seen = wait_for_either(&client, &mut first, &server, seen).await?;
@@ -86,7 +87,7 @@ async fn arrive(
                 return Ok(Arrived::InClear(guarded_leg(client, first, seen), server));
             }
             // Before the application has said a word, the client begins a tunnel: its capture is newer than our view.
-            (first, node.budgets.half_read(source.ip(), known)?)
+            (first, half_read.map_or_else(|| node.budgets.half_read(source.ip(), known), Ok)?)
         }
     };
 

@@ -17,6 +17,7 @@ mod access_log;
 mod admin;
 mod agent;
 mod batch;
+mod bounded;
 mod budgets;
 mod certs;
 mod clock;

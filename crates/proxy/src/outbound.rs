@@ -1,11 +1,14 @@
 //! The life of a connection that a captured pod makes. The mirror of `inbound`.
 
+use std::mem::MaybeUninit;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use identity::verify::Role;
 use mesh::{Fallback, Outgoing, PlaintextReason, RefuseReason, Route, Target};
+use socket2::SockRef;
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 use wire::tunnel::{Claim, MAX_DATA};
@@ -44,14 +47,15 @@ pub(crate) async fn serve(
     let outgoing = Outgoing { pod: &pod.uid, source: connection.source.ip(), destination: dialled, dice: dice::roll() };
 
     // What comes before the first byte is in memory of its own: most connections are idle most of their lives.
-    let target = match Box::pin(decide(node, connection, outgoing)).await? {
+    let target = match for_client(&client, Box::pin(decide(node, connection, outgoing))).await? {
         Decided::Tunnel(target) => target,
         Decided::Plaintext => return Box::pin(in_clear(node, pod, connection, client)).await,
         Decided::Refuse(because) => return Err(because.into()),
     };
 
     let mut client = plain_leg(client, Side::Client);
-    let mut lease = Box::pin(lease(node, pod, connection, &target, &client.tcp)).await?;
+    let lease = Box::pin(lease(node, pod, connection, &target, &client.tcp));
+    let mut lease = for_client(&client.tcp, lease).await?;
     node.opened(connection);
 
     let end = splice::splice(&mut client, &mut lease.tunnel.leg, &connection.bytes).await;
@@ -65,6 +69,22 @@ pub(crate) async fn serve(
         Err(_) => Box::pin(lease.tunnel.reset()).await,
     }
     end
+}
+
+/// Does something for a client, unless that one resets its connection meanwhile and has left no word: nobody would hear the
+/// answer, and what it takes is wanted by others.
+async fn for_client<T>(client: &TcpStream, what: impl Future<Output = Result<T, EndedEarly>>) -> Result<T, EndedEarly> {
+    tokio::pin!(what);
+    tokio::select! {
+        biased;
+        done = &mut what => return done,
+        _ = client.ready(Interest::ERROR) => {}
+    }
+    let mut byte = [MaybeUninit::uninit()];
+    match SockRef::from(client).peek(&mut byte) {
+        Ok(1..) => what.await,
+        Ok(0) | Err(_) => Err(EndedEarly::Reset(Side::Client)),
+    }
 }
 
 /// A tunnel that carries this connection, and no other.

@@ -51,19 +51,19 @@ pub(crate) fn direction(listener: Listener) -> Direction {
 ///
 /// # Errors
 /// The kernel does not let the listener be watched.
-pub(crate) async fn accept<S: Future<Output = ()>>(
+pub(crate) async fn accept(
     node: &Node,
     listener: TcpListener,
     pod: &Arc<Pod>,
     direction: Direction,
-    serve: impl Fn(Captured) -> S,
+    serve: impl Fn(Captured),
 ) -> io::Result<()> {
     let listener = watched(listener)?;
     let mut turn = TURN;
     loop {
         let mut ready = listener.readable().await?;
         match ready.try_io(|listener| listener.get_ref().accept()) {
-            Ok(Ok((stream, source))) => serve(Captured { stream, source, pod: pod.clone(), direction }).await,
+            Ok(Ok((stream, source))) => serve(Captured { stream, source, pod: pod.clone(), direction }),
             Ok(Err(error)) if is_about_one_connection(&error) => {}
             Ok(Err(error)) => {
                 node.metrics.accept_failures.inc();

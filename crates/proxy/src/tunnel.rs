@@ -191,7 +191,8 @@ impl Tunnel {
         let closed = Control::Closed { lease: self.lease() };
         self.leg.sink.queue(&closed)?;
         self.leg.sink.lease += 1;
-        self.leg.sink.flush().await
+        // A client that does not read any more gets no second lease of our memory.
+        timeout(FAREWELL, self.leg.sink.flush()).await.map_err(|_| EndedEarly::OpenTimeout)?
     }
 
     /// The client's side waits until the server has said so.

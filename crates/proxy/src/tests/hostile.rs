@@ -7,7 +7,7 @@ use std::time::Duration;
 use mesh::RefuseReason;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use wire::tunnel::{Claim, Control, FIRST_LEASE, MAX_CONTROL_FRAME, MAX_DATA, Reason, Violation};
 
 use super::world::{CLIENT, Capture, LONG, SERVER, Served, World, connect, id, run, workload};
@@ -207,5 +207,23 @@ fn a_client_of_another_authority_is_refused_by_name_and_learns_that_it_was() {
         let told = tunnel.hear().await.unwrap_err();
         assert_eq!(told.facts().name, "peer-refused", "{told}");
         assert_eq!(inbound.end().await.unwrap_err().facts().name, "unknown-issuer");
+    });
+}
+
+#[test]
+fn a_client_that_resets_before_its_connection_stands_takes_nothing_any_longer() {
+    run(async {
+        let world = World::new();
+        // A server that accepts and does not shake hands, and an address that nobody knows: both would take seconds.
+        let silent = Capture::new().await;
+        for to in [silent.address, "127.77.9.9:80".parse().unwrap()] {
+            let started = Instant::now();
+            let (program, outbound) = world.dial(to).await;
+            socket2::SockRef::from(&program).set_linger(Some(Duration::ZERO)).unwrap();
+            tokio::task::yield_now().await;
+            drop(program);
+            assert_eq!(timeout(LONG, outbound.end()).await.unwrap(), Err(EndedEarly::Reset(Side::Client)), "{to}");
+            assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+        }
     });
 }

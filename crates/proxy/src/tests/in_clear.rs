@@ -257,3 +257,21 @@ fn what_goes_outside_goes_untouched_and_named() {
         assert_eq!(outbound.end().await, Ok(()));
     });
 }
+
+#[test]
+fn first_bytes_that_could_begin_a_hello_and_do_not_are_handed_on_after_a_while() {
+    run(async {
+        let world = World::new();
+        world.opt_out_client();
+        let started = Instant::now();
+        let (mut client, mut server, inbound) = plain_client(&world, &[22]).await;
+        let mut got = [0; 1];
+        timeout(LONG, server.read_exact(&mut got)).await.expect("held back for ever").unwrap();
+        assert_eq!((got, reason(&inbound)), ([22], PlaintextReason::OptedOut));
+        assert!(started.elapsed() >= Duration::from_secs(2), "it was not waited for: {:?}", started.elapsed());
+        server.write_all(b"answer").await.unwrap();
+        let mut answer = [0; 6];
+        client.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"answer");
+    });
+}
