@@ -6,7 +6,10 @@
 //! What a finished connection does not show is which verifier judged it. That is why [`crate::tls`] is the only place
 //! that gives rustls a verifier; a configuration made elsewhere would make this proof worthless.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
+
+use aws_lc_rs::digest;
 
 use rustls::{CipherSuite, CommonState, NamedGroup, ProtocolVersion};
 use rustls_pki_types::{CertificateDer, UnixTime};
@@ -29,13 +32,44 @@ pub struct VerifiedPeer {
     kept: Arc<Kept>,
 }
 
-/// What the peer showed, for the day on which the trust bundle changes. Shared by all clones of a peer.
+/// What the peer showed, for the day on which the trust bundle changes. Shared by all connections on which it is shown: one
+/// pod may have thousands.
 #[derive(Debug)]
 struct Kept {
     chain: Vec<CertificateDer<'static>>,
     /// The last bundle that the chain was found good under by [`VerifiedPeer::still_valid`], the role, and until when that
     /// finding holds.
     good: Mutex<Option<(Digest, Role, UnixTime)>>,
+}
+
+/// The chains that are kept now, by their SHA-256.
+static SHARED: LazyLock<Mutex<HashMap<[u8; 32], Weak<Kept>>>> = LazyLock::new(Mutex::default);
+
+/// The most chains that are shared; those beyond are kept by each connection for itself.
+const MOST_SHARED: usize = 8192;
+
+impl Kept {
+    fn of(chain: &[CertificateDer<'_>]) -> Arc<Self> {
+        // DER says its own length, so that no two different chains are the same concatenation.
+        let mut hash = digest::Context::new(&digest::SHA256);
+        chain.iter().for_each(|certificate| hash.update(certificate));
+        let mut key = [0; 32];
+        key.copy_from_slice(hash.finish().as_ref());
+
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kept) = shared.get(&key).and_then(Weak::upgrade) {
+            return kept;
+        }
+        let chain = chain.iter().map(|certificate| certificate.clone().into_owned()).collect();
+        let kept = Arc::new(Kept { chain, good: Mutex::new(None) });
+        if shared.len() >= MOST_SHARED {
+            shared.retain(|_, kept| kept.strong_count() > 0);
+        }
+        if shared.len() < MOST_SHARED {
+            shared.insert(key, Arc::downgrade(&kept));
+        }
+        kept
+    }
 }
 
 impl VerifiedPeer {
@@ -60,7 +94,7 @@ impl VerifiedPeer {
         let facts = certificate::read(leaf).ok_or(VerifyError::BadEncoding)?;
         let id = verify::identity_of(&facts)?;
         let validity = certificate::validity_of(chain).ok_or(VerifyError::BadEncoding)?;
-        let kept = Arc::new(Kept { chain: chain.to_vec(), good: Mutex::new(None) });
+        let kept = Kept::of(chain);
         Ok(VerifiedPeer { id, validity, handshake, kept })
     }
 
@@ -146,5 +180,33 @@ impl Handshake {
     /// The cipher suite, such as `TLS13_AES_128_GCM_SHA256`.
     pub fn cipher(&self) -> &'static str {
         self.cipher.as_str().unwrap_or("unknown")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chain_that_is_shown_often_is_kept_once_and_only_while_somebody_has_it() {
+        let chain = |last: u8| [CertificateDer::from(vec![0x30, 1, 7]), CertificateDer::from(vec![0x30, 1, last])];
+        let first = Kept::of(&chain(1));
+        assert!(Arc::ptr_eq(&first, &Kept::of(&chain(1))));
+        assert!(!Arc::ptr_eq(&first, &Kept::of(&chain(2))));
+        assert_eq!(first.chain, chain(1));
+        let gone = Arc::downgrade(&first);
+        drop(first);
+        assert!(gone.upgrade().is_none());
+    }
+
+    #[test]
+    fn what_is_shared_is_bounded() {
+        let chain = |number: u32| [CertificateDer::from(number.to_be_bytes().to_vec())];
+        let held: Vec<_> = (0..MOST_SHARED as u32 + 100).map(|number| Kept::of(&chain(number))).collect();
+        assert!(SHARED.lock().unwrap().len() <= MOST_SHARED);
+        drop(held);
+        // Those that nobody has make room.
+        let kept = Kept::of(&chain(u32::MAX));
+        assert!(Arc::ptr_eq(&kept, &Kept::of(&chain(u32::MAX))));
     }
 }

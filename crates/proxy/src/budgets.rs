@@ -1,5 +1,5 @@
 //! How much one pod or one source may have under way (T18): one proxy serves all pods of a node, and a hostile one must
-//! not take what its neighbours need.
+//! not take what its neighbours need. How many connections each may have is in [`crate::shares`].
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -7,10 +7,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use mesh::PodUid;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::reasons::EndedEarly;
+use crate::shares::{Payer, Share, Shares};
 
 /// Connections of one source address that have not proven anything yet: no hello read, or handshake not finished.
 const HALF_READ_PER_SOURCE: usize = 512;
@@ -38,8 +40,17 @@ const LOOK_UPS: usize = 256;
 /// Descriptors that a connection takes: one for each leg.
 const PER_CONNECTION: u64 = 2;
 
-/// Descriptors for everything else: listeners, stashes, runtimes.
-const RESERVED: u64 = 512;
+/// So many connections there is room for by any limit. Where descriptors run out, accepting waits.
+const LEAST_ROOM: u64 = 64;
+
+/// Descriptors of a captured pod itself: its listeners twice, and a stash of each kind with a batch on its way.
+const PER_POD: u64 = 80;
+
+/// Of how many descriptors one may be a tunnel's at rest.
+const PER_RESTING: u64 = 16;
+
+/// Descriptors for everything else: runtimes, streams, logs, whoever asks for metrics.
+const RESERVED: u64 = 256;
 
 /// The most sources whose rate is remembered one by one. Strangers choose their addresses; those beyond share one rate.
 const MOST_RATES: usize = 8192;
@@ -47,12 +58,14 @@ const MOST_RATES: usize = 8192;
 /// What may run out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Budget {
-    /// Connections of a pod.
-    Connections,
+    /// Connections that one source has opened, from pods of this node and to them.
+    Source,
+    /// Connections that others have opened towards one pod.
+    Towards,
+    /// Connections of addresses that the view does not know.
+    Strangers,
     /// Connections that have not proven anything yet.
     HalfRead,
-    /// Connections of a source, to all pods of this node.
-    Source,
     /// Handshakes under way.
     Handshakes,
     /// Questions to the view.
@@ -63,9 +76,10 @@ impl Budget {
     /// The name in metrics and logs.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
-            Self::Connections => "connections",
-            Self::HalfRead => "half-read",
             Self::Source => "source",
+            Self::Towards => "towards",
+            Self::Strangers => "strangers",
+            Self::HalfRead => "half-read",
             Self::Handshakes => "handshakes",
             Self::LookUps => "look-ups",
         }
@@ -75,8 +89,8 @@ impl Budget {
 /// The budgets of the process.
 #[derive(Debug)]
 pub(crate) struct Budgets {
-    connections_per_pod: usize,
-    sources: Counts,
+    descriptors: u64,
+    shares: Shares,
     half_read: Counts,
     half_read_of_all: Arc<AtomicUsize>,
     look_ups: Counts,
@@ -86,12 +100,11 @@ pub(crate) struct Budgets {
 }
 
 impl Budgets {
-    /// Budgets for a process that may have so many descriptors. One pod gets at most half of them, and so does one source.
+    /// Budgets for a process that may have so many descriptors.
     pub(crate) fn new(descriptors: u64) -> Self {
-        let connections = descriptors.saturating_sub(RESERVED) / PER_CONNECTION / 2;
         Self {
-            connections_per_pod: usize::try_from(connections.max(64)).unwrap_or(usize::MAX),
-            sources: Counts::default(),
+            descriptors,
+            shares: Shares::new(room(descriptors, 0)),
             half_read: Counts::default(),
             half_read_of_all: Arc::default(),
             look_ups: Counts::default(),
@@ -101,17 +114,22 @@ impl Budgets {
         }
     }
 
-    /// How many connections one pod may have.
-    pub(crate) fn connections_per_pod(&self) -> usize {
-        self.connections_per_pod
+    /// So many pods are captured here, each of which takes descriptors by itself.
+    pub(crate) fn set_pods(&self, pods: usize) {
+        self.shares.set_room(room(self.descriptors, pods));
     }
 
-    /// Room for a connection of a source, whichever pod it goes to: a peer that takes a little of each pod takes all.
+    /// How many tunnels may rest.
+    pub(crate) fn resting(&self) -> usize {
+        usize::try_from(self.descriptors / PER_RESTING).unwrap_or(usize::MAX)
+    }
+
+    /// Room for a connection that `payer` opens: towards a pod of this node, or out of one.
     ///
     /// # Errors
-    /// [`Budget::Source`].
-    pub(crate) fn of_source(&self, source: IpAddr) -> Result<Held, EndedEarly> {
-        self.sources.hold(source, self.connections_per_pod, Budget::Source)
+    /// [`Budget::Source`], [`Budget::Towards`] or [`Budget::Strangers`].
+    pub(crate) fn connection(&self, payer: Payer, towards: Option<PodUid>) -> Result<Share, EndedEarly> {
+        self.shares.take(payer, towards).map_err(EndedEarly::OverBudget)
     }
 
     /// Room for a connection that has not shown what it is. Addresses that the view knows have a half for themselves.
@@ -168,6 +186,14 @@ impl Budgets {
         let over = EndedEarly::OverBudget(Budget::Handshakes);
         timeout(HANDSHAKE_LINE, standing).await.unwrap_or(Err(over))
     }
+}
+
+/// How many connections there is room for beside what pods and the process itself need.
+fn room(descriptors: u64, pods: usize) -> usize {
+    let others = RESERVED + descriptors / PER_RESTING + PER_POD.saturating_mul(pods as u64);
+    let connections = descriptors.saturating_sub(others) / PER_CONNECTION;
+    // What is too small for anybody would refuse everybody.
+    usize::try_from(connections.max(LEAST_ROOM)).unwrap_or(usize::MAX)
 }
 
 /// How many things each address has under way.
@@ -306,12 +332,6 @@ mod tests {
         drop(held);
         assert!(budgets.half_read(address(1), true).is_ok());
 
-        let held: Vec<_> = (0..budgets.connections_per_pod).map(|_| budgets.of_source(address(1)).unwrap()).collect();
-        assert_eq!(budgets.of_source(address(1)).unwrap_err(), EndedEarly::OverBudget(Budget::Source));
-        assert!(budgets.of_source(address(2)).is_ok());
-        drop(held);
-        assert!(budgets.of_source(address(1)).is_ok());
-
         let held: Vec<_> = (0..LOOK_UPS).map(|_| budgets.look_up(address(1)).unwrap()).collect();
         assert_eq!(budgets.look_up(address(1)).unwrap_err(), EndedEarly::OverBudget(Budget::LookUps));
         assert!(budgets.look_up(address(2)).is_ok());
@@ -379,10 +399,20 @@ mod tests {
     }
 
     #[test]
-    fn one_pod_gets_at_most_half_of_the_descriptors() {
-        let budget = Budgets::new(100_000).connections_per_pod() as u64;
-        assert!(budget * PER_CONNECTION * 2 <= 100_000);
-        assert!(Budgets::new(0).connections_per_pod() > 0);
+    fn descriptors_are_enough_for_all_connections_that_there_is_room_for() {
+        for descriptors in [1024, 4096, 20_000, 1_048_576] {
+            for pods in [0, 5, 250] {
+                let taken = room(descriptors, pods) as u64 * PER_CONNECTION;
+                let others = descriptors / PER_RESTING + pods as u64 * PER_POD;
+                assert!(taken == LEAST_ROOM * PER_CONNECTION || taken + others <= descriptors, "{descriptors} {pods}");
+            }
+        }
+        // A third of the usual limit of an ordinary user's machine, for one client beside a few pods.
+        let budgets = Budgets::new(20_000);
+        budgets.set_pods(6);
+        let one = Payer::Known(address(1));
+        let held: Vec<_> = std::iter::from_fn(|| budgets.connection(one.clone(), Some("pod".into())).ok()).collect();
+        assert!(held.len() >= 20_000 / 3, "{}", held.len());
     }
 
     proptest! {

@@ -16,6 +16,7 @@ use crate::first_bytes::{First, FirstBytes, Guarded, guarded_leg};
 use crate::node::Node;
 use crate::pod::Pod;
 use crate::reasons::{EndedEarly, Side};
+use crate::shares::Payer;
 use crate::splice::{self, Leg, PlainSink, plain_leg};
 use crate::tunnel::Tunnel;
 use crate::{legs, tunnel};
@@ -70,7 +71,7 @@ async fn arrive(
         () = node.learn(source.ip(), LEARN) => {}
     }
     let expected = expect(node, pod, destination, source)?;
-    let known = node.view.read(|view| view.workload_at(source.ip()).is_some());
+    let known = node.view.read(|view| Payer::at(view, source.ip()).is_known());
     let half_read = node.budgets.half_read(source.ip(), known)?;
 
     let mut first = FirstBytes::new();

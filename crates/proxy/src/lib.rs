@@ -41,6 +41,7 @@ mod process;
 mod questions;
 mod reasons;
 mod redirect;
+mod shares;
 mod splice;
 mod stash;
 mod tunnel;

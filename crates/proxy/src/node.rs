@@ -47,15 +47,15 @@ pub(crate) struct Node {
 impl Node {
     /// A node that knows nothing yet and may have so many descriptors.
     pub(crate) fn new(clock: Clock, descriptors: u64) -> Self {
-        let metrics = Arc::new(Metrics::new(clock.monotonic()));
+        let (metrics, budgets) = (Arc::new(Metrics::new(clock.monotonic())), Budgets::new(descriptors));
         Self {
             view: LiveView::default(),
             questions: Questions::default(),
             certificates: Arc::new(Certificates::new(clock.clone())),
             connections: Registry::default(),
-            pool: Pool::new(&metrics),
+            pool: Pool::new(&metrics, budgets.resting()),
             coverage: Coverage::default(),
-            budgets: Budgets::new(descriptors),
+            budgets,
             metrics,
             access_log: AccessLog::off(),
             clock,

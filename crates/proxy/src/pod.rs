@@ -9,8 +9,6 @@ use identity::SpiffeId;
 use mesh::PodUid;
 use tokio::sync::watch;
 
-use crate::budgets::Budget;
-use crate::reasons::EndedEarly;
 use crate::stash::Stash;
 
 /// A connection by its two ends, as the side that makes it sees them. One port of the pod may have connections to several
@@ -54,18 +52,10 @@ impl Pod {
         let _ = retired.wait_for(|retired| *retired).await;
     }
 
-    /// Counts a connection in, if the pod may have one more.
-    ///
-    /// # Errors
-    /// [`EndedEarly::OverBudget`] where it may not.
-    pub(crate) fn count_in(self: &Arc<Self>, most: usize) -> Result<Counted, EndedEarly> {
-        let counted = Counted(self.clone());
-        // `counted` counts out again when this refuses.
-        if self.open.fetch_add(1, Ordering::Relaxed) >= most {
-            Err(EndedEarly::OverBudget(Budget::Connections))
-        } else {
-            Ok(counted)
-        }
+    /// Counts a connection in.
+    pub(crate) fn count_in(self: &Arc<Self>) -> Counted {
+        self.open.fetch_add(1, Ordering::Relaxed);
+        Counted(self.clone())
     }
 
     /// How many connections it has.
@@ -123,13 +113,13 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_over_its_budget_is_refused_until_one_of_its_connections_ends() {
+    fn connections_count_while_they_live() {
         let pod = pod();
-        let first = pod.count_in(1).unwrap();
-        assert_eq!(pod.count_in(1).unwrap_err(), EndedEarly::OverBudget(Budget::Connections));
-        assert_eq!(pod.open(), 1);
-        drop(first);
-        assert!(pod.count_in(1).is_ok());
+        let first = pod.count_in();
+        let second = pod.count_in();
+        assert_eq!(pod.open(), 2);
+        drop((first, second));
+        assert_eq!(pod.open(), 0);
     }
 
     #[test]

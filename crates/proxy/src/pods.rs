@@ -95,7 +95,7 @@ impl<A: Authority> Pods<A> {
         pod.stash.fill(SocketKind::ALL.into_iter().filter(|kind| can_use(&pod, *kind)));
         tracing::info!(pod = %pod.name, uid = %pod.uid, identity = %pod.identity, "serving");
         self.lock().insert(pod.uid.clone(), served);
-        self.node.metrics.pods.set(self.lock().len() as i64);
+        self.count();
         self.tell_ready();
     }
 
@@ -126,8 +126,15 @@ impl<A: Authority> Pods<A> {
         served.pod.retire();
         self.node.pool.forget(uid);
         self.node.connections.cut_pod(uid, &EndedEarly::PodRemoved);
-        self.node.metrics.pods.set(self.lock().len() as i64);
+        self.count();
         tracing::info!(pod = %served.pod.name, %uid, "no longer serving");
+    }
+
+    /// Tells whoever has to know how many there are.
+    fn count(&self) {
+        let pods = self.lock().len();
+        self.node.metrics.pods.set(pods as i64);
+        self.node.budgets.set_pods(pods);
     }
 
     /// Stops accepting for all pods, for good, and lets go of their listeners: what waits in them is the next proxy's. No

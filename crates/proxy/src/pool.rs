@@ -122,6 +122,8 @@ pub(crate) struct Pool {
     shelves: [Mutex<Shelf>; SHELVES],
     tunnels: Family<Origin, Counter>,
     resting: Gauge,
+    /// How many descriptors it may have on all shelves.
+    most: usize,
 }
 
 thread_local!(static CORE: Cell<usize> = const { Cell::new(0) });
@@ -132,9 +134,9 @@ pub(crate) fn this_is_core(number: usize) {
 }
 
 impl Pool {
-    /// Empty shelves, whose numbers are shown with the others.
-    pub(crate) fn new(metrics: &Metrics) -> Self {
-        let pool = Self::default();
+    /// Empty shelves for at most so many, whose numbers are shown with the others.
+    pub(crate) fn new(metrics: &Metrics, most: usize) -> Self {
+        let pool = Self { most, ..Self::default() };
         metrics.counter("tunnels", "Tunnels for outbound connections, by where they came from", pool.tunnels.clone());
         metrics.gauge("tunnels_at_rest", "Tunnels that are kept for another connection", pool.resting.clone());
         pool
@@ -184,7 +186,7 @@ impl Pool {
     /// Puts a tunnel back whose last connection ended in order on both sides.
     pub(crate) fn put(&self, key: Key, tunnel: Box<Tunnel>, ends: Ends) {
         let mut shelf = self.shelf(CORE.get());
-        if tunnel.lease() > LEASES || shelf.count >= ON_A_SHELF {
+        if tunnel.lease() > LEASES || shelf.count >= ON_A_SHELF || self.len() >= self.most {
             return;
         }
         let of_key = shelf.by_key.entry(key).or_default();
@@ -230,9 +232,8 @@ impl Pool {
     }
 
     /// How many there are.
-    #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
-        self.resting.get() as usize
+        usize::try_from(self.resting.get()).unwrap_or(0)
     }
 
     fn shelf(&self, place: usize) -> MutexGuard<'_, Shelf> {

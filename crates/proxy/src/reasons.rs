@@ -205,7 +205,7 @@ mod tests {
             EndedEarly::Unreachable,
             EndedEarly::NoCertificate,
             EndedEarly::NoSocket,
-            EndedEarly::OverBudget(Budget::Connections),
+            EndedEarly::OverBudget(Budget::Source),
             EndedEarly::PodRemoved,
             EndedEarly::ShuttingDown,
             EndedEarly::Drained,

@@ -15,6 +15,7 @@ use crate::inbound::Next;
 use crate::node::Node;
 use crate::pod::Pod;
 use crate::reasons::EndedEarly;
+use crate::shares::Payer;
 use crate::tunnel::Tunnel;
 use crate::watched::watched;
 use crate::{inbound, legs, outbound};
@@ -101,12 +102,16 @@ pub(crate) async fn serve(node: &Node, captured: Captured) {
     let Captured { stream, source, pod, direction } = captured;
     let connection = node.connections.open(&node.clock, &pod, direction, source);
     // For the tunnel's whole life, also between two connections: its descriptors are held all that time.
-    let counted = pod.count_in(node.budgets.connections_per_pod()).and_then(|of_pod| match direction {
-        Direction::Outbound => Ok((of_pod, None)),
-        Direction::Inbound => Ok((of_pod, Some(node.budgets.of_source(source.ip())?))),
-    });
+    let _counted = pod.count_in();
+    let share = match direction {
+        Direction::Outbound => node.budgets.connection(Payer::Pod(pod.uid.clone()), None),
+        Direction::Inbound => {
+            let payer = node.view.read(|view| Payer::at(view, source.ip()));
+            node.budgets.connection(payer, Some(pod.uid.clone()))
+        }
+    };
     let first = async {
-        counted.as_ref().map_err(EndedEarly::clone)?;
+        share.as_ref().map_err(EndedEarly::clone)?;
         life(node, stream, &connection).await
     };
     let mut kept = to_its_end(node, &connection, Box::pin(first)).await;

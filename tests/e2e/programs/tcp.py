@@ -307,6 +307,47 @@ def flood(host, port, count, at_once):
     say("good", good, "of", count, "in", f"{time.monotonic() - start:.1f} s", "errors", errors)
 
 
+def hold_many(host, port, count, at_once):
+    """Opens `count` connections, `at_once` at a time, and keeps all of them; each line of standard input sends a number of
+    its own through each, which must come back."""
+    held, errors = [], {}
+
+    async def all_at_once(work, items):
+        left = iter(items)
+
+        async def some():
+            for item in left:
+                try:
+                    await asyncio.wait_for(work(item), 60)
+                except (OSError, ValueError, TimeoutError) as error:
+                    errors[repr(error)] = errors.get(repr(error), 0) + 1
+
+        before = sum(errors.values())
+        await asyncio.gather(*(some() for _ in range(int(at_once))))
+        return sum(errors.values()) - before
+
+    async def use(connection):
+        reader, writer = connection
+        number = f"{writer.get_extra_info('sockname')[1]}\n".encode()
+        writer.write(number)
+        if await reader.readexactly(len(number)) != number:
+            raise ValueError("somebody else's number")
+
+    async def open_one(_):
+        connection = await asyncio.open_connection(host, int(port), limit=1024)
+        held.append(connection)
+        await use(connection)
+
+    async def run():
+        failed = await all_at_once(open_one, range(int(count)))
+        say("open", len(held) - failed, "errors", errors)
+        while await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline):
+            failed = await all_at_once(use, list(held))
+            say("good", len(held) - failed, "errors", errors)
+
+    asyncio.run(run())
+
+
 def ping(host, port, count):
     """Measures `count` round trips of one byte on one connection, then `count` new connections with one round trip each;
     prints the median of both in microseconds."""

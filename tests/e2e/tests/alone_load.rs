@@ -5,9 +5,11 @@
 use std::time::{Duration, Instant};
 
 use e2e::{Cluster, Family, PATIENCE, Report, Server, Wiretap, eventually, needs, wait_until};
+use nix::sys::resource::{Resource, getrlimit};
 
 const MESH: &str = include_str!("../manifests/mesh.yaml");
 const PORT: u16 = 8080;
+const LONG: Duration = Duration::from_secs(180);
 /// Short connections, one after the other and some at the same time.
 const MANY: u64 = 20_000;
 
@@ -43,10 +45,42 @@ fn twenty_thousand_short_connections_are_counted_alike_by_everybody() {
     }
 }
 
+/// As from a database's pooler or a load generator.
+#[test]
+fn thousands_of_connections_of_one_client_are_open_at_once_and_all_work() {
+    needs!("root");
+    let cluster = Cluster::start(MESH);
+    let _server = cluster.serve("app/server", &["echo", "7000"]);
+    let server = cluster.address("app/server", Family::V4).to_string();
+    let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    let count = (limit / 3).min(10_000);
+    println!("{count} connections, of {limit} descriptors");
+    let began = Instant::now();
+    let verb = ["hold-many", &server, "7000", &count.to_string(), "64"];
+    let mut client = cluster.tcp("app/client", &verb).within(LONG).spawn();
+    client.wait_for_within("open", LONG);
+    assert_eq!(client.stdout().trim(), format!("open {count} errors {{}}"));
+    println!("open after {:.1?}", began.elapsed());
+    for (node, pod) in [("node-a", "app/client"), ("node-b", "app/server")] {
+        let pods = cluster.admin(node, "/pods");
+        let this = pods["pods"].as_array().into_iter().flatten().find(|it| it["name"] == pod);
+        let open = this.and_then(|it| it["connections"].as_u64()).unwrap_or_default();
+        assert!(open >= count, "{node} has {open} of {pod}");
+    }
+    client.write("again\n");
+    client.wait_for_within("good", LONG);
+    assert_eq!(client.stdout().lines().last(), Some(&*format!("good {count} errors {{}}")));
+    // And beside all of them the client may open more, elsewhere too.
+    let _other = cluster.serve("app/near", &["echo", "7001"]);
+    let near = cluster.address("app/near", Family::V4).to_string();
+    let asked = cluster.tcp("app/client", &["ask", &near, "7001", "still"]).within(LONG).run().ok();
+    assert!(asked.starts_with("said still"), "{asked}");
+}
+
 #[test]
 fn a_deleted_pod_ends_its_connections_within_a_second_and_no_others() {
     needs!("root", "curl", "dumpcap", "tshark");
-    const LONG: u64 = 20;
+    const HELD: u64 = 20;
     const EVERY: Duration = Duration::from_millis(20);
     let cluster = Cluster::start(MESH);
     let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: passing, namespace: app}\n\
@@ -56,14 +90,14 @@ fn a_deleted_pod_ends_its_connections_within_a_second_and_no_others() {
     let (staying, passing) =
         (Server::start(&cluster, "app/server", PORT), Server::start(&cluster, "app/passing", PORT));
     let mut tap = Wiretap::start(&cluster, "node-a", "deleted");
-    let mut others = staying.load("app/client", Family::V4).short(4).long(LONG, EVERY).start();
-    let mut its = passing.load("app/client", Family::V4).marker("the-pods-own").long(LONG, EVERY).start();
+    let mut others = staying.load("app/client", Family::V4).short(4).long(HELD, EVERY).start();
+    let mut its = passing.load("app/client", Family::V4).marker("the-pods-own").long(HELD, EVERY).start();
     others.event();
     its.event();
     let asked = Instant::now();
     cluster.delete(pod);
     let took = asked.elapsed();
-    its.wait_for_lost(LONG);
+    its.wait_for_lost(HELD);
     eventually("the pod to be gone", PATIENCE, || cluster.find_pod("app/passing").is_none());
     others.over();
     others.wait_for_more(1_000);
@@ -72,7 +106,7 @@ fn a_deleted_pod_ends_its_connections_within_a_second_and_no_others() {
     println!("the others: {others}\nits peers: {its}");
     others.assert_nothing_failed();
     others.assert_spans_the_event();
-    assert_eq!(its.long(), (LONG, LONG, 0));
+    assert_eq!(its.long(), (HELD, HELD, 0));
     // The end that its program's end makes, or a reset; not a silence.
     assert!(its.failures().iter().all(|(_, kind)| ["early-end", "reset"].contains(&kind.as_str())), "{its}");
     let last = its.last_failure_after_event().expect("connections were broken");
