@@ -2,7 +2,7 @@
 //!
 //! Whoever opens a connection pays for it: a pod of the mesh by whatever address it comes from, and anybody else by that
 //! address. So what others open towards a pod takes nothing from what the pod opens itself. Each account may hold at most
-//! [`SHARE`] times what is still free, which adapts by itself: one alone gets four fifths, two get four ninths each, and there
+//! [`SHARE`] times what is still free, which adapts by itself: one alone gets four fifths, two that grow together get four ninths each, and there
 //! is always something left for whoever comes next. The last of the room is for those of the mesh who have little.
 
 use std::collections::HashMap;
