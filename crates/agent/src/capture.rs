@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -16,22 +16,19 @@ use linux::diag;
 use linux::links::{self, LinkError, Links};
 use linux::netlink::{self, Protocol, Socket};
 use linux::netns::{NetNs, NetNsError};
-use linux::nft::{self, IpFamily, Normal, Table};
+use linux::nft::{self, IpFamily, Table};
 use linux::routes::LocalDelivery;
-use linux::sockets::{self, Listen, SocketError};
+use linux::sockets::{self, SocketError};
 use linux::tc::{self, Filter};
 
 use crate::guard::{self, Strength};
-use crate::rules::{self, CapturePlan, INBOUND_PORT, OUTBOUND_PORT};
+use crate::listeners::{INSIDE, Listeners};
+use crate::rules::{self, CapturePlan};
 
 /// The most sockets of one request: four requests fill a message of 253 descriptors.
 pub const LARGEST_BATCH: usize = 64;
-/// Connections that wait while no proxy accepts: they are served by the next one (P8).
-const BACKLOG: u32 = 4096;
 /// The interface index of `lo`, in every network namespace.
 const LOOPBACK: u32 = 1;
-/// For the hops inside the pod; the host's own choice between nodes (DESIGN 4).
-const INSIDE: Option<&str> = Some("cubic");
 
 /// Why a pod could not be captured, or its capture not kept.
 #[derive(Debug, thiserror::Error)]
@@ -120,34 +117,6 @@ pub enum SocketKind {
     InV6,
 }
 
-/// The pod's listeners: one for each direction and family (D5).
-#[derive(Debug)]
-pub struct Listeners {
-    /// For what the pod's programs dial.
-    pub out_v4: TcpListener,
-    /// The same, IPv6; `None` where the pod has none.
-    pub out_v6: Option<TcpListener>,
-    /// For what others dial in the pod.
-    pub in_v4: TcpListener,
-    /// The same, IPv6; `None` where the pod has none.
-    pub in_v6: Option<TcpListener>,
-}
-
-impl Listeners {
-    /// Each with the address that it was made for.
-    fn all(&self) -> impl Iterator<Item = (SocketAddr, &TcpListener)> {
-        let out = |address: IpAddr| SocketAddr::new(address, OUTBOUND_PORT);
-        let inward = |address: IpAddr| SocketAddr::new(address, INBOUND_PORT);
-        let all = [
-            (out(Ipv4Addr::LOCALHOST.into()), Some(&self.out_v4)),
-            (out(Ipv6Addr::LOCALHOST.into()), self.out_v6.as_ref()),
-            (inward(Ipv4Addr::UNSPECIFIED.into()), Some(&self.in_v4)),
-            (inward(Ipv6Addr::UNSPECIFIED.into()), self.in_v6.as_ref()),
-        ];
-        all.into_iter().filter_map(|(address, listener)| Some((address, listener?)))
-    }
-}
-
 /// A captured pod. Dropping it closes our descriptors and changes nothing in the pod; as long as it lives, so
 /// does the pod's network namespace (T42).
 #[derive(Debug)]
@@ -159,7 +128,7 @@ pub struct Capture {
     delivery: LocalDelivery,
     netfilter: Socket,
     route: Socket,
-    /// What must stand: the table, its normal form, and the generation in which it was last seen so.
+    /// The rules that must stand.
     standing: Option<Expected>,
     /// The guard that must stand.
     guard: Option<Guard>,
@@ -189,21 +158,49 @@ impl Sockets {
 struct Guard {
     strength: Strength,
     filters: Vec<Filter>,
+    /// On `lo`.
+    inside: Vec<Filter>,
 }
 
 impl Guard {
     fn of(plan: &CapturePlan, strength: Strength) -> Result<Guard, CaptureError> {
         let count = plan.excluded_in.len() + plan.excluded_out.len();
-        let filters = guard::filters(plan, strength).ok_or(CaptureError::TooManyExcluded(count))?;
-        Ok(Guard { strength, filters })
+        let too_long = || CaptureError::TooManyExcluded(count);
+        let filters = guard::filters(plan, strength).ok_or_else(too_long)?;
+        let inside = guard::inside().ok_or_else(too_long)?;
+        Ok(Guard { strength, filters, inside })
+    }
+
+    /// What stands on an interface.
+    fn on(&self, interface: u32) -> &[Filter] {
+        if interface == LOOPBACK { &self.inside } else { &self.filters }
     }
 }
 
+/// Rules that must stand. The table itself is made from the plan whenever it is needed: it is a hundred times as large as this.
 #[derive(Debug)]
 struct Expected {
-    table: Table,
-    normal: Normal,
+    rules: Rules,
+    /// The generation of the namespace's ruleset in which they were last seen.
     generation: Option<u32>,
+}
+
+/// Which rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rules {
+    /// Those that capture.
+    Whole,
+    /// Those that let captured connections end.
+    Draining,
+}
+
+impl Rules {
+    fn table(self, plan: &CapturePlan) -> Table {
+        match self {
+            Self::Whole => rules::ruleset(plan),
+            Self::Draining => rules::draining(plan),
+        }
+    }
 }
 
 impl Capture {
@@ -215,7 +212,7 @@ impl Capture {
             let mut sockets = Sockets::open()?;
             let before = nft::read(&mut sockets.netfilter, rules::TABLE)?;
             plan.marks = before.as_ref().and_then(rules::marks_of).unwrap_or(plan.marks);
-            Ok::<_, CaptureError>((listen(&plan, owner)?, sockets))
+            Ok::<_, CaptureError>((Listeners::open(&plan, owner)?, sockets))
         })??;
         Capture::with(namespace, plan, Arc::new(listeners), sockets)
     }
@@ -239,9 +236,7 @@ impl Capture {
         }
         let mut capture = Capture::with(namespace, plan, listeners, sockets)?;
         if before.is_some() {
-            let table = rules::ruleset(&capture.plan);
-            let normal = table.normal();
-            capture.standing = Some(Expected { table, normal, generation: None });
+            capture.standing = Some(Expected { rules: Rules::Whole, generation: None });
             if let Standing::Broken(_) = capture.verify()? {
                 capture.repair()?;
             }
@@ -298,7 +293,7 @@ impl Capture {
     /// Loads the rules in one transaction, and reads them back; then arms the guard. From here on new connections are
     /// captured; open ones go on as they are. What an agent before this one armed stays armed.
     pub fn begin(&mut self) -> Result<(), CaptureError> {
-        self.load(rules::ruleset(&self.plan))?;
+        self.load(Rules::Whole)?;
         self.set_on_guard()
     }
 
@@ -352,8 +347,7 @@ impl Capture {
 
     /// The address of a listener that does not listen any more: somebody who had it shut it down.
     pub fn closed_listener(&self) -> Option<SocketAddr> {
-        let closed = self.listeners.all().find(|(_, listener)| !sockets::is_listening(listener));
-        closed.map(|(address, _)| address)
+        self.listeners.closed()
     }
 
     /// The pod's connections that go on in clear because they were open before their capture (T11).
@@ -388,10 +382,10 @@ impl Capture {
         if expected.generation == Some(generation) {
             return Ok(Standing::Intact);
         }
-        let Some(found) = nft::read(&mut self.netfilter, &expected.table.name)? else {
-            return Ok(Standing::Broken(format!("the table {} is gone", expected.table.name)));
+        let Some(found) = nft::read(&mut self.netfilter, rules::TABLE)? else {
+            return Ok(Standing::Broken(format!("the table {} is gone", rules::TABLE)));
         };
-        if let Some(difference) = expected.normal.difference(&found) {
+        if let Some(difference) = expected.rules.table(&self.plan).normal().difference(&found) {
             return Ok(Standing::Broken(difference));
         }
         expected.generation = Some(generation);
@@ -404,17 +398,11 @@ impl Capture {
         if let Some(guard) = self.guard.take() {
             self.set_guard(guard)?;
         }
-        for (address, listener) in self.listeners.all() {
-            sockets::listen_again(listener, address, BACKLOG)?;
-        }
+        self.listeners.listen_again()?;
         for family in &self.families {
             self.delivery.add(&mut self.route, *family)?;
         }
-        let table = match &self.standing {
-            Some(expected) => expected.table.clone(),
-            None => rules::ruleset(&self.plan),
-        };
-        self.load(table)
+        self.load(self.standing.as_ref().map_or(Rules::Whole, |expected| expected.rules))
     }
 
     /// Captures connections to and from these ports no longer, and those of all others. Before [`Capture::begin`] it is
@@ -432,7 +420,7 @@ impl Capture {
         // While the rules change the guard lets by what either of the two lets by.
         let strength = self.guarded().unwrap_or(Strength::Opening);
         self.set_guard(Guard::of(&both, strength)?)?;
-        self.load(rules::ruleset(&self.plan))?;
+        self.load(Rules::Whole)?;
         self.arm()
     }
 
@@ -440,7 +428,7 @@ impl Capture {
     /// until they end. Then comes [`Capture::remove`].
     pub fn drain(&mut self) -> Result<(), CaptureError> {
         self.disarm()?;
-        self.load(rules::draining(&self.plan))
+        self.load(Rules::Draining)
     }
 
     /// Takes everything out of the pod. Only when no captured connection is left, as the proxy knows: the next
@@ -492,9 +480,9 @@ impl Capture {
         if interfaces.is_empty() {
             return Err(CaptureError::NoInterface);
         }
-        for interface in interfaces {
-            tc::set(&mut self.route, interface, &guard.filters)?;
-            if let Some(difference) = tc::difference(&mut self.route, interface, &guard.filters)? {
+        for interface in interfaces.into_iter().chain([LOOPBACK]) {
+            tc::set(&mut self.route, interface, guard.on(interface))?;
+            if let Some(difference) = tc::difference(&mut self.route, interface, guard.on(interface))? {
                 return Err(CaptureError::DoesNotStand(difference));
             }
         }
@@ -507,8 +495,8 @@ impl Capture {
         if interfaces.is_empty() {
             return Ok(Some(CaptureError::NoInterface.to_string()));
         }
-        for interface in interfaces {
-            if let Some(difference) = tc::difference(&mut self.route, interface, &guard.filters)? {
+        for interface in interfaces.into_iter().chain([LOOPBACK]) {
+            if let Some(difference) = tc::difference(&mut self.route, interface, guard.on(interface))? {
                 return Ok(Some(difference));
             }
         }
@@ -517,17 +505,16 @@ impl Capture {
 
     fn disarm(&mut self) -> Result<(), CaptureError> {
         let Some(guard) = self.guard.take() else { return Ok(()) };
-        for interface in interfaces(&mut self.route, &self.plan)? {
-            tc::remove(&mut self.route, interface, guard.filters.len() as u16)?;
+        for interface in interfaces(&mut self.route, &self.plan)?.into_iter().chain([LOOPBACK]) {
+            tc::remove(&mut self.route, interface, guard.on(interface).len() as u16)?;
         }
         Ok(())
     }
 
-    fn load(&mut self, table: Table) -> Result<(), CaptureError> {
-        let normal = table.normal();
+    fn load(&mut self, rules: Rules) -> Result<(), CaptureError> {
         // First, so that what could not be loaded is found missing. No generation yet: the first look must be a whole one.
-        let expected = self.standing.insert(Expected { table, normal, generation: None });
-        nft::replace(&mut self.netfilter, &expected.table)?;
+        self.standing = Some(Expected { rules, generation: None });
+        nft::replace(&mut self.netfilter, &rules.table(&self.plan))?;
         match self.verify()? {
             Standing::Intact => Ok(()),
             Standing::Broken(difference) => Err(CaptureError::DoesNotStand(difference)),
@@ -554,42 +541,4 @@ fn owns(namespace: &NetNs, plan: &CapturePlan) -> Result<(), CaptureError> {
         Some(missing) => Err(CaptureError::NotItsAddress(*missing)),
         None => Ok(()),
     }
-}
-
-fn listen(plan: &CapturePlan, owner: Option<u32>) -> Result<Listeners, SocketError> {
-    let out = |address: IpAddr| {
-        sockets::listener(Listen {
-            address: SocketAddr::new(address, OUTBOUND_PORT),
-            backlog: BACKLOG,
-            mark: None,
-            owner,
-            congestion: INSIDE,
-        })
-    };
-    // With the mark that exempts the proxy's connections to the wire: what an inbound listener
-    // accepts is one, seen from the other side (D5).
-    let inward = |address: IpAddr| {
-        sockets::listener(Listen {
-            address: SocketAddr::new(address, INBOUND_PORT),
-            backlog: BACKLOG,
-            mark: Some(plan.marks.outer),
-            owner,
-            congestion: None,
-        })
-    };
-    let both_v6 = || Ok((out(Ipv6Addr::LOCALHOST.into())?, inward(Ipv6Addr::UNSPECIFIED.into())?));
-    let needs_v6 = plan.addresses.iter().any(IpAddr::is_ipv6);
-    let v6 = match both_v6() {
-        Ok(both) => Some(both),
-        // Where the pod has no IPv6 the rules still redirect it, to where nobody listens: refused.
-        Err(error) if !needs_v6 && SocketError::is_family_missing(&error) => None,
-        Err(error) => return Err(error),
-    };
-    let (out_v6, in_v6) = v6.unzip();
-    Ok(Listeners {
-        out_v4: out(Ipv4Addr::LOCALHOST.into())?,
-        out_v6,
-        in_v4: inward(Ipv4Addr::UNSPECIFIED.into())?,
-        in_v6,
-    })
 }

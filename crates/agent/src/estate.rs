@@ -20,8 +20,8 @@ use tokio::time::timeout;
 use wire::discovery::NodePod;
 use wire::pods::{CniRequest, Listener, MAX_MESSAGE, PodAdded, ToAgent, VERSION};
 
-use crate::capture::Listeners;
 use crate::door::own_uid;
+use crate::listeners::Listeners;
 use crate::proxy::{Said, understand};
 use crate::rules::{INBOUND_PORT, OUTBOUND_PORT};
 use crate::watched::watched;

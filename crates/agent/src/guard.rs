@@ -6,10 +6,10 @@
 //! which a stranger would answer with a reset.
 //!
 //! What it never looks at: other protocols than TCP, and other source addresses than the pod's (T41). Packets on `lo` do not
-//! come here.
+//! come here: there a guard of its own keeps what our outbound listeners say from programs while it cannot be translated.
 
 use std::collections::{BTreeSet, HashSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use linux::bpf::{Assembler, Instruction, Label, Size, Test};
 use linux::diag::Connection;
@@ -36,6 +36,50 @@ pub fn filters(plan: &CapturePlan, strength: Strength) -> Option<Vec<Filter>> {
         Filter { answer: Answer::Pass, program: program(plan, strength)? },
         Filter { answer: Answer::Verdict, program: drop.finish()? },
     ])
+}
+
+/// The guard on `lo`. What the proxy says to a captured client comes there from the address that the client dialled, as the
+/// table translates it. When the table is gone it comes from the listener's own address: the client's kernel knows no such
+/// connection and would answer with a reset, which ends it. Dropped, it is sent again.
+///
+/// Resets pass: who dials the listeners themselves is refused by one (T23). As a verdict [`PASS`] is `TC_ACT_UNSPEC`: the next
+/// filter decides.
+pub fn inside() -> Option<Vec<Filter>> {
+    let mut code = Assembler::new();
+    let (v4, v6, tcp, pass) = (code.label(), code.label(), code.label(), code.label());
+    code.load_protocol();
+    code.jump_if(Test::Is(IPV4), v4);
+    code.jump_if(Test::Is(IPV6), v6);
+    code.jump(pass);
+
+    code.here(v4);
+    code.load(Size::Byte, 9);
+    code.jump_unless(Test::Is(TCP), pass);
+    code.load(Size::Word, 12);
+    code.jump_unless(Test::Is(Ipv4Addr::LOCALHOST.into()), pass);
+    code.load_x_with_header_length();
+    code.jump(tcp);
+
+    code.here(v6);
+    code.load(Size::Byte, 6);
+    code.jump_unless(Test::Is(TCP), pass);
+    for (word, offset) in [0, 0, 0, 1].into_iter().zip((8..).step_by(4)) {
+        code.load(Size::Word, offset);
+        code.jump_unless(Test::Is(word), pass);
+    }
+    code.set(IPV6_HEADER);
+    code.store(AT);
+    code.load_x_cell(AT);
+
+    code.here(tcp);
+    code.load_at_x(Size::Half, 0);
+    code.jump_unless(Test::Is(OUTBOUND_PORT.into()), pass);
+    code.load_at_x(Size::Byte, 13);
+    code.jump_if(Test::HasAny(RST), pass);
+    code.answer(DROP);
+    code.here(pass);
+    code.answer(PASS);
+    Some(vec![Filter { answer: Answer::Verdict, program: code.finish()? }])
 }
 
 /// Of all connections of the pod's namespace those that speak for it in clear, and have to be let go on: they were open before
@@ -72,6 +116,7 @@ const IS_FRAGMENT: u32 = 0x3fff;
 const MOST_EXTENSIONS: usize = 4;
 const IPV6_HEADER: u32 = 40;
 const SYN: u32 = 0x02;
+const RST: u32 = 0x04;
 const ACK: u32 = 0x10;
 /// The cells of the machine: the next header's kind, and where it begins.
 const NEXT: u8 = 0;

@@ -39,6 +39,8 @@ mod verify;
 
 pub mod capture;
 
+pub mod listeners;
+
 pub mod rules;
 
 pub mod guard;

@@ -1,6 +1,8 @@
 //! The node as it is: namespaces that are held, captures that were made, the link to the proxy. It does what
 //! [`Pods`] decides, and keeps slow work off the main thread.
 
+mod ending;
+
 use std::collections::{BTreeSet, HashMap};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,11 +15,12 @@ use wire::discovery::NodePod;
 use wire::pods::{CniResult, FromAgent, SocketKind, ToAgent, VERSION};
 
 use crate::admin::Shown;
-use crate::capture::{Capture, Listeners, SocketKind as Made};
+use crate::capture::{Capture, SocketKind as Made};
 use crate::cni::Asked;
 use crate::discovery::Heard;
 use crate::estate::{self, Inherited};
 use crate::failure::Failure;
+use crate::listeners::Listeners;
 use crate::pods::{Action, Pods, Prepared, Request};
 use crate::process::{Event, Handed};
 use crate::proxies::{Change, Proxies};
@@ -105,7 +108,7 @@ impl Node {
                 }
                 actions
             }
-            Asked::Delete(pod) => self.pods.delete(request, &pod),
+            Asked::Delete(pod) => return self.delete(request, &pod),
         };
         self.act(actions);
     }

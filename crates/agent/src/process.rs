@@ -72,7 +72,7 @@ const CHOWN: u32 = 0;
 const KEPT: Capabilities = Capabilities(1 << NET_ADMIN | 1 << SYS_ADMIN | 1 << CHOWN);
 
 /// Threads for work that blocks. Kernel calls of some microseconds: many would only wait for the same locks.
-const BLOCKING_THREADS: usize = 8;
+const BLOCKING_THREADS: usize = 4;
 /// Events that wait for the main thread; whoever has more waits.
 const MOST_EVENTS: usize = 256;
 /// The pause before what failed is tried again.
@@ -99,6 +99,15 @@ pub(crate) enum Event {
     Prepared(PodUid, u64, Result<Box<Capture>, Failure>),
     /// Rules of a pod were loaded, or not.
     Begun(PodUid, u64, Result<(), Failure>),
+    /// The connections of a pod that the runtime deletes have ended, or were waited for long enough.
+    Ended {
+        /// The runtime's request.
+        request: Request,
+        /// Which pod.
+        pod: PodUid,
+        /// Whether they have.
+        ended: bool,
+    },
     /// Something is wrong with these captures.
     Found(Vec<(PodUid, Found)>),
     /// All captures were looked at; something is wrong with these.
@@ -220,6 +229,7 @@ async fn serve(args: Args) -> Result<()> {
             Event::ControlPlane(heard) => node.heard(heard),
             Event::Prepared(pod, attempt, outcome) => node.prepared(&pod, attempt, outcome),
             Event::Begun(pod, attempt, outcome) => node.begun(&pod, attempt, outcome),
+            Event::Ended { request, pod, ended } => node.ended(request, &pod, ended),
             Event::Found(found) | Event::Looked(found) => node.found(found),
             Event::Look => node.look(),
             Event::Retry => node.retry(),

@@ -10,7 +10,7 @@ use mesh::PodUid;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep};
 
 use crate::capture::{Capture, Standing};
 use crate::process::Event;
@@ -21,11 +21,12 @@ pub(crate) const EVERY: Duration = Duration::from_millis(500);
 /// One of so many looks is a whole one; the others are at the listeners.
 pub(crate) const WHOLE: u64 = 10;
 
-/// The pause after a look that a change led to. It doubles while changes go on, so that a program that changes its pod's rules
-/// in a loop costs the node a few looks a second (T18), and starts anew after a time without any.
-const SHORTEST: Duration = Duration::from_millis(10);
-const LONGEST: Duration = Duration::from_millis(320);
-const QUIET: Duration = Duration::from_secs(2);
+/// The pause after a look that a change led to: short for so many looks, and for one more after each long one without any. So
+/// a program that changes its pod's rules in a loop costs the node a few looks a second (T18), and what is taken away one
+/// after the other is back at once.
+const SHORT: Duration = Duration::from_millis(10);
+const LONG: Duration = Duration::from_millis(320);
+const BURST: u32 = 8;
 
 /// What a look found, where it found something.
 #[derive(Debug, PartialEq, Eq)]
@@ -77,16 +78,10 @@ pub(crate) fn follow(
     let [network, nftables] = changes;
     let changes = [watched(network)?, watched(nftables)?];
     let task = tokio::spawn(async move {
-        let mut pause = SHORTEST;
+        // When the looks so far would be paid for by long pauses.
+        let mut paid = Instant::now();
         loop {
-            let changed = match timeout(QUIET, changed(&changes)).await {
-                Ok(changed) => changed,
-                Err(_quiet) => {
-                    pause = SHORTEST;
-                    changed(&changes).await
-                }
-            };
-            if changed.is_err() {
+            if changed(&changes).await.is_err() {
                 // The looks at all captures go on.
                 return;
             }
@@ -96,8 +91,8 @@ pub(crate) fn follow(
             if !found.is_empty() && events.send(Event::Found(found)).await.is_err() {
                 return;
             }
-            sleep(pause).await;
-            pause = LONGEST.min(pause * 2);
+            paid = paid.max(Instant::now()) + LONG;
+            sleep(SHORT.max(paid.duration_since(Instant::now()).saturating_sub(LONG * BURST))).await;
         }
     });
     Ok(Follower(task.abort_handle()))

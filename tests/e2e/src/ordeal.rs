@@ -33,6 +33,10 @@ pub fn under_load(cluster: &Cluster, name: &str, bulk: bool, what: impl FnOnce(&
     let load = server.load("app/client", Family::V4).marker(&marker).short(SHORT).long(LONG, EVERY);
     let mut load = if bulk { load.bulk(1, TRANSFER) } else { load }.start();
     load.wait_for_more(ENOUGH);
+    // The twin: the same words of a pod that speaks in clear are seen (D26).
+    let twin = marker.replace("marker", "twin");
+    let url = format!("http://{}/{twin}", server.address(Family::V4));
+    cluster.exec("legacy/outsider", &["curl", "-sS", "--max-time", "10", &url]).run().ok();
     load.event();
     what(&load);
     load.over();
@@ -41,8 +45,10 @@ pub fn under_load(cluster: &Cluster, name: &str, bulk: bool, what: impl FnOnce(&
     tap.stop();
     println!("{name}: {report}");
     report.assert_spans_the_event();
+    assert!(tap.saw(&twin), "the tap sees nothing, so it proves nothing");
     assert!(!tap.saw(&marker), "a request passed in clear");
-    tap.streams(PORT).assert_all_tls();
+    let [one, other] = ["app/client", "app/server"].map(|pod| cluster.address(pod, Family::V4));
+    tap.streams(PORT).between(one, other).assert_all_tls();
     report
 }
 

@@ -3,6 +3,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::time::{Duration, Instant};
+
 use e2e::{
     Cluster, ENOUGH, Family, PATIENCE, PORT, Server, assert_only_what_was_open_broke, eventually, is_gone, needs,
     under_load, wait_until,
@@ -159,4 +161,72 @@ fn a_proxy_that_drains_serves_what_it_has_until_it_is_told_again() {
     held.write("gone\n");
     eventually("its connection to end", PATIENCE, || !held.is_alive());
     assert!(!held.stdout().contains("back gone"));
+}
+
+#[test]
+fn at_the_end_of_the_drain_time_what_is_still_open_is_reset_by_name_and_not_before() {
+    needs!("root");
+    const DRAIN: Duration = Duration::from_secs(4);
+    let option = format!("proxy=--drain={}", DRAIN.as_secs());
+    for node in ["node-a", "node-b"] {
+        let cluster = Cluster::start_with(&["--process-argument", &option], MESH);
+        let _echo = cluster.serve("app/server", &["echo", "7000"]);
+        let address = cluster.address("app/server", Family::V4).to_string();
+        let mut held = cluster.tcp("app/client", &["hold", &address, "7000"]).spawn();
+        held.wait_for("open");
+        let began = Instant::now();
+        let upgraded = cluster.upgrade(node);
+        let told = Instant::now();
+        let mut last = told;
+        for number in 0.. {
+            // One that the end cuts is no answer.
+            held.write(format!("{number}\n"));
+            let back = format!("back {number}\n");
+            eventually("an answer or the end", PATIENCE, || held.stdout().contains(&back) || !held.is_alive());
+            if !held.stdout().contains(&back) {
+                break;
+            }
+            last = Instant::now();
+        }
+        let ended = Instant::now();
+        assert!(held.stdout().ends_with("reset\n"), "{}", held.stdout());
+        assert!(ended - began >= DRAIN, "it ended after {:?}", ended - began);
+        assert!(ended - told < 2 * DRAIN, "it lasted {:?}", ended - told);
+        println!("{node}: served {:?} of {DRAIN:?}, then reset", last - told);
+        eventually("the old proxy to end", PATIENCE, || is_gone(upgraded.old));
+        let log = format!("/proc/{}/root/run/justmtls/nodes/{node}/proxy/access.log", cluster.process(node));
+        let log = std::fs::read_to_string(log).expect("the proxies' access log");
+        assert!(log.lines().any(|line| line.contains(":7000\"") && line.contains("\"outcome\":\"drained\"")), "{log}");
+        // The next one serves.
+        let asked = cluster.tcp("app/client", &["ask", &address, "7000", "new"]).run().ok();
+        assert!(asked.starts_with("said new"), "{asked}");
+    }
+}
+
+#[test]
+fn an_agent_with_other_rules_than_the_last_one_had_changes_them_in_place_and_nobody_notices() {
+    needs!("root", "nft", "dumpcap", "tshark");
+    // As an agent of another version may have made them: rules that this one does not have, and one that it has and misses.
+    let other = "nft add rule inet justmtls guard_out counter; nft add set inet justmtls other '{ type inet_service; }'; \
+                 nft insert rule inet justmtls capture_out tcp dport @other accept; \
+                 nft flush chain inet justmtls timeouts_out";
+    for (pod, node) in [("app/client", "node-a"), ("app/server", "node-b")] {
+        let cluster = Cluster::start(MESH);
+        let agent = format!("agent@{node}");
+        let rules = || cluster.exec_with(&["--privileged"], pod, &["nft", "--stateless", "list", "ruleset"]).run().ok();
+        let before = rules();
+        let report = under_load(&cluster, &format!("other-rules-{node}"), true, |load| {
+            for _ in 0..3 {
+                cluster.hold(&agent);
+                cluster.exec_with(&["--privileged"], pod, &["sh", "-ec", other]).run().ok();
+                assert_ne!(rules(), before);
+                load.wait_for_more(ENOUGH);
+                cluster.resume(&agent);
+                wait_for_agent(&cluster, node);
+                eventually("the rules to be those of the new agent", PATIENCE, || rules() == before);
+                load.wait_for_more(ENOUGH);
+            }
+        });
+        report.assert_nothing_failed();
+    }
 }

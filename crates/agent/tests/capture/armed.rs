@@ -1,7 +1,8 @@
 //! The guard on the pod's interface: what it keeps in when the rules are gone, and what it lets by.
 
-use std::io::ErrorKind;
-use std::net::{IpAddr, Shutdown, SocketAddr};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener};
+use std::time::Duration;
 
 use agent::capture::{Capture, Standing};
 use agent::guard::Strength;
@@ -40,15 +41,15 @@ fn flush(pod: &NetNs) {
 }
 
 /// What passes the node's end of a pod's link.
-struct Tap(Wiretap);
+pub(crate) struct Tap(Wiretap);
 
 impl Tap {
-    fn on(lab: &Lab, link: &str) -> Tap {
+    pub(crate) fn on(lab: &Lab, link: &str) -> Tap {
         Tap(lab.node.enter(|| Wiretap::open(link, Interest::Everything)).unwrap().unwrap())
     }
 
     /// All packets that came out of the pod so far and have these bytes in them.
-    fn seen(&self, bytes: &[u8]) -> usize {
+    pub(crate) fn seen(&self, bytes: &[u8]) -> usize {
         let mut buffer = vec![0; SNAP_LENGTH];
         let mut count = 0;
         while let Some(packet) = self.0.next(&mut buffer).unwrap() {
@@ -106,6 +107,40 @@ fn a_flush_lets_nothing_out_and_captured_connections_go_on_after_it() {
                 seen > 0
             });
             a.capture.lock().unwrap().repair().unwrap();
+        }
+    });
+}
+
+/// Interface index of `lo`.
+const LOOPBACK: u32 = 1;
+
+#[test]
+fn a_client_that_only_listens_keeps_its_connection_through_a_flush() {
+    with_privilege(a_client_that_only_listens_keeps_its_connection_through_a_flush, || {
+        let lab = Lab::new();
+        let a = Proxy::start(prepared(&lab.a, plan(A))).begin();
+        let dropped = || tc::dropped(&mut netlink(&lab.a, Protocol::Route), LOOPBACK).unwrap();
+        for family in FAMILIES {
+            let server = lab.b.enter(|| TcpListener::bind((B[family], 8080))).unwrap().unwrap();
+            let connection = || {
+                let mut client = Client::connect(&lab.a, B[family], 8080).unwrap();
+                let (mut server, _) = server.accept().unwrap();
+                server.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+                server.write_all(b"before\n").unwrap();
+                assert_eq!(client.line().unwrap(), "before");
+                (client, server)
+            };
+            let (mut client, mut server_side) = connection();
+            let before = dropped();
+            flush(&lab.a);
+            server_side.write_all(b"news\n").unwrap();
+            eventually("what cannot be translated is dropped on lo", || dropped() > before);
+            a.capture.lock().unwrap().repair().unwrap();
+            assert_eq!(client.line().unwrap(), "news");
+            client.say("thanks\n").unwrap();
+            let mut thanks = [0; 7];
+            server_side.read_exact(&mut thanks).unwrap();
+            assert_eq!(&thanks, b"thanks\n");
         }
     });
 }

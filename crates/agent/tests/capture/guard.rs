@@ -5,11 +5,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use agent::capture::SocketKind;
 use linux::netlink::{Protocol, Socket as Netlink};
+use linux::netns::NetNs;
 use linux::nft;
 use socket2::{Domain, Protocol as IpProtocol, Socket, Type};
 
-use crate::armed::disarm;
-use crate::lab::{A, App, B, Client, FAMILIES, GATEWAY, Lab, is_refused, plan, prepared, with_privilege};
+use crate::armed::{Tap, disarm};
+use crate::lab::{A, App, B, Client, FAMILIES, GATEWAY, Lab, eventually, is_refused, plan, prepared, with_privilege};
 use crate::proxy::Proxy;
 
 #[test]
@@ -27,6 +28,66 @@ fn the_listeners_cannot_be_dialled() {
         }
         assert!(b.seen().is_empty());
     });
+}
+
+#[test]
+fn a_segment_that_fits_no_flow_does_not_leave_in_clear() {
+    with_privilege(a_segment_that_fits_no_flow_does_not_leave_in_clear, || {
+        let lab = Lab::new();
+        let plan = plan(A);
+        let _a = Proxy::start(prepared(&lab.a, plan.clone())).begin();
+        let _apps = FAMILIES.map(|family| App::anywhere(&lab.b, family, 8080));
+        // Without the guard on the interface, which would drop it, too.
+        disarm(&lab.a, A);
+        let mut netfilter = lab.a.enter(|| Netlink::open(Protocol::Netfilter)).unwrap().unwrap();
+        let mut clients = FAMILIES.map(|family| Client::connect(&lab.a, B[family], 8080).unwrap());
+        let mut send = |netfilter: &mut Netlink| {
+            for (client, family) in clients.iter_mut().zip(FAMILIES) {
+                that_fits_no_flow(&lab.a, A[family], B[family], client.local_port(), b"secret");
+            }
+            let counters = nft::counters(netfilter, "justmtls").unwrap();
+            counters
+                .iter()
+                .filter(|it| it.why.starts_with("T22") && it.chain == "guard_out")
+                .map(|it| it.packets)
+                .sum::<u64>()
+        };
+        let tap = Tap::on(&lab, "a");
+        let dropped: u64 = send(&mut netfilter);
+        assert_eq!((dropped, tap.seen(b"secret")), (2, 0));
+
+        // The twin: translation does skip them.
+        let mut open = agent::rules::ruleset(&plan);
+        let guard = open.chains.iter_mut().find(|chain| chain.name == "guard_out").unwrap();
+        guard.rules.retain(|rule| !format!("{rule:?}").contains("FlowInvalid"));
+        nft::replace(&mut netfilter, &open).unwrap();
+        assert_eq!(send(&mut netfilter), 0);
+        let mut seen = 0;
+        eventually("the tap sees them", || {
+            seen += tap.seen(b"secret");
+            seen >= 2
+        });
+        // Captured connections never noticed.
+        for client in &mut clients {
+            client.seen().unwrap();
+            client.echo().unwrap();
+        }
+    });
+}
+
+/// A segment between the ends of a connection to port 8080, with flags that none of it can have: an end without an
+/// acknowledgement (RFC 9293, 3.10.7.4).
+fn that_fits_no_flow(pod: &NetNs, from: IpAddr, to: IpAddr, port: u16, payload: &[u8]) {
+    const FIN: u8 = 0x01;
+    let domain = if from.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
+    let raw = pod.enter(|| Socket::new(domain, Type::RAW, Some(IpProtocol::TCP))).unwrap().unwrap();
+    raw.bind(&SocketAddr::new(from, 0).into()).unwrap();
+    let mut segment = [port.to_be_bytes(), 8080u16.to_be_bytes()].concat();
+    segment.extend([0; 8]);
+    segment.extend([5 << 4, FIN, 0xff, 0xff, 0, 0, 0, 0]);
+    segment.extend(payload);
+    // Where it is dropped its sender is told (EPERM).
+    let _ = raw.send_to(&segment, &SocketAddr::new(to, 0).into());
 }
 
 #[test]

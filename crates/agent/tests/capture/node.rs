@@ -1,6 +1,6 @@
 //! The agent's process: what the runtime asks, what the proxy gets, what the control plane hears.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
 
 use linux::netlink::{Protocol, Socket as Netlink};
@@ -11,9 +11,9 @@ use mesh::{PodUid, Uncaptured};
 use nix::sys::resource::{Resource, getrlimit};
 use socket2::{Domain, SockRef, Socket, Type};
 use wire::discovery::NodePod;
-use wire::pods::{CniResult, FromAgent, Kept, Listener, SocketKind, ToAgent, VERSION};
+use wire::pods::{CniRequest, CniResult, FromAgent, Kept, Listener, SocketKind, ToAgent, VERSION};
 
-use crate::lab::{A, B, eventually, with_privilege};
+use crate::lab::{A, B, Client, eventually, with_privilege};
 use crate::world::{FakeProxy, Room, World, pod};
 
 fn has_rules(namespace: &NetNs) -> bool {
@@ -305,6 +305,42 @@ fn of_a_deleted_pod_nothing_stays_open() {
         eventually("the control plane hears of it", || world.control.captured().is_empty());
         world.delete("a");
     });
+}
+
+#[test]
+fn the_runtime_hears_of_a_pods_end_when_its_connections_have_ended_and_waits_no_longer_than_a_second() {
+    with_privilege(
+        the_runtime_hears_of_a_pods_end_when_its_connections_have_ended_and_waits_no_longer_than_a_second,
+        || {
+            let world = World::new(|_| ());
+            world.control.publish([pod("a", A), pod("b", B)]);
+            let proxy = world.proxy();
+            let captured = |name: &str, inside: &NetNs, to: IpAddr| {
+                let mut listeners = world.capture(&proxy, name, &Room::of(inside)).into_iter().map(TcpListener::from);
+                let client = Client::connect(inside, to, 8080).unwrap();
+                let (connection, _) = listeners.next().unwrap().accept().unwrap();
+                (client, connection)
+            };
+            let delete = |name: &str| {
+                let answer = world.ask(CniRequest::Del { pod: PodUid::from(name) });
+                let Some((FromAgent::PodRemoved { .. }, _)) = proxy.hear() else { panic!("it is removed") };
+                answer
+            };
+            let (_client, connection) = captured("a", &world.lab.a, B[0]);
+            let answer = delete("a");
+            assert!(!answer.is_finished());
+            drop(connection);
+            assert_eq!(answer.join().unwrap(), CniResult::Deleted);
+            assert!(!world.page("/events").contains("ending-late"));
+
+            let (_client, connection) = captured("b", &world.lab.b, A[0]);
+            let since = Instant::now();
+            assert_eq!(delete("b").join().unwrap(), CniResult::Deleted);
+            assert!(since.elapsed() >= Duration::from_secs(1));
+            assert!(world.page("/events").contains("ending-late"));
+            drop(connection);
+        },
+    );
 }
 
 #[test]
