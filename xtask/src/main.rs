@@ -1,18 +1,24 @@
-//! THE REPOSITORY'S OWN HAND: `cargo xtask test | ci | tidy | bench`.
+//! THE REPOSITORY'S OWN HAND: `cargo xtask test | ci | tidy | bench | cluster | image`.
 //!
 //! - `tidy`: the repository checks its own shape ([`tidy`]).
 //! - `test`: the tests in groups, the programs they need, one summary ([`mod@test`]).
 //! - `bench`: the product's speed beside other ways, measured by the crate of that name ([`mod@bench`]).
+//! - `cluster`: a real Kubernetes on this machine ([`mod@cluster`]).
+//! - `image`: the product as an image ([`mod@image`]).
 //! - `ci`: everything that must hold before a change is taken, with the seconds of each stage ([`ci`]).
 //!
 //! Invariants, stated as absences: no other crate of the workspace is linked in, so that this builds in seconds and
-//! can judge a tree that does not compile; no shell; no network but `apt-get` and `cargo`.
+//! can judge a tree that does not compile; no shell; no network but `apt-get`, `cargo` and `go`.
 
 #![forbid(unsafe_code)]
 
 mod bench;
 mod ci;
+mod cluster;
+mod image;
+mod oci;
 mod process;
+mod product;
 mod programs;
 mod results;
 mod test;
@@ -33,6 +39,10 @@ usage: cargo xtask <command>
                                          --required makes a skipped test a failure
   bench [--quick] [--check] [--json FILE] [--compare BEFORE AFTER] …
                                          measure speed and memory (PERFORMANCE.md); `bench --help` lists all options
+  cluster [--name NAME] up | down | status | crash NODE | boot NODE | load ARCHIVE
+                                         a real Kubernetes of two nodes on this machine; NAME is `dev` if none is given
+  image --output FILE [--arch amd64|arm64]
+                                         the product as an OCI image archive
   ci [STAGE…]                            all that must hold before a change is taken, or some stages of it:
                                          format, tidy, clippy, docs, test, licences
 ";
@@ -57,6 +67,8 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
         "tidy" if rest.is_empty() => tidy::run(&root()),
         "test" => test::run(&root(), &test::Request::parse(rest)?),
         "bench" => bench::run(&root(), rest),
+        "cluster" => cluster::run(&root(), rest),
+        "image" => image::run(&root(), rest),
         "ci" => ci::run(&root(), rest),
         "help" | "--help" | "-h" => {
             print!("{USAGE}");

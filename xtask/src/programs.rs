@@ -1,4 +1,4 @@
-//! The programs of other people that the end-to-end tests drive, and how Debian provides them.
+//! The programs of other people that are driven here, and how Debian provides them.
 
 use crate::process::succeeds;
 use anyhow::Result;
@@ -9,7 +9,10 @@ use std::process::{Command, Stdio};
 /// Where Debian puts the PostgreSQL server, which is in nobody's `PATH`.
 const POSTGRES: &str = "/usr/lib/postgresql";
 
-/// What a test needs and the Debian package that has it.
+/// Where Debian has the plugins that connect pods.
+pub(crate) const NETWORK_PLUGINS: &str = "/usr/lib/cni";
+
+/// What is needed and the Debian package that has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Program {
     name: &'static str,
@@ -50,9 +53,26 @@ pub(crate) const PROGRAMS: &[Program] = &[
     Program { name: "python3-grpcio", package: "python3-grpcio", look: Look::PythonModule("grpc") },
 ];
 
-/// Installs what is missing if this is Debian and we are root; returns the names of what is still missing.
-pub(crate) fn provide() -> Result<Vec<&'static str>> {
-    let missing: Vec<Program> = PROGRAMS.iter().copied().filter(|program| !is_there(*program)).collect();
+/// What the nodes of a cluster run besides Kubernetes.
+pub(crate) const OF_A_CLUSTER: &[Program] = &[
+    in_path("containerd", "containerd"),
+    in_path("ctr", "containerd"),
+    in_path("runc", "runc"),
+    Program {
+        name: "containernetworking-plugins",
+        package: "containernetworking-plugins",
+        look: Look::Folder(NETWORK_PLUGINS),
+    },
+    in_path("nft", "nftables"),
+    in_path("ip", "iproute2"),
+    in_path("conntrack", "conntrack"),
+    in_path("nsenter", "util-linux"),
+    in_path("sysctl", "procps"),
+];
+
+/// Installs what is missing of these if this is Debian and we are root; returns the names of what is still missing.
+pub(crate) fn provide(programs: &[Program]) -> Result<Vec<&'static str>> {
+    let missing: Vec<Program> = programs.iter().copied().filter(|program| !is_there(*program)).collect();
     if missing.is_empty() {
         return Ok(Vec::new());
     }
@@ -60,13 +80,13 @@ pub(crate) fn provide() -> Result<Vec<&'static str>> {
     if !is_debian(&std::fs::read_to_string("/etc/os-release").unwrap_or_default()) || !is_root() {
         return Ok(names(&missing));
     }
-    println!("installing what the end-to-end tests use: {}", names(&missing).join(" "));
+    println!("installing what is missing: {}", names(&missing).join(" "));
     let mut packages: Vec<&str> = missing.iter().map(|program| program.package).collect();
     packages.dedup();
     // Lists may be absent (a container image) or old; failing to renew them matters only if the installation fails.
     succeeds(apt_get().args(["update", "--quiet=2"]))?;
     succeeds(apt_get().args(["install", "--quiet=2", "--yes", "--no-install-recommends"]).args(&packages))?;
-    Ok(PROGRAMS.iter().filter(|program| !is_there(**program)).map(|program| program.name).collect())
+    Ok(programs.iter().filter(|program| !is_there(**program)).map(|program| program.name).collect())
 }
 
 fn apt_get() -> Command {
@@ -96,7 +116,7 @@ fn path_folders() -> impl Iterator<Item = std::path::PathBuf> {
     folders.into_iter().chain(["/usr/sbin".into(), "/sbin".into()])
 }
 
-fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     std::fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0)
 }
 

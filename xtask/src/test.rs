@@ -1,6 +1,7 @@
 //! `cargo xtask test`: the tests in two groups, and one summary that counts what was skipped and why.
 
 use crate::process::{cargo, succeeds, succeeds_silently, succeeds_with_lines};
+use crate::product::{self, Architecture};
 use crate::programs;
 use crate::results::{Group, Summary};
 use anyhow::{Context, Result, bail};
@@ -58,7 +59,7 @@ impl Request {
 }
 
 pub(crate) fn run(root: &Path, request: &Request) -> Result<ExitCode> {
-    let missing = if request.e2e { programs::provide()? } else { Vec::new() };
+    let missing = if request.e2e { programs::provide(programs::PROGRAMS)? } else { Vec::new() };
     if !missing.is_empty() {
         println!("not installed here: {}; the tests that use them are skipped", missing.join(", "));
     }
@@ -125,8 +126,8 @@ fn unit(root: &Path, request: &Request, output: &mut Output) -> Result<Group> {
 /// The real binary in namespaces, and the programs that drive it there. Tests whose bound is a time run last and alone, so that no neighbour makes them late.
 fn e2e(root: &Path, request: &Request, output: &mut Output) -> Result<Group> {
     let mut group = Group::named("e2e");
-    let built =
-        succeeds(cargo().current_dir(root).args(["build", "--release", "--package", "cli", "--package", "bench"]))?;
+    product::build(root, Architecture::native()?)?;
+    let built = succeeds(cargo().current_dir(root).args(["build", "--release", "--package", "bench"]))?;
     if !built {
         group.note_exit(false);
         return Ok(group);

@@ -1,0 +1,147 @@
+//! The network between the nodes: a bridge in a network namespace of its own, which one waiting process holds. It is
+//! also the nodes' router, and knows no way to anywhere else.
+
+use super::layout::{Cluster, Node};
+use super::life::{Life, wait_until};
+use crate::process::output;
+use anyhow::{Context, Result, ensure};
+use nix::sched::{CloneFlags, unshare};
+use std::ffi::OsStr;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+const BRIDGE: &str = "nodes";
+
+/// How long the kernel may take to make or clear away a namespace.
+const KERNEL: Duration = Duration::from_secs(10);
+
+/// The process that holds the cluster's network, started if it does not run, with its link to this namespace.
+pub(super) fn up(cluster: &Cluster) -> Result<Life> {
+    if let Some(life) = Life::read(&cluster.network_file()) {
+        return Ok(life);
+    }
+    let child = Command::new(std::env::current_exe()?)
+        .args(["cluster", "--name", &cluster.name, "hold-network"])
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let life = Life::of(child.id())?;
+    life.write(&cluster.network_file())?;
+    let own = std::fs::read_link("/proc/self/ns/net")?;
+    let namespace = PathBuf::from(format!("/proc/{}/ns/net", life.pid));
+    let moved = wait_until(KERNEL, || Ok(std::fs::read_link(&namespace).is_ok_and(|theirs| theirs != own)))?;
+    ensure!(moved, "no network namespace was made: this needs root, with CAP_SYS_ADMIN");
+    inside(
+        life,
+        &format!(
+            "link set lo up\n\
+         link add {BRIDGE} type bridge\n\
+         address add {router}/24 dev {BRIDGE}\n\
+         address add {router_v6}/64 dev {BRIDGE} nodad\n\
+         link set {BRIDGE} up\n",
+            router = cluster.router(),
+            router_v6 = cluster.router_v6(),
+        ),
+    )?;
+    enter(life, "sysctl", ["-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"])?;
+    let link = cluster.link();
+    // One that a killed holder left is about to go, and in the way.
+    drop_link(&link)?;
+    let (address, pid) = (cluster.outside(), life.pid);
+    batch(
+        &mut Command::new("ip"),
+        &format!(
+            "link add {link} type veth peer name outside netns {pid}\n\
+             address add {address}/24 dev {link}\n\
+             link set {link} up\n"
+        ),
+    )?;
+    inside(life, &format!("link set outside master {BRIDGE}\nlink set outside up\n"))?;
+    Ok(life)
+}
+
+/// Connects the namespace of a node's first process; the other end is the node's `eth0`.
+pub(super) fn connect(network: Life, node: Node, init: Life) -> Result<()> {
+    let name = node.name();
+    // The end of a node that lost its power goes with its namespace, a moment later.
+    let gone = wait_until(KERNEL, || {
+        Ok(!has_link(&std::fs::read_to_string(format!("/proc/{}/net/dev", network.pid))?, name))
+    })?;
+    ensure!(gone, "the link to the former node {name} does not go away");
+    let pid = init.pid;
+    // Made from here, because process ids mean nothing inside.
+    let line = format!("link add name {name} netns {} type veth peer name eth0 netns {pid}\n", network.pid);
+    batch(&mut Command::new("ip"), &line)?;
+    inside(network, &format!("link set dev {name} master {BRIDGE}\nlink set dev {name} up\n"))
+}
+
+/// Takes the network away, and the link to it.
+pub(super) fn down(cluster: &Cluster) -> Result<()> {
+    if let Some(life) = Life::read(&cluster.network_file()) {
+        life.kill()?;
+    }
+    drop_link(&cluster.link())
+}
+
+fn drop_link(link: &str) -> Result<()> {
+    let gone = wait_until(KERNEL, || {
+        let there = has_link(&std::fs::read_to_string("/proc/net/dev")?, link);
+        if there {
+            // It may go by itself just now; that it is gone is what counts.
+            let _ = Command::new("ip").args(["link", "delete", link]).stderr(Stdio::null()).status();
+        }
+        Ok(!there)
+    })?;
+    ensure!(gone, "the link {link} cannot be removed");
+    Ok(())
+}
+
+/// Whether a link is among those of a `/proc/net/dev`.
+fn has_link(devices: &str, link: &str) -> bool {
+    devices.lines().any(|line| line.trim_start().strip_prefix(link).is_some_and(|rest| rest.starts_with(':')))
+}
+
+/// What the holder does: it is there.
+pub(super) fn hold() -> Result<()> {
+    nix::unistd::setsid().context("cannot leave the session")?;
+    unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
+    loop {
+        std::thread::park();
+    }
+}
+
+/// Runs a program in the network of the cluster.
+fn enter<A: AsRef<OsStr>>(network: Life, program: &str, arguments: impl IntoIterator<Item = A>) -> Result<String> {
+    let target = network.pid.to_string();
+    output(Command::new("nsenter").args(["--target", &target, "--net", "--", program]).args(arguments))
+}
+
+fn inside(network: Life, commands: &str) -> Result<()> {
+    let target = network.pid.to_string();
+    batch(Command::new("nsenter").args(["--target", &target, "--net", "--", "ip"]), commands)
+}
+
+/// Gives commands to `ip`, which stops at the first that fails.
+pub(super) fn batch(ip: &mut Command, commands: &str) -> Result<()> {
+    let mut child = ip.args(["-batch", "-"]).stdin(Stdio::piped()).spawn().context("cannot start ip")?;
+    child.stdin.take().context("ip has no standard input")?.write_all(commands.as_bytes())?;
+    let status = child.wait()?;
+    ensure!(status.success(), "ip refused one of these commands: {}", commands.trim().replace('\n', "; "));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_is_found_by_its_whole_name() {
+        let devices = "Inter-|   Receive\n face |bytes\n    lo:  10 0\nkube-12: 0 0\n";
+        assert!(has_link(devices, "kube-12") && has_link(devices, "lo"));
+        assert!(!has_link(devices, "kube-1") && !has_link(devices, "kube"));
+    }
+}
