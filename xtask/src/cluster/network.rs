@@ -19,8 +19,13 @@ const KERNEL: Duration = Duration::from_secs(10);
 
 /// The process that holds the cluster's network, started if it does not run, with its link to this namespace.
 pub(super) fn up(cluster: &Cluster) -> Result<Life> {
+    let link = cluster.link();
     if let Some(life) = Life::read(&cluster.network_file()) {
-        return Ok(life);
+        // The link to here is made last: without it this was interrupted, and is begun again.
+        if has_link(&std::fs::read_to_string("/proc/net/dev")?, &link) {
+            return Ok(life);
+        }
+        life.kill()?;
     }
     let child = Command::new(std::env::current_exe()?)
         .args(["cluster", "--name", &cluster.name, "hold-network"])
@@ -39,44 +44,61 @@ pub(super) fn up(cluster: &Cluster) -> Result<Life> {
         life,
         &format!(
             "link set lo up\n\
-         link add {BRIDGE} type bridge\n\
+         link add name {BRIDGE} type bridge\n\
          address add {router}/24 dev {BRIDGE}\n\
          address add {router_v6}/64 dev {BRIDGE} nodad\n\
-         link set {BRIDGE} up\n",
+         link set dev {BRIDGE} up\n",
             router = cluster.router(),
             router_v6 = cluster.router_v6(),
         ),
     )?;
     enter(life, "sysctl", ["-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"])?;
-    let link = cluster.link();
+    let mut commands = String::new();
+    // The way back to pods, so that who sends to nowhere hears of it at once.
+    for node in Node::ALL {
+        let [pods, pods_v6] = node.pods();
+        commands.push_str(&format!("route add {pods} via {}\n", cluster.node(node)));
+        commands.push_str(&format!("route add {pods_v6} via {}\n", cluster.node_v6(node)));
+    }
+    inside(life, &commands)?;
     // One that a killed holder left is about to go, and in the way.
     drop_link(&link)?;
-    let (address, pid) = (cluster.outside(), life.pid);
+    let (address, new) = (cluster.outside(), format!("new-{}", cluster.number));
+    drop_link(&new)?;
+    batch(&mut Command::new("ip"), &format!("link add name {new} type veth peer name outside netns {}\n", life.pid))?;
+    inside(life, &format!("link set outside master {BRIDGE}\nlink set outside up\n"))?;
     batch(
         &mut Command::new("ip"),
-        &format!(
-            "link add {link} type veth peer name outside netns {pid}\n\
-             address add {address}/24 dev {link}\n\
-             link set {link} up\n"
-        ),
+        &format!("address add {address}/24 dev {new}\nlink set dev {new} name {link}\nlink set dev {link} up\n"),
     )?;
-    inside(life, &format!("link set outside master {BRIDGE}\nlink set outside up\n"))?;
     Ok(life)
 }
 
 /// Connects the namespace of a node's first process; the other end is the node's `eth0`.
 pub(super) fn connect(network: Life, node: Node, init: Life) -> Result<()> {
-    let name = node.name();
-    // The end of a node that lost its power goes with its namespace, a moment later.
-    let gone = wait_until(KERNEL, || {
-        Ok(!has_link(&std::fs::read_to_string(format!("/proc/{}/net/dev", network.pid))?, name))
-    })?;
-    ensure!(gone, "the link to the former node {name} does not go away");
-    let pid = init.pid;
+    let (name, pid) = (node.name(), init.pid);
     // Made from here, because process ids mean nothing inside.
     let line = format!("link add name {name} netns {} type veth peer name eth0 netns {pid}\n", network.pid);
     batch(&mut Command::new("ip"), &line)?;
     inside(network, &format!("link set dev {name} master {BRIDGE}\nlink set dev {name} up\n"))
+}
+
+/// Cuts a node off, silently, as a node without power is: its kernel would say goodbye for each of its connections.
+/// What it still has to say goes nowhere, and its namespace with it.
+pub(super) fn disconnect(cluster: &Cluster, node: Node) -> Result<()> {
+    let Some(network) = Life::read(&cluster.network_file()) else {
+        return Ok(());
+    };
+    let name = node.name();
+    let gone = wait_until(KERNEL, || {
+        let there = has_link(&std::fs::read_to_string(format!("/proc/{}/net/dev", network.pid))?, name);
+        if there {
+            inside(network, &format!("link delete dev {name}\n"))?;
+        }
+        Ok(!there)
+    })?;
+    ensure!(gone, "the link to node {name} cannot be removed");
+    Ok(())
 }
 
 /// Takes the network away, and the link to it.

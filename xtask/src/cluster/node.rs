@@ -86,7 +86,7 @@ pub(super) fn boot(cluster: &Cluster, node: Node, programs: &Path) -> Result<()>
         return Ok(());
     }
     // Of a node that ended by itself there may be a rest.
-    cgroups::remove(&cluster.group(node))?;
+    crash(cluster, node)?;
     let network = network::up(cluster)?;
     // Nothing of what an earlier life said is to be taken for this one's.
     let _ = std::fs::remove_file(cluster.logs(node).join(init::ENDED));
@@ -134,6 +134,7 @@ pub(super) fn life(cluster: &Cluster, node: Node) -> Option<Life> {
 
 /// Cuts the power: all that runs on the node is gone at once, and its disk is as it was.
 pub(super) fn crash(cluster: &Cluster, node: Node) -> Result<()> {
+    network::disconnect(cluster, node)?;
     if let Some(life) = life(cluster, node) {
         life.kill()?;
     }
