@@ -49,8 +49,8 @@ pub(crate) fn run(root: &Path, arguments: &[String]) -> Result<ExitCode> {
         ["crash" | "boot"] => bail!("`{}` takes the name of a node: `a` or `b`", words[0]),
         ["load"] => bail!("`load` takes the file of an image archive"),
         [] => bail!("`cluster` takes a verb: up, down, status, crash, boot or load"),
-        [verb, ..] => bail!(
-            "`cluster {}` is not understood; the verbs are up, down, status, crash NODE, boot NODE and load ARCHIVE: see `{verb}` there",
+        _ => bail!(
+            "`cluster {}` is not understood; the verbs are up, down, status, crash NODE, boot NODE and load ARCHIVE",
             words.join(" ")
         ),
     }
@@ -74,8 +74,11 @@ fn named(arguments: &[String]) -> Result<(&str, Vec<&str>)> {
 }
 
 fn existing(name: &str) -> Result<(Cluster, File)> {
-    layout::find(name)?
-        .with_context(|| format!("there is no cluster `{name}`; `cargo xtask cluster --name {name} up` makes it"))
+    layout::find(name)?.with_context(|| unknown(name))
+}
+
+fn unknown(name: &str) -> String {
+    format!("there is no cluster `{name}`; `cargo xtask cluster --name {name} up` makes it")
 }
 
 /// A cluster as its starter described it: its folder is locked, and may be out of sight.
@@ -148,7 +151,8 @@ fn down(name: &str) -> Result<()> {
 }
 
 fn status(name: &str) -> Result<()> {
-    let (cluster, _locked) = existing(name)?;
+    // Without its lock: whoever waits for `up` may look what it does.
+    let cluster = layout::list()?.into_iter().find(|cluster| cluster.name == name).with_context(|| unknown(name))?;
     println!("cluster {name}, {}", cluster.folder.display());
     println!("kubeconfig {}", cluster.kubeconfig().display());
     match life::Life::read(&cluster.network_file()) {
