@@ -1,4 +1,4 @@
-//! A REAL KUBERNETES ON ONE MACHINE, IN SECONDS: `cargo xtask cluster up | down | status | crash | boot | load`.
+//! A REAL KUBERNETES ON ONE MACHINE, IN SECONDS: `cargo xtask cluster up | down | status | crash | boot | exec | load`.
 //!
 //! Two nodes, each a set of namespaces with a disk of its own: `a` has the control plane, and both run containerd,
 //! kubelet and kube-proxy. Kubernetes is built from source ([`kubernetes`]), the rest is Debian's. Any number of clusters run side
@@ -25,6 +25,7 @@ use anyhow::{Context, Result, bail, ensure};
 use layout::{Cluster, Node};
 use std::fs::File;
 use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -40,6 +41,7 @@ pub(crate) fn run(root: &Path, arguments: &[String]) -> Result<ExitCode> {
         ["status"] => status(name)?,
         ["crash", node] => node::crash(&existing(name)?.0, node.parse()?)?,
         ["boot", node] => boot(root, name, node.parse()?)?,
+        ["exec", node, "--", program, arguments @ ..] => return exec(name, node.parse()?, program, arguments),
         ["load", archive] => load(name, Path::new(archive))?,
         ["hold-network"] => network::hold()?,
         ["start-node", node, number, programs] => {
@@ -47,10 +49,11 @@ pub(crate) fn run(root: &Path, arguments: &[String]) -> Result<ExitCode> {
         }
         ["run-node", node, number, programs] => init::run(&given(name, number)?, node.parse()?, Path::new(programs))?,
         ["crash" | "boot"] => bail!("`{}` takes the name of a node: `a` or `b`", words[0]),
+        ["exec", ..] => bail!("`exec` takes the name of a node, `--`, and a program with its arguments"),
         ["load"] => bail!("`load` takes the file of an image archive"),
-        [] => bail!("`cluster` takes a verb: up, down, status, crash, boot or load"),
+        [] => bail!("`cluster` takes a verb: up, down, status, crash, boot, exec or load"),
         _ => bail!(
-            "`cluster {}` is not understood; the verbs are up, down, status, crash NODE, boot NODE and load ARCHIVE",
+            "`cluster {}` is not understood; the verbs are up, down, status, crash NODE, boot NODE, exec NODE -- PROGRAM and load ARCHIVE",
             words.join(" ")
         ),
     }
@@ -64,6 +67,11 @@ fn named(arguments: &[String]) -> Result<(&str, Vec<&str>)> {
     let mut rest = arguments.iter().map(String::as_str);
     while let Some(word) = rest.next() {
         match (word, word.strip_prefix("--name=")) {
+            // What follows is another program's.
+            ("--", _) => {
+                words.push(word);
+                words.extend(rest.by_ref());
+            }
             ("--name", _) => name = rest.next().context("`--name` takes the name of a cluster")?,
             (_, Some(given)) => name = given,
             _ => words.push(word),
@@ -179,15 +187,29 @@ fn program_of(pid: u32) -> String {
     String::from_utf8_lossy(line.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned()
 }
 
+/// Becomes a program of this machine on a node.
+fn exec(name: &str, node: Node, program: &str, arguments: &[&str]) -> Result<ExitCode> {
+    let (cluster, locked) = existing(name)?;
+    let life = running(&cluster, node)?;
+    // Others may do what they want with the cluster meanwhile.
+    drop(locked);
+    Err(node::command(life, program).args(arguments).exec()).context("cannot start nsenter")
+}
+
+/// The first process of a node that is on.
+fn running(cluster: &Cluster, node: Node) -> Result<life::Life> {
+    node::life(cluster, node).with_context(|| {
+        let (name, node) = (&cluster.name, node.name());
+        format!("node {node} is off: `cargo xtask cluster --name {name} boot {node}` starts it")
+    })
+}
+
 fn load(name: &str, archive: &Path) -> Result<()> {
     let (cluster, _locked) = existing(name)?;
     for node in Node::ALL {
         // Opened for each: who reads it moves on in it. And here: what is below `/var` is another file in the node.
         let file = File::open(archive).with_context(|| format!("cannot read {}", archive.display()))?;
-        let life = node::life(&cluster, node).with_context(|| {
-            format!("node {0} is off: `cargo xtask cluster --name {name} boot {0}` starts it", node.name())
-        })?;
-        let mut ctr = node::command(life, "ctr");
+        let mut ctr = node::command(running(&cluster, node)?, "ctr");
         let status = ctr.args(init::IMPORT).arg("-").stdin(file).status().context("cannot start nsenter")?;
         ensure!(status.success(), "node {} does not take {}", node.name(), archive.display());
     }

@@ -33,13 +33,14 @@ usage: cargo xtask <command>
 
   tidy                                   check the shape of the repository
   test [GROUP…] [PATTERN…] [--repeat N] [--required]
-                                         run the tests; groups: unit, e2e (default: both);
+                                         run the tests; groups: unit, e2e, kubernetes (default: all);
+                                         kubernetes, asked for by name, uses the cluster that KUBECONFIG names;
                                          a PATTERN selects tests by a part of their name;
                                          --repeat N runs them N times, or until a run fails, which is shown;
                                          --required makes a skipped test a failure
   bench [--quick] [--check] [--json FILE] [--compare BEFORE AFTER] …
                                          measure speed and memory (PERFORMANCE.md); `bench --help` lists all options
-  cluster [--name NAME] up | down | status | crash NODE | boot NODE | load ARCHIVE
+  cluster [--name NAME] up | down | status | crash NODE | boot NODE | exec NODE -- PROGRAM… | load ARCHIVE
                                          a real Kubernetes of two nodes on this machine; NAME is `dev` if none is given
   image --output FILE [--arch amd64|arm64]
                                          the product as an OCI image archive

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: the tests in two groups, and one summary that counts what was skipped and why.
+//! `cargo xtask test`: the tests in three groups, and one summary that counts what was skipped and why.
 
 use crate::process::{cargo, succeeds, succeeds_silently, succeeds_with_lines};
 use crate::product::{self, Architecture};
@@ -9,11 +9,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
+/// How the names of tests begin that need a real Kubernetes.
+const ON_KUBERNETES: &str = "kubernetes_";
+
 /// What the command line asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Request {
     unit: bool,
     e2e: bool,
+    kubernetes: bool,
+    /// The group was asked for by name: only then may it touch a cluster that is there already.
+    kubernetes_named: bool,
     patterns: Vec<String>,
     repeat: u32,
     required: bool,
@@ -22,17 +28,26 @@ pub(crate) struct Request {
 impl Request {
     /// Everything once, and nothing may be skipped: what CI runs.
     pub(crate) fn everything_required() -> Self {
-        Self { unit: true, e2e: true, patterns: Vec::new(), repeat: 1, required: true }
+        Self {
+            unit: true,
+            e2e: true,
+            kubernetes: true,
+            kubernetes_named: false,
+            patterns: Vec::new(),
+            repeat: 1,
+            required: true,
+        }
     }
 
     /// Reads the arguments after `test`. A word that names no group is a pattern.
     pub(crate) fn parse(arguments: &[String]) -> Result<Self> {
-        let mut request = Self { unit: false, e2e: false, patterns: Vec::new(), repeat: 1, required: false };
+        let mut request = Self { unit: false, e2e: false, kubernetes: false, required: false, ..Self::everything_required() };
         let mut arguments = arguments.iter();
         while let Some(argument) = arguments.next() {
             match argument.as_str() {
                 "unit" => request.unit = true,
                 "e2e" => request.e2e = true,
+                "kubernetes" => (request.kubernetes, request.kubernetes_named) = (true, true),
                 "--required" => request.required = true,
                 "--repeat" => {
                     let count = arguments.next().context("--repeat needs a number of runs")?;
@@ -46,8 +61,8 @@ impl Request {
                 pattern => request.patterns.push(pattern.to_owned()),
             }
         }
-        if !request.unit && !request.e2e {
-            (request.unit, request.e2e) = (true, true);
+        if !request.unit && !request.e2e && !request.kubernetes {
+            (request.unit, request.e2e, request.kubernetes) = (true, true, true);
         }
         Ok(request)
     }
@@ -59,7 +74,13 @@ impl Request {
 }
 
 pub(crate) fn run(root: &Path, request: &Request) -> Result<ExitCode> {
-    let missing = if request.e2e { programs::provide(programs::PROGRAMS)? } else { Vec::new() };
+    let mut missing = Vec::new();
+    if request.e2e || request.kubernetes {
+        missing.extend(programs::provide(programs::PROGRAMS)?);
+    }
+    if request.kubernetes {
+        missing.extend(programs::provide(programs::OF_A_CLUSTER)?);
+    }
     if !missing.is_empty() {
         println!("not installed here: {}; the tests that use them are skipped", missing.join(", "));
     }
@@ -107,6 +128,9 @@ fn once(root: &Path, request: &Request, output: &mut Output) -> Result<Summary> 
     if request.e2e {
         summary.groups.push(e2e(root, request, output)?);
     }
+    if request.kubernetes {
+        summary.groups.push(kubernetes(root, request, output)?);
+    }
     Ok(summary)
 }
 
@@ -126,16 +150,9 @@ fn unit(root: &Path, request: &Request, output: &mut Output) -> Result<Group> {
 /// The real binary in namespaces, and the programs that drive it there. Tests whose bound is a time run last and alone, so that no neighbour makes them late.
 fn e2e(root: &Path, request: &Request, output: &mut Output) -> Result<Group> {
     let mut group = Group::named("e2e");
-    product::build(root, Architecture::native()?)?;
-    let built = succeeds(cargo().current_dir(root).args(["build", "--release", "--package", "bench"]))?;
-    if !built {
-        group.note_exit(false);
-        return Ok(group);
-    }
-    let skips = target_folder(root).join("skipped-tests");
-    std::fs::create_dir_all(target_folder(root))?;
-    std::fs::write(&skips, "")?;
-    let binaries = test_binaries(&root.join("tests/e2e/tests"))?;
+    let Some(skips) = prepare(root, &mut group)? else { return Ok(group) };
+    let mut binaries = test_binaries(&root.join("tests/e2e/tests"))?;
+    binaries.retain(|name| !name.starts_with(ON_KUBERNETES));
     let (alone, together): (Vec<_>, Vec<_>) = binaries.into_iter().partition(|name| name.starts_with("alone_"));
     let mut targets = vec!["--package".to_owned(), "e2e".to_owned(), "--lib".to_owned()];
     targets.extend(together.into_iter().flat_map(|name| ["--test".to_owned(), name]));
@@ -147,6 +164,33 @@ fn e2e(root: &Path, request: &Request, output: &mut Output) -> Result<Group> {
     }
     group.read_skips(&skips);
     Ok(group)
+}
+
+/// Tests on a real Kubernetes, one at a time: a cluster has the whole machine. A cluster that is there already is used where
+/// the group was asked for by name, and never by accident.
+fn kubernetes(root: &Path, request: &Request, output: &mut Output) -> Result<Group> {
+    let mut group = Group::named("kubernetes");
+    let Some(skips) = prepare(root, &mut group)? else { return Ok(group) };
+    let binaries = test_binaries(&root.join("tests/e2e/tests"))?;
+    let mut targets = vec!["--package".to_owned(), "e2e".to_owned()];
+    let ours = binaries.into_iter().filter(|name| name.starts_with(ON_KUBERNETES));
+    targets.extend(ours.flat_map(|name| ["--test".to_owned(), name]));
+    cargo_test(root, request, &mut group, output, &refs(&targets), &["--test-threads=1"])?;
+    group.read_skips(&skips);
+    Ok(group)
+}
+
+/// Builds what the end-to-end tests run, and returns the file in which they say what they skipped; `None` where it does not build.
+fn prepare(root: &Path, group: &mut Group) -> Result<Option<PathBuf>> {
+    product::build(root, Architecture::native()?)?;
+    if !succeeds(cargo().current_dir(root).args(["build", "--release", "--package", "bench", "--package", "xtask"]))? {
+        group.note_exit(false);
+        return Ok(None);
+    }
+    let skips = target_folder(root).join("skipped-tests");
+    std::fs::create_dir_all(target_folder(root))?;
+    std::fs::write(&skips, "")?;
+    Ok(Some(skips))
 }
 
 fn cargo_test(
@@ -166,6 +210,9 @@ fn cargo_test(
         .args(&request.patterns)
         .args(harness)
         .env("JUSTMTLS_TEST_SKIPS", target_folder(root).join("skipped-tests"));
+    if !request.kubernetes_named {
+        command.env_remove("KUBECONFIG");
+    }
     let failures = group.failures.len();
     let success = match output {
         Output::Shown => succeeds_with_lines(&mut command, |line| group.read_line(line))?,
@@ -207,10 +254,17 @@ mod tests {
     }
 
     #[test]
-    fn without_arguments_both_groups_run_once() {
+    fn without_arguments_all_groups_run_once() {
         let request = parse("").unwrap();
-        assert!(request.unit && request.e2e && !request.required);
+        assert!(request.unit && request.e2e && request.kubernetes && !request.required);
         assert_eq!(request.repeat, 1);
+    }
+
+    #[test]
+    fn a_cluster_that_is_there_is_touched_only_where_the_group_is_named() {
+        assert!(!parse("").unwrap().kubernetes_named && !parse("e2e").unwrap().kubernetes);
+        let request = parse("kubernetes").unwrap();
+        assert!(request.kubernetes && request.kubernetes_named && !request.e2e && !request.unit);
     }
 
     #[test]

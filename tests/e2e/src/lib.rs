@@ -15,6 +15,7 @@ mod program;
 mod wait;
 // The box, its pods and its processes
 mod cluster;
+mod kubernetes;
 mod load;
 mod ordeal;
 mod processes;
@@ -25,6 +26,7 @@ mod streams;
 mod wiretap;
 
 pub use cluster::{Cluster, OUTSIDE, Owner, binary};
+pub use kubernetes::{Edge, Kubernetes, LinkTap, SHOP};
 pub use load::{Counts, Load, Loaded, Report, Server};
 pub use machine::Machine;
 pub use ordeal::{ENOUGH, PORT, assert_only_what_was_open_broke, under_load};

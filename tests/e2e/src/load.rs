@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::cluster::Cluster;
-use crate::program::{Finished, Running};
+use crate::program::{Finished, Program, Running};
 use crate::view::{Family, text};
 use crate::wait::{PATIENCE, wait_until};
 
@@ -58,31 +58,28 @@ impl Server<'_> {
     }
 
     /// A load on it from a pod, of nothing yet.
-    pub fn load(&self, from: &str, family: Family) -> Load<'_> {
-        Load {
-            cluster: self.cluster,
-            from: from.to_owned(),
-            arguments: vec!["--to".to_owned(), self.address(family).to_string()],
-            short: 0,
-            long: 0,
-            bulk: 0,
-        }
+    pub fn load(&self, from: &str, family: Family) -> Load {
+        Load::of(self.cluster.exec(from, &[BINARY, "demo-app", "load"]), &self.address(family).to_string())
     }
 }
 
 /// A load that has not begun.
 #[derive(Debug)]
 #[must_use]
-pub struct Load<'a> {
-    cluster: &'a Cluster,
-    from: String,
+pub struct Load {
+    program: Program,
     arguments: Vec<String>,
     short: u64,
     long: u64,
     bulk: u64,
 }
 
-impl Load<'_> {
+impl Load {
+    /// A load of nothing yet: the client (`justmtls demo-app load` somewhere), and whom it asks.
+    pub fn of(program: Program, to: &str) -> Load {
+        Load { program, arguments: vec!["--to".to_owned(), to.to_owned()], short: 0, long: 0, bulk: 0 }
+    }
+
     fn with(mut self, option: &str, value: impl fmt::Display) -> Self {
         self.arguments.extend([option.to_owned(), value.to_string()]);
         self
@@ -124,9 +121,7 @@ impl Load<'_> {
     /// Starts it, and waits until each part of it has had an answer.
     #[track_caller]
     pub fn start(self) -> Loaded {
-        let running =
-            self.cluster.exec(&self.from, &[BINARY, "demo-app", "load", "--controlled"]).args(&self.arguments);
-        let loaded = Loaded { running: running.spawn() };
+        let loaded = Loaded { running: self.program.args(["--controlled"]).args(&self.arguments).spawn() };
         let (short, long, bulk) = (self.short, self.long, self.bulk);
         // A long connection that asks once a second says little; a bulk transfer is one count.
         let wanted = if short > 0 { 10 * short } else { 0 } + long + bulk.min(1);
@@ -139,8 +134,7 @@ impl Load<'_> {
     /// Runs it until its count of short connections is reached.
     #[track_caller]
     pub fn run(self, within: Duration) -> Report {
-        let program = self.cluster.exec(&self.from, &[BINARY, "demo-app", "load"]).args(&self.arguments).within(within);
-        Report::of(&program.run())
+        Report::of(&self.program.args(&self.arguments).within(within).run())
     }
 }
 

@@ -1,0 +1,73 @@
+//! Pods of the tests, and what is done in them.
+
+use std::net::IpAddr;
+
+use super::{Kubernetes, SOON};
+use crate::load::Load;
+use crate::program::Program;
+use crate::wait::wait_until;
+
+/// A client and a server on different nodes, each with a service account of its own, and a client outside of the mesh.
+pub const SHOP: &str = include_str!("../../manifests/kubernetes.yaml");
+
+impl Kubernetes {
+    /// A command in a pod (`NAMESPACE/POD`), with its standard input.
+    #[must_use]
+    pub fn exec(&self, pod: &str, command: &[&str]) -> Program {
+        let (namespace, name) = pod.split_once('/').expect("NAMESPACE/POD");
+        self.kubectl(&["-n", namespace, "exec", "-i", name, "--"]).args(command)
+    }
+
+    /// A load from a pod that runs the product's image.
+    pub fn load(&self, pod: &str, to: &str) -> Load {
+        Load::of(self.exec(pod, &["/justmtls", "demo-app", "load"]), to)
+    }
+
+    /// Whether one short request of a pod is answered.
+    #[track_caller]
+    pub fn answers(&self, pod: &str, to: &str) -> bool {
+        self.load(pod, to).short(1).count(1).run(SOON).answered() == 1
+    }
+
+    /// The addresses of a pod.
+    #[track_caller]
+    pub fn addresses(&self, pod: &str) -> Vec<IpAddr> {
+        let (namespace, name) = pod.split_once('/').expect("NAMESPACE/POD");
+        let pod = self.get(&["-n", namespace, "pod", name]);
+        let all = pod["status"]["podIPs"].as_array().into_iter().flatten();
+        all.filter_map(|it| it["ip"].as_str()?.parse().ok()).collect()
+    }
+
+    /// Waits until all pods of a namespace are ready.
+    #[track_caller]
+    pub fn wait_ready(&self, namespace: &str) {
+        self.wait_for(&format!("all pods of {namespace} to be ready"), &["-n", namespace, "pods"], |pods| {
+            let mut all = pods["items"].as_array().into_iter().flatten().peekable();
+            all.peek().is_some()
+                && all.all(|pod| {
+                    let mut conditions = pod["status"]["conditions"].as_array().into_iter().flatten();
+                    pod["status"]["phase"] == "Succeeded"
+                        || conditions.any(|it| it["type"] == "Ready" && it["status"] == "True")
+                })
+        });
+    }
+
+    /// The events of a pod, as sentences.
+    #[track_caller]
+    pub fn events(&self, pod: &str) -> String {
+        let (namespace, name) = pod.split_once('/').expect("NAMESPACE/POD");
+        let selector = format!("involvedObject.name={name}");
+        let events = self.get(&["-n", namespace, "events", "--field-selector", &selector]);
+        let all = events["items"].as_array().into_iter().flatten();
+        all.filter_map(|event| event["message"].as_str()).collect::<Vec<_>>().join("\n")
+    }
+
+    /// Waits until a pod's events say something.
+    #[track_caller]
+    pub fn wait_for_event(&self, pod: &str, words: &str) {
+        wait_until(&format!("an event of {pod} that says {words:?}"), SOON, || {
+            let said = self.events(pod);
+            if said.contains(words) { Ok(()) } else { Err(said) }
+        });
+    }
+}

@@ -1,0 +1,100 @@
+//! On any real Kubernetes: one command installs, a table shows who talks to whom and how, strict and an opt-out do what they say,
+//! and what is wrong is said in a sentence.
+
+#![forbid(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+use e2e::{Kubernetes, PATIENCE, SHOP, eventually, needs, wait_until};
+
+const SOON: Duration = Duration::from_secs(120);
+/// From the first command to the table, once everything is built (README).
+const FIVE_MINUTES: Duration = Duration::from_secs(300);
+const STRICT: &str = "
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: { name: default, namespace: shop }
+spec: { mtls: { mode: STRICT } }
+";
+
+fn ask(cluster: &Kubernetes, from: &str) -> bool {
+    let ask = ["/justmtls", "demo-app", "load", "--count", "1", "--short", "1", "--patience", "4000", "--to", "web.shop:80"];
+    cluster.exec(from, &ask).run().success()
+}
+
+/// There is traffic, and an edge that says how it passes.
+#[track_caller]
+fn edge(cluster: &Kubernetes, from: &str, security: &str, reason: Option<&str>) {
+    wait_until(&format!("{from} → shop/web, {security}"), SOON, || {
+        let asked = ask(cluster, from);
+        let edges = cluster.edges(from, "shop/web");
+        let found = edges.iter().any(|edge| {
+            edge["security"] == security && reason.is_none_or(|reason| edge["reason"] == reason)
+        });
+        if asked && found { Ok(()) } else { Err(format!("answered {asked}; {edges:?}")) }
+    });
+}
+
+#[test]
+fn one_command_installs_and_the_table_shows_mtls() {
+    needs!("root", "go", "containerd", "runc");
+    let cluster = Kubernetes::up("ins");
+    let began = Instant::now();
+
+    println!("what is wrong is said before anything is changed");
+    for (wrong, words) in [
+        (&["install", "--set", "drian=30s"][..], "drian"),
+        (&["install", "--set", "drain=soon"], "drain"),
+        (&["install", "--set", "replicas=0"], "replicas"),
+    ] {
+        let said = cluster.justmtls(wrong).run().fails();
+        assert!(said.contains(words) && said.lines().count() <= 3, "{said}");
+    }
+    let image = format!("image={}", cluster.image);
+    let dry = cluster.justmtls(&["install", "--set", &image, "--dry-run"]).run().ok();
+    assert!(dry.contains("DaemonSet"), "{dry}");
+    let namespaces = cluster.get(&["namespaces"]).to_string();
+    assert!(!namespaces.contains("justmtls-system"), "a dry run changes nothing");
+    assert_eq!(cluster.justmtls(&["check"]).run().status.code(), Some(1), "nothing is installed");
+
+    cluster.install(&[]);
+    cluster.apply(SHOP);
+    cluster.wait_ready("shop");
+    cluster.wait_ready("outside");
+    for pod in ["shop/client", "shop/web"] {
+        cluster.wait_captured(pod);
+    }
+    edge(&cluster, "shop/client", "mtls", None);
+    edge(&cluster, "outside/stranger", "plaintext", Some("opted-out"));
+    let table = cluster.justmtls(&["coverage"]).run().ok();
+    assert!(table.lines().any(|line| line.contains("shop/client") && line.contains("shop/web") && line.contains("mTLS")), "{table}");
+    let took = began.elapsed();
+    println!("from the first command to the table: {took:.0?}\n{table}");
+    assert!(took < FIVE_MINUTES, "{took:?}");
+
+    println!("nothing is amiss, and a second installation changes nothing");
+    let again = cluster.install(&[]);
+    assert!(again.contains("nothing changed"), "{again}");
+    let check = cluster.justmtls(&["check", "--wait"]).run();
+    println!("{check}");
+    assert!(matches!(check.status.code(), Some(0 | 2)), "{check}");
+    let status = cluster.justmtls(&["status"]).run().ok();
+    assert!(status.contains("spiffe://cluster.local/ns/shop/sa/web") || status.contains("ns/shop/sa/web"), "{status}");
+    assert!(cluster.justmtls(&["version"]).run().ok().contains(env!("CARGO_PKG_VERSION")));
+
+    println!("strict, and back");
+    cluster.apply(STRICT);
+    eventually("strict to be enforced", SOON, || !ask(&cluster, "outside/stranger"));
+    assert!(ask(&cluster, "shop/client"));
+    cluster.delete(STRICT);
+    eventually("permissive to be back", SOON, || ask(&cluster, "outside/stranger"));
+
+    println!("an image that no node has");
+    let broken = cluster.justmtls(&["upgrade", "--set", "image=localhost/none:1", "--set", "imagePullPolicy=Never", "--timeout", "40s"]);
+    let said = broken.within(SOON).run();
+    assert_eq!(said.status.code(), Some(1), "{said}");
+    assert!(format!("{}{}", said.stdout, said.stderr).contains("localhost/none:1"), "{said}");
+    assert!(ask(&cluster, "shop/client"), "the one before goes on");
+    cluster.install(&[]);
+    eventually("the mesh to be whole", PATIENCE * 6, || cluster.justmtls(&["check"]).run().status.code() != Some(1));
+}

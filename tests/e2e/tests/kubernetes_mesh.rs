@@ -1,0 +1,162 @@
+//! On a real Kubernetes, under a load of short and long connections: installation, kills, rolling restarts, upgrades, an agent
+//! that is away, and Deployments that roll.
+
+#![forbid(unsafe_code)]
+
+use std::time::Duration;
+
+use e2e::{ENOUGH, Kubernetes, Loaded, Report, SHOP, eventually, needs, wait_until};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Of the proxies in these tests: long enough to see connections live, short enough to wait for.
+const DRAIN: Duration = Duration::from_secs(15);
+const LONG: u64 = 10;
+
+/// Both kinds of connections from `shop/client` to `shop/web`, by the Service's name.
+fn load(cluster: &Kubernetes) -> Loaded {
+    let load = cluster.load("shop/client", "web.shop:80").short(4).long(LONG, Duration::from_millis(100)).start();
+    load.wait_for_more(ENOUGH);
+    load
+}
+
+/// Does something while `load` runs.
+fn meanwhile(mut load: Loaded, what: impl FnOnce(&Loaded)) -> Report {
+    load.event();
+    what(&load);
+    load.over();
+    load.wait_for_more(2 * ENOUGH);
+    let report = load.finish();
+    println!("{report}");
+    report.assert_spans_the_event();
+    report
+}
+
+fn install(cluster: &Kubernetes) {
+    cluster.install(&[&format!("drain={}s", DRAIN.as_secs())]);
+}
+
+/// One cluster for all of it: each part begins with what the last one left, which is a mesh that works.
+#[test]
+fn nobody_notices_installation_restarts_kills_and_rollouts() {
+    needs!("root", "go", "containerd", "runc");
+    let cluster = Kubernetes::up("mesh");
+    let [first, worker] = cluster.nodes();
+    cluster.apply(SHOP);
+    cluster.wait_ready("shop");
+    cluster.wait_ready("outside");
+    deployment_rolls(&cluster, "before");
+
+    println!("installation");
+    let report = meanwhile(load(&cluster), |_| {
+        install(&cluster);
+        for pod in ["shop/client", "shop/web"] {
+            cluster.wait_captured(pod);
+        }
+        mtls(&cluster, "shop/client", "shop/web");
+    });
+    // What was open goes on as it was, and nothing short failed.
+    report.assert_nothing_failed();
+    assert!(cluster.answers("outside/stranger", "web.shop:80"), "permissive lets strangers in");
+    plaintext(&cluster, "outside/stranger", "shop/web", "opted-out");
+
+    println!("a second installation");
+    let again = cluster.install(&[&format!("drain={}s", DRAIN.as_secs())]);
+    assert!(again.contains("nothing changed"), "{again}");
+
+    println!("rolling restart of everything");
+    let report = meanwhile(load(&cluster), |load| {
+        for what in ["daemonset/justmtls-node", "deployment/justmtls-control"] {
+            cluster.kubectl(&["-n", "justmtls-system", "rollout", "restart", what]).run().ok();
+        }
+        // The old proxies have what is open for as long as they may.
+        cluster.new_node_pods();
+        assert_eq!(load.lost(), 0, "a long connection ended before the drain was over");
+        for what in ["daemonset/justmtls-node", "deployment/justmtls-control"] {
+            cluster.rolled_out("justmtls-system", what);
+        }
+        load.wait_for_lost(LONG);
+    });
+    report.assert_no_short_failed();
+
+    println!("a proxy is killed");
+    for node in [&first, &worker] {
+        let report = meanwhile(load(&cluster), |_| cluster.kill(node, "proxy"));
+        for kind in ["refused", "early-end", "wrong-bytes", "timeout", "other"] {
+            report.assert_never(kind);
+        }
+        assert_eq!(report.of_phase("after", "short").failed, 0, "{report}");
+        assert_eq!(report.long().1, LONG, "what the dead proxy had ends with an error: {report}");
+    }
+
+    println!("an agent and a control plane are killed");
+    let report = meanwhile(load(&cluster), |_| {
+        cluster.kill(&worker, "agent");
+        let control = [&first, &worker].into_iter().find(|node| !cluster.processes(node, "control").is_empty());
+        cluster.signal(control.expect("a control plane"), "control", "-KILL");
+        cluster.rolled_out("justmtls-system", "deployment/justmtls-control");
+    });
+    report.assert_nothing_failed();
+
+    println!("the agent is away");
+    assert_eq!(cluster.signal(&worker, "agent", "-STOP"), 1);
+    cluster.apply(LATE);
+    cluster.wait_for_event("shop/late", "agent of justmtls");
+    assert!(cluster.addresses("shop/late").is_empty(), "it waits");
+    assert_eq!(cluster.signal(&worker, "agent", "-CONT"), 1);
+    cluster.wait_captured("shop/late");
+    assert!(cluster.answers("shop/late", "web.shop:80"));
+    mtls(&cluster, "shop/late", "shop/web");
+
+    deployment_rolls(&cluster, "after");
+}
+
+/// On the worker, like the server.
+const LATE: &str = "
+apiVersion: v1
+kind: Pod
+metadata: { name: late, namespace: shop }
+spec:
+  affinity:
+    nodeAffinity:
+      requiredDuringSchedulingIgnoredDuringExecution:
+        nodeSelectorTerms: [{ matchExpressions: [{ key: node-role.kubernetes.io/control-plane, operator: DoesNotExist }] }]
+  terminationGracePeriodSeconds: 1
+  containers: [{ name: late, image: IMAGE, args: [demo-app, serve, --port, '8080'] }]
+";
+
+/// There is an edge between two pods, and all of it is mTLS.
+fn mtls(cluster: &Kubernetes, from: &str, to: &str) {
+    wait_until(&format!("{from} → {to} by mTLS"), PATIENCE, || {
+        let edges = cluster.edges(from, to);
+        if edges.iter().any(|edge| edge["security"] == "mtls") { Ok(()) } else { Err(format!("{edges:?}")) }
+    });
+}
+
+fn plaintext(cluster: &Kubernetes, from: &str, to: &str, reason: &str) {
+    wait_until(&format!("{from} → {to} in clear, {reason}"), PATIENCE, || {
+        let edges = cluster.edges(from, to);
+        let found = edges.iter().any(|edge| edge["security"] == "plaintext" && edge["reason"] == reason);
+        if found { Ok(()) } else { Err(format!("{edges:?}")) }
+    });
+}
+
+/// A Deployment rolls under load: no more failures than the same test has without us, which is what its own pods lose.
+fn deployment_rolls(cluster: &Kubernetes, when: &str) {
+    const ROLLING: &str = include_str!("../manifests/kubernetes_rolling.yaml");
+    println!("a Deployment rolls, {when}");
+    cluster.apply(ROLLING);
+    cluster.rolled_out("shop", "deployment/rolling");
+    let report = meanwhile(cluster.load("shop/client", "rolling.shop:80").short(4).start(), |load| {
+        for _ in 0..2 {
+            cluster.kubectl(&["-n", "shop", "rollout", "restart", "deployment/rolling"]).run().ok();
+            cluster.rolled_out("shop", "deployment/rolling");
+            load.wait_for_more(ENOUGH);
+        }
+    });
+    // Its pods wait until nobody sends to them any more before they end: with or without us nothing is lost.
+    report.assert_nothing_failed();
+    cluster.delete(ROLLING);
+    eventually("its pods to be gone", PATIENCE, || {
+        cluster.get(&["-n", "shop", "pods", "-l", "app=rolling"])["items"] == serde_json::json!([])
+    });
+}
