@@ -5,13 +5,15 @@
 
 #![forbid(unsafe_code)]
 
+mod admin;
 mod app;
 mod demo;
 mod log;
+mod manual;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// All traffic between the pods of a cluster as mutually authenticated TLS, and nothing else.
 #[derive(Debug, Parser)]
@@ -26,6 +28,8 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    #[command(flatten)]
+    Cluster(install::Verb),
     /// A two-node cluster in a box on this machine, with or without root.
     Demo(demo::Arguments),
     /// The control plane: from Kubernetes objects to what each node knows, and the certificates of its pods.
@@ -34,6 +38,13 @@ enum Command {
     Agent(agent::Args),
     /// The data path of a node, without privileges.
     Proxy(proxy::Args),
+    /// A script that completes this command line in a shell.
+    Completions(manual::CompletionsArguments),
+    /// Manual pages, one for each verb.
+    Man(manual::ManArguments),
+    /// A page of a process' admin socket.
+    #[command(hide = true)]
+    Admin(admin::Arguments),
     /// Programs of the box's default pods.
     #[command(hide = true)]
     DemoApp(app::Arguments),
@@ -43,10 +54,14 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let log = arguments.log_format;
     let result = match arguments.command {
+        Command::Cluster(verb) => install::run(verb, control::unenforceable),
         Command::Demo(arguments) => demo::run(arguments),
         Command::Control(arguments) => process(log, || control::run(arguments)),
         Command::Agent(arguments) => process(log, || agent::run(arguments)),
         Command::Proxy(arguments) => process(log, || proxy::run(arguments)),
+        Command::Completions(arguments) => manual::completions(&arguments, Arguments::command()),
+        Command::Man(arguments) => manual::man(&arguments, Arguments::command()),
+        Command::Admin(arguments) => admin::run(&arguments),
         Command::DemoApp(arguments) => app::run(&arguments),
     };
     match result {

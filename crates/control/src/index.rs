@@ -35,6 +35,8 @@ use self::dirty::Dirty;
 use self::facts::{Name, Pod};
 use crate::problem::Problem;
 
+pub use self::policy::unenforceable;
+
 /// The domain of Services' DNS names.
 const CLUSTER_DOMAIN: &str = "cluster.local";
 

@@ -43,6 +43,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use control::run;
+pub use index::unenforceable;
 
 /// The namespace of the product itself, and of policies that speak for the whole mesh (D14).
 const ROOT_NAMESPACE: &str = "justmtls-system";

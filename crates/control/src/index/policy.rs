@@ -34,6 +34,12 @@ pub(crate) fn policy_name(name: &Name) -> PolicyName {
     PolicyName { namespace: name.namespace.as_str().into(), name: name.name.as_str().into() }
 }
 
+/// Why a policy cannot be enforced as it is, so that everything that it selects refuses, if so (T35).
+pub fn unenforceable(object: &Object) -> Option<String> {
+    let namespace = object.metadata.namespace.as_deref().unwrap_or_default();
+    translate::rules(&object.spec, namespace).err().map(|unsupported| unsupported.to_string())
+}
+
 impl AuthorizationPolicy {
     pub(crate) fn read(object: &Object, problems: &mut Vec<Problem>) -> Self {
         let name = Name::of_metadata(&object.metadata);

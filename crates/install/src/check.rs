@@ -1,0 +1,407 @@
+//! `justmtls check`: everything that must hold, in order, each with a name, and with what to do where it does not.
+
+mod ids;
+mod nodes;
+
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod};
+use serde_json::{Value, json};
+
+use crate::apply::{self, Outcome};
+use crate::cluster::{Cluster, Place, path};
+use crate::install::{recorded, supported};
+use crate::objects::{CONTROL, NAMESPACE, NODE, TRUST_BUNDLE, definitions, objects};
+use crate::table::printable;
+use crate::values::Values;
+use crate::{pages, status, wait};
+
+use ids::Id;
+
+/// What the verb takes.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Arguments {
+    /// Look again until nothing fails.
+    #[arg(long)]
+    pub wait: bool,
+    /// How long, in seconds.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS", requires = "wait")]
+    pub timeout: u64,
+    /// Pods of this namespace alone.
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+    /// Output for programs.
+    #[arg(long)]
+    pub json: bool,
+    /// Which cluster is meant.
+    #[command(flatten)]
+    pub place: Place,
+}
+
+/// What a check came to.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum State {
+    Ok,
+    Warning,
+    Failed,
+}
+
+impl State {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Warning => "warning",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// One check, made.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Finding {
+    id: Id,
+    state: State,
+    /// What was found, or what is wrong, in a sentence without an end.
+    message: String,
+}
+
+fn ok(id: Id, message: impl Into<String>) -> Finding {
+    Finding { id, state: State::Ok, message: message.into() }
+}
+
+fn warning(id: Id, message: impl Into<String>) -> Finding {
+    Finding { id, state: State::Warning, message: message.into() }
+}
+
+fn failed(id: Id, message: impl Into<String>) -> Finding {
+    Finding { id, state: State::Failed, message: message.into() }
+}
+
+/// The best findings of one id: what is wrong, one by one; or, where nothing is, one sentence.
+fn all_or(id: Id, wrong: Vec<Finding>, right: impl Into<String>) -> Vec<Finding> {
+    if wrong.is_empty() { vec![ok(id, right)] } else { wrong }
+}
+
+/// A root that has fewer days than these left is worth a warning.
+const FEW_DAYS: i64 = 90;
+/// The pause between two looks.
+const AGAIN: Duration = Duration::from_secs(2);
+/// Where each check is explained.
+const ANCHOR: &str = "SPECIFICATION.md#checks";
+
+/// Checks. The exit status is 0 where all is well, 1 where something failed and 2 where there are warnings alone.
+pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
+    let until = Instant::now() + Duration::from_secs(arguments.timeout);
+    let mut findings = look(arguments).await;
+    while arguments.wait && worst(&findings) == State::Failed && Instant::now() < until {
+        tokio::time::sleep(AGAIN).await;
+        findings = look(arguments).await;
+    }
+    if arguments.json {
+        anstream::println!("{:#}", as_json(&findings));
+    } else {
+        print(&findings);
+    }
+    Ok(exit_status(&findings))
+}
+
+fn worst(findings: &[Finding]) -> State {
+    findings.iter().map(|finding| finding.state).max().unwrap_or(State::Ok)
+}
+
+fn exit_status(findings: &[Finding]) -> i32 {
+    match worst(findings) {
+        State::Ok => 0,
+        State::Failed => 1,
+        State::Warning => 2,
+    }
+}
+
+fn as_json(findings: &[Finding]) -> Value {
+    let one = |finding: &Finding| {
+        let hint = (finding.state != State::Ok).then(|| finding.id.hint());
+        json!({
+            "id": finding.id.as_str(),
+            "group": finding.id.group().as_str(),
+            "state": finding.state.as_str(),
+            "message": finding.message,
+            "hint": hint,
+            "documentation": ANCHOR,
+        })
+    };
+    json!({ "state": worst(findings).as_str(), "checks": findings.iter().map(one).collect::<Vec<_>>() })
+}
+
+fn print(findings: &[Finding]) {
+    use anstyle::{AnsiColor, Style};
+    let (mut group, bold) = (None, Style::new().bold());
+    for finding in findings {
+        if group != Some(finding.id.group()) {
+            group = Some(finding.id.group());
+            anstream::println!("{bold}{}{bold:#}", finding.id.group().as_str());
+        }
+        let (colour, mark) = match finding.state {
+            State::Ok => (AnsiColor::Green, "√"),
+            State::Warning => (AnsiColor::Yellow, "!"),
+            State::Failed => (AnsiColor::Red, "×"),
+        };
+        let colour = colour.on_default();
+        anstream::println!("{colour}{mark}{colour:#} {}: {}", finding.id.as_str(), printable(&finding.message));
+        if finding.state != State::Ok {
+            anstream::println!("    {}; see {ANCHOR}", finding.id.hint());
+        }
+    }
+    let of = |state: State| findings.iter().filter(|finding| finding.state == state).count();
+    anstream::println!();
+    anstream::println!("{} ok, {} warnings, {} failed", of(State::Ok), of(State::Warning), of(State::Failed));
+}
+
+/// Makes all checks; a failed one that the rest depends on ends them.
+async fn look(arguments: &Arguments) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let cluster = match Cluster::connect(&arguments.place).await {
+        Ok(cluster) => cluster,
+        Err(error) => return vec![failed(Id::ApiReachable, format!("{error:#}"))],
+    };
+    match cluster.version().await {
+        Ok((_, version)) => findings.push(ok(Id::ApiReachable, format!("the API server answers, {version}"))),
+        Err(error) => return vec![failed(Id::ApiReachable, format!("{error:#}"))],
+    }
+    match supported(&cluster).await {
+        Ok(_) => findings.push(ok(Id::ApiVersion, format!("Kubernetes is {} or newer", crate::MINIMUM_KUBERNETES))),
+        Err(error) => findings.push(failed(Id::ApiVersion, format!("{error:#}"))),
+    }
+    let values = match installed(&cluster).await {
+        Ok(Some(values)) => values,
+        Ok(None) => {
+            findings.push(failed(Id::Installed, format!("there is no namespace {NAMESPACE}")));
+            return findings;
+        }
+        Err(error) => {
+            findings.push(failed(Id::Installed, format!("{error:#}")));
+            return findings;
+        }
+    };
+    findings.push(ok(Id::Installed, format!("the namespace {NAMESPACE} is there")));
+    findings.extend(objects_as_rendered(&cluster, &values).await);
+    findings.extend(definitions_present(&cluster).await);
+    findings.extend(control_plane(&cluster).await);
+    findings.extend(nodes_and_pods(&cluster, arguments.namespace.as_deref()).await);
+    findings
+}
+
+async fn installed(cluster: &Cluster) -> anyhow::Result<Option<Values>> {
+    cluster.get(&format!("/api/v1/namespaces/{NAMESPACE}")).await?.as_ref().map(recorded).transpose()
+}
+
+async fn objects_as_rendered(cluster: &Cluster, values: &Values) -> Vec<Finding> {
+    let id = Id::ObjectsAsRendered;
+    let wanted = objects(values);
+    let mut wrong = Vec::new();
+    for object in &wanted {
+        match apply::plan(cluster, object, true).await {
+            Ok(Outcome::Unchanged) => {}
+            Ok(Outcome::Created) => wrong.push(failed(id, format!("{} is missing", object.title()))),
+            Ok(Outcome::Changed(differences)) => {
+                let fields: Vec<_> = differences.iter().take(5).map(ToString::to_string).collect();
+                let more = differences.len().saturating_sub(fields.len());
+                let more = if more == 0 { String::new() } else { format!(" and {more} more") };
+                wrong.push(warning(id, format!("{} differs: {}{more}", object.title(), fields.join(", "))));
+            }
+            Err(error) => wrong.push(warning(id, format!("{} cannot be compared: {error:#}", object.title()))),
+        }
+    }
+    all_or(id, wrong, format!("{} objects are as `justmtls render` has them", wanted.len()))
+}
+
+async fn definitions_present(cluster: &Cluster) -> Vec<Finding> {
+    let id = Id::DefinitionsPresent;
+    let mut wrong = Vec::new();
+    for definition in definitions() {
+        match cluster.get(&path(&definition)).await {
+            Ok(Some(_)) => {}
+            Ok(None) => wrong.push(failed(id, format!("{} is missing", definition.title()))),
+            Err(error) => wrong.push(failed(id, format!("{error:#}"))),
+        }
+    }
+    all_or(id, wrong, "PeerAuthentication and AuthorizationPolicy can be made")
+}
+
+async fn control_plane(cluster: &Cluster) -> Vec<Finding> {
+    let mut findings = workload(cluster, Id::ControlReplicas, "deployments", CONTROL).await;
+    let place = format!("/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/{CONTROL}");
+    let (lease, pods) = (cluster.get(&place).await, wait::pods_of(cluster, CONTROL).await);
+    findings.push(match (lease, pods) {
+        (Ok(lease), Ok(pods)) => held(lease.as_ref(), &pods),
+        (Err(error), _) | (_, Err(error)) => failed(Id::ControlLease, format!("{error:#}")),
+    });
+    match cluster.get(&format!("/api/v1/namespaces/{NAMESPACE}/configmaps/{TRUST_BUNDLE}")).await {
+        Ok(bundle) => findings.extend(roots(bundle, now())),
+        Err(error) => findings.push(failed(Id::RootsPublished, format!("{error:#}"))),
+    }
+    findings
+}
+
+/// The time of day, in seconds since 1970.
+fn now() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
+
+/// A Deployment or DaemonSet that is to be ready.
+async fn workload(cluster: &Cluster, id: Id, resource: &str, name: &str) -> Vec<Finding> {
+    let object = match cluster.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/{resource}/{name}")).await {
+        Ok(Some(object)) => object,
+        Ok(None) => return vec![failed(id, format!("{name} is missing"))],
+        Err(error) => return vec![failed(id, format!("{error:#}"))],
+    };
+    let progress = wait::Progress::of(&object);
+    if progress.is_done() {
+        return vec![ok(id, format!("{name}: {progress}"))];
+    }
+    let mut wrong = vec![failed(id, format!("{name}: {progress}"))];
+    // What holds it up is said where it can be found out.
+    for (hang, line) in wait::explain(cluster, name).await.unwrap_or_default() {
+        wrong.push(failed(id, wait::sentence(&hang, line.as_deref())));
+    }
+    wrong
+}
+
+/// Whether one of the control plane's pods has the Lease.
+fn held(lease: Option<&Value>, pods: &[Pod]) -> Finding {
+    let holder = lease.and_then(|lease| lease["spec"]["holderIdentity"].as_str()).unwrap_or_default();
+    let there = |pod: &Pod| pod.metadata.name.as_deref().is_some_and(|name| holder.starts_with(name));
+    match (lease, holder, pods.iter().any(there)) {
+        (None, ..) => {
+            failed(Id::ControlLease, "no replica has ever held the Lease: nothing writes the authority and the roots")
+        }
+        (_, "", _) => failed(Id::ControlLease, "no replica holds the Lease"),
+        (_, _, true) => ok(Id::ControlLease, format!("{holder} holds the Lease")),
+        _ => failed(Id::ControlLease, format!("the Lease is held by {holder}, which is no pod of the control plane")),
+    }
+}
+
+/// The roots, and how long they live.
+fn roots(bundle: Option<Value>, now: i64) -> Vec<Finding> {
+    let map: Option<ConfigMap> = bundle.and_then(|bundle| serde_json::from_value(bundle).ok());
+    let Some(text) = map.and_then(|map| map.data?.remove("bundle.pem")) else {
+        return vec![failed(
+            Id::RootsPublished,
+            format!("ConfigMap {TRUST_BUNDLE} has no bundle.pem: no node can begin"),
+        )];
+    };
+    let mut ends = Vec::new();
+    for pem in x509_parser::pem::Pem::iter_from_buffer(text.as_bytes()) {
+        let end = pem.ok().and_then(|pem| Some(pem.parse_x509().ok()?.validity().not_after.timestamp()));
+        match end {
+            Some(end) => ends.push(end),
+            None => {
+                return vec![failed(
+                    Id::RootsPublished,
+                    format!("bundle.pem of ConfigMap {TRUST_BUNDLE} cannot be read"),
+                )];
+            }
+        }
+    }
+    let Some(last) = ends.iter().max() else {
+        return vec![failed(Id::RootsPublished, format!("bundle.pem of ConfigMap {TRUST_BUNDLE} has no root"))];
+    };
+    let days = (last - now).div_euclid(86_400);
+    let message = format!("the last root has {days} days left");
+    let left = match days {
+        ..0 => failed(Id::RootDaysLeft, format!("the last root ended {} days ago", -days)),
+        0..FEW_DAYS => warning(Id::RootDaysLeft, message),
+        _ => ok(Id::RootDaysLeft, message),
+    };
+    vec![ok(Id::RootsPublished, format!("{} roots are published", ends.len())), left]
+}
+
+async fn nodes_and_pods(cluster: &Cluster, namespace: Option<&str>) -> Vec<Finding> {
+    let mut findings = workload(cluster, Id::NodePods, "daemonsets", NODE).await;
+    let asked = async {
+        let nodes: Vec<Node> = cluster.list("/api/v1/nodes", "").await?;
+        let pods_of_nodes = wait::pods_of(cluster, NODE).await?;
+        let pods = status::pods(cluster, namespace).await?;
+        let pages = pages::of_nodes(cluster, nodes::PAGES).await?;
+        anyhow::Ok((nodes, pods_of_nodes, pods, pages))
+    };
+    match asked.await {
+        Ok((nodes, pods_of_nodes, pods, pages)) => {
+            findings.extend(nodes::versions(&pods_of_nodes));
+            findings.extend(nodes::of_pages(&nodes, &pages));
+            findings.extend(nodes::captures(&status::rows(&pods, &pages)));
+        }
+        Err(error) => findings.push(failed(Id::NodeAgents, format!("{error:#}"))),
+    }
+    findings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exit_status_is_that_of_the_worst() {
+        let (fine, odd, bad) = (ok(Id::Installed, "a"), warning(Id::Installed, "b"), failed(Id::Installed, "c"));
+        assert_eq!(exit_status(std::slice::from_ref(&fine)), 0);
+        assert_eq!(exit_status(&[fine.clone(), odd.clone()]), 2);
+        assert_eq!(exit_status(&[fine, odd, bad]), 1);
+    }
+
+    #[test]
+    fn programs_get_the_name_the_group_and_what_to_do() {
+        let text = as_json(&[failed(Id::Installed, "no"), ok(Id::ApiReachable, "yes")]);
+        assert_eq!(text["state"], "failed");
+        assert_eq!(text["checks"][0]["id"], "installed");
+        assert_eq!(text["checks"][0]["group"], "objects");
+        assert!(text["checks"][0]["hint"].as_str().unwrap().contains("justmtls install"));
+        assert!(text["checks"][1]["hint"].is_null());
+    }
+
+    #[test]
+    fn names_are_unique_and_groups_stand_together() {
+        let mut names: Vec<_> = Id::ALL.iter().map(|id| id.as_str()).collect();
+        assert!(Id::ALL.is_sorted_by_key(|id| id.group()));
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), Id::ALL.len());
+    }
+
+    fn pod(name: &str) -> Pod {
+        serde_json::from_value(json!({ "metadata": { "name": name } })).unwrap()
+    }
+
+    #[test]
+    fn the_lease_is_held_by_one_of_our_pods_or_not() {
+        let lease = |holder: &str| json!({ "spec": { "holderIdentity": holder } });
+        assert_eq!(held(Some(&lease("justmtls-control-a")), &[pod("justmtls-control-a")]).state, State::Ok);
+        for (lease, pods) in
+            [(None, vec![]), (Some(lease("")), vec![]), (Some(lease("gone")), vec![pod("justmtls-control-a")])]
+        {
+            assert_eq!(held(lease.as_ref(), &pods).state, State::Failed);
+        }
+    }
+
+    /// A root that ends with 2049.
+    fn root() -> String {
+        let mut parameters = rcgen::CertificateParams::default();
+        parameters.not_after = rcgen::date_time_ymd(2050, 1, 1);
+        parameters.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().pem()
+    }
+
+    #[test]
+    fn the_days_of_the_roots_are_counted() {
+        let bundle = |text: &str| Some(json!({ "data": { "bundle.pem": text } }));
+        let states = |bundle, now| roots(bundle, now).into_iter().map(|finding| finding.state).collect::<Vec<_>>();
+        let end = 2_524_608_000; // 2050-01-01
+        assert_eq!(states(bundle(&root()), 1_800_000_000), [State::Ok, State::Ok]);
+        assert_eq!(states(bundle(&root()), end - 10 * 86_400), [State::Ok, State::Warning]);
+        assert_eq!(states(bundle(&root()), end + 10 * 86_400), [State::Ok, State::Failed]);
+        assert_eq!(states(bundle(""), 0), [State::Failed]);
+        assert_eq!(
+            states(bundle("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"), 0),
+            [State::Failed]
+        );
+        assert_eq!(states(None, 0), [State::Failed]);
+    }
+}

@@ -1,0 +1,324 @@
+//! What is checked of nodes and pods, as pure functions of what their processes say.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use k8s_openapi::api::core::v1::{Node, Pod};
+use serde_json::Value;
+
+use super::ids::Id;
+use super::{Finding, all_or, failed, ok, warning};
+use crate::pages::{NodePages, Process};
+use crate::status::PodRow;
+use crate::values::VERSION;
+
+/// The pages that are asked for.
+pub(super) const PAGES: &[(Process, &str)] = &[
+    (Process::Agent, "/readyz"),
+    (Process::Agent, "/plugin"),
+    (Process::Agent, "/pods"),
+    (Process::Proxy, "/readyz"),
+    (Process::Proxy, "/certificates"),
+    (Process::Proxy, "/workloads"),
+];
+
+/// Whether all nodes run one version, and it is ours.
+pub(super) fn versions(pods: &[Pod]) -> Vec<Finding> {
+    let mut found: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for pod in pods.iter().filter(|pod| pod.metadata.deletion_timestamp.is_none()) {
+        let labels = pod.metadata.labels.as_ref();
+        let version = labels.and_then(|labels| labels.get("app.kubernetes.io/version")).cloned().unwrap_or_default();
+        let node =
+            pod.spec.as_ref().and_then(|spec| spec.node_name.clone()).unwrap_or_else(|| "no node yet".to_owned());
+        found.entry(version).or_default().push(node);
+    }
+    let wrong: Vec<_> = found
+        .iter()
+        .filter(|(version, _)| *version != VERSION)
+        .map(|(version, nodes)| {
+            warning(Id::NodeVersions, format!("version {version} on {}, and this is {VERSION}", some(nodes)))
+        })
+        .collect();
+    if found.is_empty() {
+        return vec![failed(Id::NodeVersions, "no node has a pod of justmtls")];
+    }
+    all_or(Id::NodeVersions, wrong, format!("all nodes run {VERSION}"))
+}
+
+/// Agents, proxies, plugins, roots and certificates of all nodes.
+pub(super) fn of_pages(nodes: &[Node], pages: &BTreeMap<String, NodePages>) -> Vec<Finding> {
+    let none = NodePages::default();
+    // A node of another system has no pod of ours, and cannot have one.
+    let linux = nodes.iter().filter(|node| {
+        let labels = node.metadata.labels.as_ref();
+        labels.and_then(|labels| labels.get("kubernetes.io/os")).is_none_or(|os| os == "linux")
+    });
+    let names: BTreeSet<&str> = linux.filter_map(|node| node.metadata.name.as_deref()).collect();
+    let all: Vec<(&str, &NodePages)> = names.iter().map(|name| (*name, pages.get(*name).unwrap_or(&none))).collect();
+    if all.is_empty() {
+        return vec![failed(Id::NodeAgents, "the cluster has no node with Linux")];
+    }
+    let mut findings = Vec::new();
+    let each = |id, judge: &dyn Fn(&NodePages) -> Result<(), String>, right: &str| {
+        let wrong = all.iter().filter_map(|(node, pages)| Some(failed(id, format!("{node}: {}", judge(pages).err()?))));
+        all_or(id, wrong.collect(), right)
+    };
+    findings.extend(each(
+        Id::NodeAgents,
+        &|pages| ready(pages, Process::Agent),
+        "every agent has its pods and captures new ones",
+    ));
+    findings.extend(each(
+        Id::NodeProxies,
+        &|pages| ready(pages, Process::Proxy),
+        "every proxy has a current view and serves its pods",
+    ));
+    findings.extend(each(Id::NodePlugins, &plugin, "the CNI plugin is in place on every node"));
+    findings.extend(roots(&all));
+    findings.extend(certificates(&all));
+    findings
+}
+
+/// A page, or why it is not there.
+fn page<'a>(pages: &'a NodePages, process: Process, name: &'static str) -> Result<&'a Value, String> {
+    match pages.failure(process, name) {
+        Some(why) => Err(why.to_owned()),
+        None => Ok(pages.page(process, name)),
+    }
+}
+
+fn ready(pages: &NodePages, process: Process) -> Result<(), String> {
+    let said = page(pages, process, "/readyz")?;
+    if said["ready"] == true {
+        return Ok(());
+    }
+    // What is false, and which lists are not empty, is what is missing.
+    let fields = said.as_object().into_iter().flatten();
+    let missing: Vec<_> = fields
+        .filter_map(|(name, value)| match value {
+            Value::Bool(false) if name != "ready" && name != "inherited" => Some(format!("no {name}")),
+            Value::Array(list) if !list.is_empty() => Some(format!("{name}: {}", names(list))),
+            _ => None,
+        })
+        .collect();
+    Err(if missing.is_empty() { "is not ready".to_owned() } else { format!("is not ready ({})", missing.join(", ")) })
+}
+
+fn plugin(pages: &NodePages) -> Result<(), String> {
+    let said = page(pages, Process::Agent, "/plugin")?;
+    if said["installed"] == true {
+        return Ok(());
+    }
+    let text = |field: &str| said[field].as_str().unwrap_or_default();
+    let error = if text("error").is_empty() { String::new() } else { format!(": {}", text("error")) };
+    Err(format!("the CNI plugin is not in place ({}){error}", text("state")))
+}
+
+/// Whether all proxies trust the same roots.
+fn roots(all: &[(&str, &NodePages)]) -> Vec<Finding> {
+    let mut by_digest: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    let mut wrong = Vec::new();
+    for (node, pages) in all {
+        match page(pages, Process::Proxy, "/certificates") {
+            Ok(said) => match said["bundle"]["digest"].as_str() {
+                Some(digest) => by_digest.entry(digest).or_default().push((*node).to_owned()),
+                None => wrong.push(failed(Id::NodeRoots, format!("{node}: its proxy has no roots"))),
+            },
+            Err(why) => wrong.push(failed(Id::NodeRoots, format!("{node}: {why}"))),
+        }
+    }
+    if by_digest.len() > 1 {
+        let mut groups: Vec<_> = by_digest.values().collect();
+        groups.sort_by_key(|nodes| nodes.len());
+        let few: Vec<_> = groups[..groups.len() - 1].iter().flat_map(|nodes| nodes.iter().cloned()).collect();
+        wrong.push(warning(Id::NodeRoots, format!("{} have other roots than the rest", some(&few))));
+    }
+    all_or(Id::NodeRoots, wrong, "every proxy trusts the same roots")
+}
+
+/// Whether each certificate is valid.
+fn certificates(all: &[(&str, &NodePages)]) -> Vec<Finding> {
+    let (mut count, mut wrong) = (0, Vec::new());
+    for (node, pages) in all {
+        let said = match page(pages, Process::Proxy, "/certificates") {
+            Ok(said) => said,
+            Err(why) => {
+                wrong.push(failed(Id::NodeCertificates, format!("{node}: {why}")));
+                continue;
+            }
+        };
+        for svid in said["svids"].as_array().into_iter().flatten() {
+            count += 1;
+            if svid["valid"] != true {
+                let identity = svid["identity"].as_str().unwrap_or_default();
+                wrong.push(failed(Id::NodeCertificates, format!("{node}: the certificate of {identity} is not valid")));
+            }
+        }
+    }
+    all_or(Id::NodeCertificates, wrong, format!("{count} certificates are valid"))
+}
+
+/// Whether each pod that is to be captured is.
+pub(super) fn captures(rows: &[PodRow]) -> Vec<Finding> {
+    let wrong: Vec<_> = rows
+        .iter()
+        .filter(|row| row.is_amiss())
+        .map(|row| {
+            let reason = row.reason.as_deref().unwrap_or("no reason is known");
+            failed(
+                Id::PodsCaptured,
+                format!("{}/{} on {}: {} ({reason})", row.namespace, row.name, row.node, row.capture),
+            )
+        })
+        .collect();
+    let starting = rows.iter().filter(|row| row.capture == "starting").count();
+    let captured = rows.iter().filter(|row| row.capture == "captured").count();
+    let left_out = rows.iter().filter(|row| row.capture == "not-captured").count();
+    let right = format!("{captured} pods are captured, {left_out} are left out by name, {starting} are starting");
+    let mut findings = all_or(Id::PodsCaptured, wrong, right.clone());
+    if findings.iter().any(|finding| finding.state != super::State::Ok) {
+        findings.push(ok(Id::PodsCaptured, right));
+    }
+    findings
+}
+
+/// Names, of which there may be many.
+fn some(names: &[String]) -> String {
+    const SHOWN: usize = 5;
+    let shown = names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
+fn names(list: &[Value]) -> String {
+    let names: Vec<_> = list.iter().map(|name| name.as_str().map_or_else(|| name.to_string(), str::to_owned)).collect();
+    some(&names)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::check::State;
+
+    fn node(name: &str) -> Node {
+        serde_json::from_value(json!({ "metadata": { "name": name } })).unwrap()
+    }
+
+    fn good() -> Vec<(Process, &'static str, Value)> {
+        vec![
+            (Process::Agent, "/readyz", json!({ "ready": true })),
+            (Process::Agent, "/plugin", json!({ "installed": true, "state": "in-place" })),
+            (Process::Agent, "/pods", json!([])),
+            (Process::Proxy, "/readyz", json!({ "ready": true })),
+            (
+                Process::Proxy,
+                "/certificates",
+                json!({ "bundle": { "digest": "d" }, "svids": [{ "valid": true, "identity": "x" }] }),
+            ),
+            (Process::Proxy, "/workloads", json!({})),
+        ]
+    }
+
+    fn with(process: Process, page: &'static str, said: Value) -> NodePages {
+        let pages: Vec<_> = good()
+            .into_iter()
+            .map(
+                |(p, name, value)| {
+                    if (p, name) == (process, page) { (p, name, said.clone()) } else { (p, name, value) }
+                },
+            )
+            .collect();
+        NodePages::told("pod", &pages)
+    }
+
+    fn wrong(pages: NodePages) -> Vec<(Id, State, String)> {
+        let pages = BTreeMap::from([("a".to_owned(), NodePages::told("pod", &good())), ("b".to_owned(), pages)]);
+        let findings = of_pages(&[node("a"), node("b")], &pages);
+        findings.into_iter().filter(|it| it.state != State::Ok).map(|it| (it.id, it.state, it.message)).collect()
+    }
+
+    #[test]
+    fn a_node_on_which_all_is_well_has_no_fault() {
+        assert_eq!(wrong(NodePages::told("pod", &good())), []);
+    }
+
+    #[test]
+    fn each_fault_of_a_node_is_named_with_the_node() {
+        let cases = [
+            (
+                with(Process::Agent, "/readyz", json!({ "ready": false, "proxy": false, "pending": ["shop/web"] })),
+                Id::NodeAgents,
+                "no proxy",
+            ),
+            (with(Process::Proxy, "/readyz", json!({ "ready": false, "view": false })), Id::NodeProxies, "no view"),
+            (
+                with(
+                    Process::Agent,
+                    "/plugin",
+                    json!({ "installed": false, "state": "no-primary", "error": "no file" }),
+                ),
+                Id::NodePlugins,
+                "no file",
+            ),
+            (with(Process::Proxy, "/certificates", json!({ "bundle": null, "svids": [] })), Id::NodeRoots, "no roots"),
+            (
+                with(
+                    Process::Proxy,
+                    "/certificates",
+                    json!({ "bundle": { "digest": "d" }, "svids": [{ "valid": false, "identity": "spiffe://x" }] }),
+                ),
+                Id::NodeCertificates,
+                "spiffe://x",
+            ),
+        ];
+        for (pages, id, word) in cases {
+            let found = wrong(pages);
+            let [(found, state, message)] = &found[..] else { panic!("{found:?}") };
+            assert_eq!((*found, *state), (id, State::Failed));
+            assert!(message.starts_with("b: ") && message.contains(word), "{message}");
+        }
+        let other = with(Process::Proxy, "/certificates", json!({ "bundle": { "digest": "e" }, "svids": [] }));
+        assert_eq!(wrong(other)[0].1, State::Warning);
+        // A node without a pod fails in each that asks it.
+        assert_eq!(wrong(NodePages::default()).len(), 5);
+    }
+
+    #[test]
+    fn versions_that_differ_are_a_warning_with_their_nodes() {
+        let pod = |version: &str, node: &str| -> Pod {
+            serde_json::from_value(json!({
+                "metadata": { "name": "x", "labels": { "app.kubernetes.io/version": version } }, "spec": { "nodeName": node, "containers": [] },
+            }))
+            .unwrap()
+        };
+        assert_eq!(versions(&[pod(VERSION, "a")])[0].state, State::Ok);
+        // No pod is no agreement.
+        assert_eq!(versions(&[])[0].state, State::Failed);
+        assert_eq!(of_pages(&[], &BTreeMap::new())[0].state, State::Failed);
+        let [one] = &versions(&[pod(VERSION, "a"), pod("0.0.1", "b")])[..] else { panic!("one") };
+        assert!(one.state == State::Warning && one.message.contains("0.0.1 on b"), "{one:?}");
+    }
+
+    #[test]
+    fn a_pod_that_is_not_captured_and_should_be_fails_by_name() {
+        let row = |name: &str, capture: &str| PodRow {
+            namespace: "shop".to_owned(),
+            name: name.to_owned(),
+            node: "a".to_owned(),
+            identity: None,
+            capture: capture.to_owned(),
+            reason: None,
+            mode: None,
+        };
+        assert_eq!(
+            captures(&[row("a", "captured"), row("b", "not-captured"), row("c", "starting")])[0].state,
+            State::Ok
+        );
+        let found = captures(&[row("a", "captured"), row("b", "failed")]);
+        assert_eq!((found[0].state, found.len()), (State::Failed, 2));
+        assert!(found[0].message.contains("shop/b on a"));
+    }
+}

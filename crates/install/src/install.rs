@@ -1,0 +1,237 @@
+//! `justmtls install` and `justmtls upgrade`: the control plane first, then the nodes.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{anyhow, bail};
+use k8s_openapi::api::core::v1::Node;
+use serde_json::Value;
+
+use crate::apply::{self, Outcome};
+use crate::cluster::{Cluster, Place, path};
+use crate::objects::{CONTROL, NAMESPACE, NODE, Object, all, definitions, objects};
+use crate::source::Source;
+use crate::values::{Key, VERSION, Values};
+use crate::warn::{self, Judge};
+use crate::{distribution, wait};
+
+/// What the two verbs take.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Arguments {
+    /// KEY=VALUE; can be repeated. `justmtls render --keys` lists all keys.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Forget what earlier installations set.
+    #[arg(long)]
+    pub reset_values: bool,
+    /// Change nothing: let the API server say what would change.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Do not wait until everything is ready.
+    #[arg(long)]
+    pub no_wait: bool,
+    /// How long to wait, in seconds.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    pub timeout: u64,
+    /// Which cluster is meant.
+    #[command(flatten)]
+    pub place: Place,
+}
+
+/// Which of the two it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Verb {
+    /// Over nothing, or over the same.
+    Install,
+    /// Over what is installed: fields that others set since are taken over.
+    Upgrade,
+}
+
+/// Installs, or upgrades.
+pub(crate) async fn run(verb: Verb, arguments: &Arguments, judge: Judge) -> anyhow::Result<i32> {
+    let given = Values::from_words(&arguments.set)?;
+    let cluster = Cluster::connect(&arguments.place).await?;
+    supported(&cluster).await?;
+    let namespace = cluster.get(&format!("/api/v1/namespaces/{NAMESPACE}")).await?;
+    let installed = cluster.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/{NODE}")).await?;
+    if verb == Verb::Upgrade && installed.is_none() {
+        bail!("there is nothing to upgrade: no DaemonSet {NODE} in {NAMESPACE}; `justmtls install` installs");
+    }
+    if namespace.as_ref().is_some_and(|it| !it["metadata"]["deletionTimestamp"].is_null()) {
+        bail!("the namespace {NAMESPACE} is being deleted; wait until it is gone, and run the command again");
+    }
+    let recorded =
+        namespace.as_ref().filter(|_| !arguments.reset_values).map(recorded).transpose()?.unwrap_or_default();
+    let mut values = recorded.overlaid(&given);
+    let nodes: Vec<Node> = cluster.list("/api/v1/nodes", "").await?;
+    if let Some(sentence) = distribution::fill_in(&mut values, &nodes).map_err(|sentence| anyhow!(sentence))? {
+        anstream::eprintln!("{sentence}");
+    }
+    if values.get(Key::TrustDomain) != recorded.get(Key::TrustDomain) && installed.is_some() {
+        bail!(
+            "trustDomain is {} here and cannot become {}: every identity would change; uninstall first, or leave it",
+            recorded.get(Key::TrustDomain),
+            values.get(Key::TrustDomain)
+        );
+    }
+    for warning in warn::warnings(&warn::gather(&cluster).await?, &values, judge) {
+        anstream::eprintln!("{WARNING}warning{WARNING:#}: {warning}");
+    }
+    let mut work = Work { cluster, verb, dry_run: arguments.dry_run, changed: 0 };
+    work.definitions().await?;
+    let wanted = objects(&values);
+    let (nodes, control): (Vec<_>, Vec<_>) = wanted.iter().partition(|object| object.kind() == "DaemonSet");
+    for object in control {
+        work.make(object).await?;
+    }
+    let until = Instant::now() + Duration::from_secs(arguments.timeout);
+    let waits = !arguments.no_wait && !arguments.dry_run;
+    if waits {
+        wait::ready(&work.cluster, "deployments", CONTROL, until).await?;
+    }
+    for object in nodes {
+        work.make(object).await?;
+    }
+    work.take_away(&wanted).await?;
+    if waits {
+        wait::ready(&work.cluster, "daemonsets", NODE, until).await?;
+    }
+    anstream::println!("{}", last_word(arguments, work.changed));
+    Ok(0)
+}
+
+fn last_word(arguments: &Arguments, changed: usize) -> String {
+    match (arguments.dry_run, changed, arguments.no_wait) {
+        (true, 0, _) => "nothing would change".to_owned(),
+        (true, some, _) => format!("{some} objects would change; nothing was changed"),
+        (false, 0, _) => "nothing changed".to_owned(),
+        (false, _, true) => format!("justmtls {VERSION} is applied; `justmtls check --wait` says when it is ready"),
+        (false, _, false) => format!(
+            "justmtls {VERSION} is installed; `justmtls check` looks at everything, `justmtls coverage` at traffic"
+        ),
+    }
+}
+
+struct Work {
+    cluster: Cluster,
+    verb: Verb,
+    dry_run: bool,
+    changed: usize,
+}
+
+impl Work {
+    async fn make(&mut self, object: &Object) -> anyhow::Result<()> {
+        let force = self.verb == Verb::Upgrade;
+        let outcome = match self.dry_run {
+            true => apply::plan(&self.cluster, object, force).await?,
+            false => apply::make(&self.cluster, object, force).await?,
+        };
+        self.changed += usize::from(outcome != Outcome::Unchanged);
+        for line in lines(&object.title(), &outcome) {
+            anstream::println!("{line}");
+        }
+        Ok(())
+    }
+
+    /// The definitions of Istio's kinds: only where there are none, and changed only where they are ours.
+    async fn definitions(&mut self) -> anyhow::Result<()> {
+        for definition in definitions() {
+            match self.cluster.get(&path(&definition)).await? {
+                Some(is) if !is_ours(&is) => {
+                    anstream::println!("{}: there already, and left alone", definition.title())
+                }
+                _ => self.make(&definition).await?,
+            }
+        }
+        Ok(())
+    }
+
+    /// What an earlier version, or other values, made.
+    async fn take_away(&mut self, wanted: &[Object]) -> anyhow::Result<()> {
+        let mut all = all(Source::Values(&Values::default()));
+        all.retain(|object| object.kind() != "Namespace");
+        for (title, place) in apply::leftovers(&self.cluster, &all, wanted).await? {
+            self.changed += 1;
+            if self.dry_run {
+                anstream::println!("{title}: would be deleted, as no longer wanted");
+            } else if self.cluster.delete(&place).await? {
+                anstream::println!("{title}: deleted, as no longer wanted");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a definition is one that we made.
+pub(crate) fn is_ours(definition: &Value) -> bool {
+    definition["metadata"]["labels"][crate::objects::MANAGED_BY] == "justmtls"
+}
+
+/// What is said about an object.
+fn lines(title: &str, outcome: &Outcome) -> Vec<String> {
+    match outcome {
+        Outcome::Created => vec![format!("{title}: new")],
+        Outcome::Unchanged => Vec::new(),
+        Outcome::Changed(differences) => {
+            let mut lines = vec![format!("{title}: changed")];
+            lines.extend(differences.iter().map(|difference| format!("    {difference}")));
+            lines
+        }
+    }
+}
+
+/// The values that the installation was made with.
+pub(crate) fn recorded(namespace: &Value) -> anyhow::Result<Values> {
+    let metadata = &namespace["metadata"];
+    let version = metadata["labels"]["app.kubernetes.io/version"].as_str().unwrap_or(VERSION);
+    match metadata["annotations"][crate::objects::VALUES].as_str() {
+        Some(text) => Values::from_record(text, version).map_err(|error| {
+            anyhow!("the annotation {} of Namespace {NAMESPACE} cannot be read: {error}; say --reset-values and all --set again", crate::objects::VALUES)
+        }),
+        None => Ok(Values::default()),
+    }
+}
+
+/// Whether the API server is new enough.
+pub(crate) async fn supported(cluster: &Cluster) -> anyhow::Result<String> {
+    let (numbers, version) = cluster.version().await?;
+    let (major, minor) = crate::MINIMUM_KUBERNETES.split_once('.').unwrap_or_default();
+    let minimum = (major.parse().unwrap_or(0), minor.parse().unwrap_or(0));
+    if numbers < minimum {
+        bail!("Kubernetes {version} is too old; justmtls needs {} or newer", crate::MINIMUM_KUBERNETES);
+    }
+    Ok(version)
+}
+
+const WARNING: anstyle::Style = anstyle::AnsiColor::Yellow.on_default().bold();
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::drift::differences;
+
+    #[test]
+    fn each_change_is_a_line_and_no_change_is_none() {
+        assert!(lines("Service a", &Outcome::Unchanged).is_empty());
+        assert_eq!(lines("Service a", &Outcome::Created), ["Service a: new"]);
+        let changed =
+            Outcome::Changed(differences(&json!({ "spec": { "replicas": 1 } }), &json!({ "spec": { "replicas": 2 } })));
+        assert_eq!(lines("Deployment a", &changed), ["Deployment a: changed", "    spec.replicas: 1 → 2"]);
+    }
+
+    #[test]
+    fn values_are_remembered_by_the_namespace_and_a_new_version_brings_its_own_image() {
+        let mut values = Values::default();
+        values.set(Key::Drain, "60").unwrap();
+        let namespace = objects(&values).remove(0).value;
+        assert_eq!(recorded(&namespace).unwrap(), values);
+        let mut older = namespace.clone();
+        let text = older["metadata"]["annotations"][crate::objects::VALUES].as_str().unwrap().replace(VERSION, "0.0.9");
+        older["metadata"]["annotations"][crate::objects::VALUES] = json!(text);
+        older["metadata"]["labels"]["app.kubernetes.io/version"] = json!("0.0.9");
+        assert_eq!(recorded(&older).unwrap(), values);
+        assert_eq!(recorded(&json!({ "metadata": {} })).unwrap(), Values::default());
+        assert!(recorded(&json!({ "metadata": { "annotations": { crate::objects::VALUES: "x" } } })).is_err());
+    }
+}

@@ -1,0 +1,199 @@
+//! The definitions of Istio's two policies, for clusters that do not have them.
+//!
+//! All fields of `security.istio.io/v1` are there: one that the API server dropped would widen a policy.
+
+use serde_json::{Value, json};
+
+use super::{MANAGED_BY, Object, labels};
+
+/// The two definitions. They are made only where they are absent.
+pub(crate) fn definitions() -> Vec<Object> {
+    vec![
+        definition("PeerAuthentication", "peerauthentications", "pa", peer_authentication(), &peer_columns()),
+        definition("AuthorizationPolicy", "authorizationpolicies", "ap", authorization_policy(), &policy_columns()),
+    ]
+}
+
+fn definition(kind: &str, plural: &str, short: &str, spec: Value, columns: &Value) -> Object {
+    let mut labels = labels();
+    labels[MANAGED_BY] = json!("justmtls");
+    // Conditions and messages of whoever enforces: ours, or Istio's.
+    let status = json!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true });
+    let version = |name: &str, storage: bool| {
+        json!({
+            "name": name,
+            "served": true,
+            "storage": storage,
+            "subresources": { "status": {} },
+            "additionalPrinterColumns": columns,
+            "schema": { "openAPIV3Schema": {
+                "type": "object",
+                "properties": { "spec": spec, "status": status },
+            } },
+        })
+    };
+    Object::new(json!({
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": { "name": format!("{plural}.security.istio.io"), "labels": labels },
+        "spec": {
+            "group": "security.istio.io",
+            "scope": "Namespaced",
+            "names": {
+                "kind": kind,
+                "listKind": format!("{kind}List"),
+                "plural": plural,
+                "singular": kind.to_lowercase(),
+                "shortNames": [short],
+                "categories": ["istio-io", "security-istio-io"],
+            },
+            "versions": [version("v1", true), version("v1beta1", false)],
+        },
+    }))
+}
+
+fn column(name: &str, path: &str) -> Value {
+    json!({ "name": name, "type": "string", "jsonPath": path })
+}
+
+fn age() -> Value {
+    json!({ "name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp" })
+}
+
+fn peer_columns() -> Value {
+    json!([column("Mode", ".spec.mtls.mode"), age()])
+}
+
+fn policy_columns() -> Value {
+    json!([column("Action", ".spec.action"), age()])
+}
+
+fn text() -> Value {
+    json!({ "type": "string" })
+}
+
+fn texts() -> Value {
+    json!({ "type": "array", "items": text() })
+}
+
+fn one_of(words: &[&str]) -> Value {
+    json!({ "type": "string", "enum": words })
+}
+
+fn object(properties: Value) -> Value {
+    json!({ "type": "object", "properties": properties })
+}
+
+fn list(items: Value) -> Value {
+    json!({ "type": "array", "items": items })
+}
+
+fn selector() -> Value {
+    object(json!({ "matchLabels": { "type": "object", "additionalProperties": text() } }))
+}
+
+fn peer_authentication() -> Value {
+    let mtls = || object(json!({ "mode": one_of(&["UNSET", "DISABLE", "PERMISSIVE", "STRICT"]) }));
+    object(json!({
+        "selector": selector(),
+        "mtls": mtls(),
+        "portLevelMtls": { "type": "object", "additionalProperties": mtls() },
+    }))
+}
+
+fn authorization_policy() -> Value {
+    let target = || object(json!({ "group": text(), "kind": text(), "name": text(), "namespace": text() }));
+    let source = object(json!({
+        "principals": texts(), "notPrincipals": texts(),
+        "requestPrincipals": texts(), "notRequestPrincipals": texts(),
+        "namespaces": texts(), "notNamespaces": texts(),
+        "serviceAccounts": texts(), "notServiceAccounts": texts(),
+        "ipBlocks": texts(), "notIpBlocks": texts(),
+        "remoteIpBlocks": texts(), "notRemoteIpBlocks": texts(),
+    }));
+    let operation = object(json!({
+        "hosts": texts(), "notHosts": texts(),
+        "ports": texts(), "notPorts": texts(),
+        "methods": texts(), "notMethods": texts(),
+        "paths": texts(), "notPaths": texts(),
+    }));
+    let mut condition = object(json!({ "key": text(), "values": texts(), "notValues": texts() }));
+    condition["required"] = json!(["key"]);
+    object(json!({
+        "selector": selector(),
+        "targetRef": target(),
+        "targetRefs": list(target()),
+        "action": one_of(&["ALLOW", "DENY", "AUDIT", "CUSTOM"]),
+        "provider": object(json!({ "name": text() })),
+        "rules": list(object(json!({
+            "from": list(object(json!({ "source": source }))),
+            "to": list(object(json!({ "operation": operation }))),
+            "when": list(condition),
+        }))),
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What an object of the definition may say, as paths.
+    fn fields(schema: &Value, at: &str, found: &mut Vec<String>) {
+        for (name, inner) in schema["properties"].as_object().into_iter().flatten() {
+            found.push(format!("{at}{name}"));
+            fields(inner, &format!("{at}{name}."), found);
+            fields(&inner["items"], &format!("{at}{name}."), found);
+        }
+    }
+
+    #[test]
+    fn each_field_that_the_control_plane_reads_can_be_stored() {
+        let source = "{principals: [a], notPrincipals: [a], requestPrincipals: [a], notRequestPrincipals: [a], \
+                      namespaces: [a], notNamespaces: [a], serviceAccounts: [a], notServiceAccounts: [a], ipBlocks: [10.0.0.0/8], \
+                      notIpBlocks: [10.0.0.0/8], remoteIpBlocks: [10.0.0.0/8], notRemoteIpBlocks: [10.0.0.0/8]}";
+        let operation = "{hosts: [a], notHosts: [a], ports: ['1'], notPorts: ['1'], methods: [a], notMethods: [a], \
+                         paths: [a], notPaths: [a]}";
+        let text = format!(
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: a, namespace: b}}\nspec:\n  \
+             rules: [{{from: [{{source: {source}}}], to: [{{operation: {operation}}}], when: [{{key: source.ip, values: [a], notValues: [b]}}]}}]\n"
+        );
+        let parsed = manifests::istio::AuthorizationPolicy::clone(
+            &serde_saphyr::from_str(&text.replace("apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n", ""))
+                .unwrap(),
+        );
+        let again = serde_json::to_value(&parsed.spec).unwrap();
+        let mut stored = Vec::new();
+        fields(&authorization_policy(), "", &mut stored);
+        let mut said = Vec::new();
+        collect(&again, "", &mut said);
+        assert!(said.len() > 20, "{said:?}");
+        for path in said {
+            assert!(stored.contains(&path), "{path} would be dropped");
+        }
+    }
+
+    fn collect(value: &Value, at: &str, found: &mut Vec<String>) {
+        match value {
+            Value::Object(map) => {
+                for (name, inner) in map {
+                    found.push(format!("{at}{name}"));
+                    collect(inner, &format!("{at}{name}."), found);
+                }
+            }
+            Value::Array(all) => all.iter().for_each(|inner| collect(inner, at, found)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn one_version_is_stored_and_both_have_a_status() {
+        for definition in definitions() {
+            let versions = definition.value["spec"]["versions"].as_array().unwrap();
+            let stored: Vec<_> = versions.iter().filter(|version| version["storage"] == true).collect();
+            assert_eq!(stored.len(), 1);
+            assert_eq!(stored[0]["name"], "v1");
+            assert!(versions.iter().all(|version| version["subresources"]["status"].is_object()));
+            assert_eq!(definition.value["metadata"]["labels"][MANAGED_BY], "justmtls");
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! What the processes of the nodes know: pages of their admin sockets, read by `exec` in the DaemonSet's own pods and in no other.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{anyhow, bail};
+use futures_util::stream::{self, StreamExt};
+use k8s_openapi::api::core::v1::Pod;
+use kube::Api;
+use kube::api::AttachParams;
+use serde_json::Value;
+use tokio::io::AsyncReadExt;
+
+use crate::cluster::Cluster;
+use crate::objects::{NAMESPACE, NODE, PROXY_ADMIN, agent_admin};
+use crate::table::printable;
+use crate::wait::pods_of;
+
+/// How many pods are asked at once.
+const AT_ONCE: usize = 16;
+/// The longest that one answer may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// The largest page, in bytes.
+const LARGEST: u64 = 64 << 20;
+
+/// A process of a node.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) enum Process {
+    /// The privileged half.
+    Agent,
+    /// The data path.
+    Proxy,
+}
+
+/// What one node's processes say: each page, or why it cannot be had.
+#[derive(Clone, Default, Debug)]
+pub(crate) struct NodePages {
+    /// The pod that was asked; none where the node has none that runs.
+    pub(crate) pod: Option<String>,
+    pages: BTreeMap<(Process, &'static str), Result<Value, String>>,
+}
+
+impl NodePages {
+    /// A page as it was said; null where it could not be had.
+    pub(crate) fn page(&self, process: Process, page: &'static str) -> &Value {
+        self.pages.get(&(process, page)).and_then(|answer| answer.as_ref().ok()).unwrap_or(&Value::Null)
+    }
+
+    /// Why a page could not be had.
+    pub(crate) fn failure(&self, process: Process, page: &'static str) -> Option<&str> {
+        match self.pages.get(&(process, page)) {
+            Some(Err(why)) => Some(why),
+            Some(Ok(_)) => None,
+            None => Some("there is no pod of justmtls that runs on this node"),
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn told(pod: &str, pages: &[(Process, &'static str, Value)]) -> Self {
+        let pages = pages.iter().map(|(process, page, value)| ((*process, *page), Ok(value.clone()))).collect();
+        Self { pod: Some(pod.to_owned()), pages }
+    }
+}
+
+/// Asks each node for these pages. A node that does not answer costs nothing of the others.
+pub(crate) async fn of_nodes(
+    cluster: &Cluster,
+    wanted: &[(Process, &'static str)],
+) -> anyhow::Result<BTreeMap<String, NodePages>> {
+    let pods = newest(&pods_of(cluster, NODE).await?);
+    let questions =
+        pods.iter().flat_map(|(node, pod)| wanted.iter().map(move |(process, page)| (node, pod, *process, *page)));
+    let answers = stream::iter(questions).map(|(node, pod, process, page)| async move {
+        (node, (process, page), ask(cluster, pod, process, page).await.map_err(|error| format!("{error:#}")))
+    });
+    let mut all: BTreeMap<String, NodePages> = pods
+        .iter()
+        .map(|(node, pod)| (node.clone(), NodePages { pod: Some(pod.clone()), ..NodePages::default() }))
+        .collect();
+    let mut answers = answers.buffer_unordered(AT_ONCE);
+    while let Some((node, page, answer)) = answers.next().await {
+        if let Some(pages) = all.get_mut(node) {
+            pages.pages.insert(page, answer);
+        }
+    }
+    Ok(all)
+}
+
+/// The pod of each node that serves: the newest that runs and does not end.
+fn newest(pods: &[Pod]) -> BTreeMap<String, String> {
+    let mut found: BTreeMap<String, (bool, String, String)> = BTreeMap::new();
+    for pod in pods {
+        let (Some(spec), Some(status), Some(name)) = (&pod.spec, &pod.status, &pod.metadata.name) else { continue };
+        let running = status.phase.as_deref() == Some("Running") && pod.metadata.deletion_timestamp.is_none();
+        let (Some(node), true) = (&spec.node_name, running) else { continue };
+        let ready = status.conditions.iter().flatten().any(|it| it.type_ == "Ready" && it.status == "True");
+        let made = pod.metadata.creation_timestamp.as_ref().map(|time| time.0.to_string()).unwrap_or_default();
+        let this = (ready, made, name.clone());
+        match found.get(node) {
+            Some(other) if *other >= this => {}
+            _ => {
+                found.insert(node.clone(), this);
+            }
+        }
+    }
+    found.into_iter().map(|(node, (_, _, name))| (node, name)).collect()
+}
+
+async fn ask(cluster: &Cluster, pod: &str, process: Process, page: &str) -> anyhow::Result<Value> {
+    let (container, socket) = match process {
+        Process::Agent => ("agent", agent_admin(pod)),
+        Process::Proxy => ("proxy", PROXY_ADMIN.to_owned()),
+    };
+    let answer = tokio::time::timeout(PATIENCE, exec(cluster, pod, container, &socket, page)).await;
+    let text = answer.map_err(|_| anyhow!("{pod} does not answer within {} s", PATIENCE.as_secs()))??;
+    serde_json::from_str(&text).map_err(|_| anyhow!("{pod} ({container}) answers what is no JSON"))
+}
+
+/// Runs `justmtls admin SOCKET PAGE` in a container, as `kubectl exec` would.
+async fn exec(cluster: &Cluster, pod: &str, container: &str, socket: &str, page: &str) -> anyhow::Result<String> {
+    let api: Api<Pod> = Api::namespaced(cluster.client.clone(), NAMESPACE);
+    let options = AttachParams::default().container(container).stdin(false).stdout(true).stderr(true);
+    let process = api.exec(pod, ["/justmtls", "admin", socket, page], &options).await;
+    let mut process = process.map_err(|error| cluster.explain(error, &format!("asking {pod} ({container})")))?;
+    let (stdout, stderr) = (process.stdout(), process.stderr());
+    let status = process.take_status();
+    let read = async {
+        let mut text = String::new();
+        if let Some(stdout) = stdout {
+            stdout.take(LARGEST).read_to_string(&mut text).await?;
+        }
+        std::io::Result::Ok(text)
+    };
+    let complaints = async {
+        let mut text = String::new();
+        if let Some(stderr) = stderr {
+            stderr.take(4096).read_to_string(&mut text).await?;
+        }
+        std::io::Result::Ok(text)
+    };
+    let (text, complaint) = tokio::try_join!(read, complaints)?;
+    let status = match status {
+        Some(status) => status.await,
+        None => None,
+    };
+    // `/readyz` says no with a page that says why.
+    let well = status.as_ref().is_some_and(|status| status.status.as_deref() == Some("Success"));
+    if !well && text.is_empty() {
+        let why = complaint.trim();
+        let said = || status.and_then(|status| status.message).unwrap_or_else(|| "the connection ended".to_owned());
+        let why = if why.is_empty() { said() } else { why.to_owned() };
+        bail!("{pod} ({container}): {}", printable(&why));
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn pod(name: &str, node: &str, phase: &str, ready: &str, made: &str, ending: Option<&str>) -> Pod {
+        serde_json::from_value(json!({
+            "metadata": { "name": name, "creationTimestamp": made, "deletionTimestamp": ending },
+            "spec": { "nodeName": node, "containers": [] },
+            "status": { "phase": phase, "conditions": [{ "type": "Ready", "status": ready }] },
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn the_pod_that_serves_a_node_is_asked() {
+        let (old, new) = ("2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z");
+        let pods = [
+            pod("a-old", "a", "Running", "True", old, None),
+            pod("a-starting", "a", "Running", "False", new, None),
+            pod("b-ending", "b", "Running", "True", new, Some(new)),
+            pod("b-old", "b", "Running", "False", old, None),
+            pod("c-pending", "c", "Pending", "False", new, None),
+        ];
+        let found = newest(&pods);
+        assert_eq!(
+            found.into_iter().collect::<Vec<_>>(),
+            [("a".to_owned(), "a-old".to_owned()), ("b".to_owned(), "b-old".to_owned()),]
+        );
+    }
+
+    #[test]
+    fn a_node_without_a_pod_says_so() {
+        let pages = NodePages::default();
+        assert!(pages.page(Process::Agent, "/pods").is_null());
+        assert!(pages.failure(Process::Agent, "/pods").unwrap().contains("no pod"));
+        let pages = NodePages::told("x", &[(Process::Agent, "/pods", json!([]))]);
+        assert_eq!(pages.failure(Process::Agent, "/pods"), None);
+    }
+}

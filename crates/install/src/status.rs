@@ -1,0 +1,265 @@
+//! `justmtls status`: nodes, and pods with identity, capture and mode, as the nodes' own processes say.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::{Node, Pod};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::cluster::{Cluster, Place};
+use crate::pages::{self, NodePages, Process};
+use crate::table::Table;
+
+/// What the verb takes.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Arguments {
+    /// Pods of this namespace alone.
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+    /// Output for programs.
+    #[arg(long)]
+    pub json: bool,
+    /// Which cluster is meant.
+    #[command(flatten)]
+    pub place: Place,
+}
+
+/// What is known of one pod.
+#[derive(Clone, PartialEq, Eq, Serialize, Debug)]
+pub(crate) struct PodRow {
+    pub(crate) namespace: String,
+    pub(crate) name: String,
+    pub(crate) node: String,
+    /// Who it is, where its node knows.
+    pub(crate) identity: Option<String>,
+    /// `captured`, or the state that it is in.
+    pub(crate) capture: String,
+    /// Why it is not captured, or what went wrong.
+    pub(crate) reason: Option<String>,
+    /// `permissive` or `strict`, and ports that differ.
+    pub(crate) mode: Option<String>,
+}
+
+impl PodRow {
+    /// Whether it should be captured, and is not.
+    pub(crate) fn is_amiss(&self) -> bool {
+        !["captured", "not-captured", "starting"].contains(&self.capture.as_str())
+    }
+}
+
+/// The pages that rows are made of.
+pub(crate) const PAGES: &[(Process, &str)] = &[(Process::Agent, "/pods"), (Process::Proxy, "/workloads")];
+
+/// Says the status.
+pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
+    let cluster = Cluster::connect(&arguments.place).await?;
+    let nodes: Vec<Node> = cluster.list("/api/v1/nodes", "").await?;
+    let pods = pods(&cluster, arguments.namespace.as_deref()).await?;
+    let pages = pages::of_nodes(&cluster, PAGES).await?;
+    let rows = rows(&pods, &pages);
+    let nodes = node_rows(&nodes, &rows, &pages);
+    if arguments.json {
+        anstream::println!("{:#}", json!({ "nodes": nodes, "pods": rows }));
+        return Ok(0);
+    }
+    let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
+    let mut table = Table::new(&["NODE", "JUSTMTLS", "CAPTURED", "REASON"]);
+    for node in &nodes {
+        table.row([
+            text(&node["name"]),
+            text(&node["pod"]),
+            node["captured"].to_string(),
+            node["reason"].as_str().unwrap_or("").to_owned(),
+        ]);
+    }
+    table.print();
+    anstream::println!();
+    let mut table = Table::new(&["POD", "NODE", "CAPTURE", "MODE", "IDENTITY", "REASON"]);
+    for row in rows {
+        let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+        let name = format!("{}/{}", row.namespace, row.name);
+        table.row([
+            name,
+            row.node,
+            row.capture,
+            or_dash(row.mode),
+            or_dash(row.identity),
+            row.reason.unwrap_or_default(),
+        ]);
+    }
+    if table.is_empty() {
+        anstream::println!(
+            "there are no pods{}",
+            arguments.namespace.as_ref().map_or_else(String::new, |it| format!(" in {it}"))
+        );
+    } else {
+        table.print();
+    }
+    Ok(0)
+}
+
+/// The pods that run, or are about to.
+pub(crate) async fn pods(cluster: &Cluster, namespace: Option<&str>) -> anyhow::Result<Vec<Pod>> {
+    let place = namespace.map_or_else(|| "/api/v1/pods".to_owned(), |name| format!("/api/v1/namespaces/{name}/pods"));
+    cluster.list(&place, "fieldSelector=status.phase%21%3DSucceeded%2Cstatus.phase%21%3DFailed").await
+}
+
+/// One row for each pod, in the order of their names.
+pub(crate) fn rows(pods: &[Pod], pages: &BTreeMap<String, NodePages>) -> Vec<PodRow> {
+    let mut said = BTreeMap::new();
+    for pages in pages.values() {
+        for (page, uid, list) in [
+            (Process::Agent, "uid", pages.page(Process::Agent, "/pods")),
+            (Process::Proxy, "pod_uid", &pages.page(Process::Proxy, "/workloads")["workloads"]),
+        ] {
+            for entry in list.as_array().into_iter().flatten() {
+                said.insert((page, entry[uid].as_str().unwrap_or_default()), entry);
+            }
+        }
+    }
+    let none = NodePages::default();
+    let mut rows: Vec<_> = pods
+        .iter()
+        .map(|pod| {
+            let uid = pod.metadata.uid.as_deref().unwrap_or_default();
+            let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone()).unwrap_or_default();
+            let agent = said.get(&(Process::Agent, uid)).copied().unwrap_or(&Value::Null);
+            let view = said.get(&(Process::Proxy, uid)).copied().unwrap_or(&Value::Null);
+            let (capture, reason) = capture(pod, agent, pages.get(&node).unwrap_or(&none));
+            let identity = agent["identity"].as_str().or(view["identity"].as_str());
+            PodRow {
+                namespace: pod.metadata.namespace.clone().unwrap_or_default(),
+                name: pod.metadata.name.clone().unwrap_or_default(),
+                identity: identity.filter(|_| capture == "captured").map(str::to_owned),
+                mode: mode(view).filter(|_| capture == "captured"),
+                node,
+                capture,
+                reason,
+            }
+        })
+        .collect();
+    rows.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+    rows
+}
+
+/// How far the capture of a pod is, by its node's agent, and why no further.
+fn capture(pod: &Pod, agent: &Value, pages: &NodePages) -> (String, Option<String>) {
+    let spec = pod.spec.as_ref();
+    let waits = pod.status.as_ref().is_none_or(|status| status.phase.as_deref() == Some("Pending"));
+    if spec.and_then(|spec| spec.host_network) == Some(true) {
+        return ("not-captured".to_owned(), Some("host-network".to_owned()));
+    }
+    if spec.is_none_or(|spec| spec.node_name.is_none()) {
+        return ("starting".to_owned(), Some("no node yet".to_owned()));
+    }
+    let text = |field: &str| agent[field].as_str().map(str::to_owned);
+    match text("state") {
+        Some(state) if state == "captured" => (state, text("failure")),
+        Some(state) if state == "no-sandbox" && text("not_captured").is_some() => {
+            ("not-captured".to_owned(), text("not_captured"))
+        }
+        Some(_) if waits => ("starting".to_owned(), text("failure").or_else(|| text("not_captured"))),
+        Some(state) => (state, text("failure").or_else(|| text("not_captured"))),
+        None => match pages.failure(Process::Agent, "/pods") {
+            Some(why) => ("unknown".to_owned(), Some(why.to_owned())),
+            None if waits => ("starting".to_owned(), None),
+            None => ("unknown".to_owned(), Some("its node's agent does not know it".to_owned())),
+        },
+    }
+}
+
+fn mode(view: &Value) -> Option<String> {
+    let default = view["mode"].as_str()?;
+    let ports = view["port_modes"].as_object().into_iter().flatten();
+    let mut ports: Vec<_> = ports.filter_map(|(port, mode)| Some(format!("{port}:{}", mode.as_str()?))).collect();
+    ports.sort();
+    Some(if ports.is_empty() { default.to_owned() } else { format!("{default} ({})", ports.join(" ")) })
+}
+
+fn node_rows(nodes: &[Node], rows: &[PodRow], pages: &BTreeMap<String, NodePages>) -> Vec<Value> {
+    let none = NodePages::default();
+    let node = |name: &str| {
+        let pages = pages.get(name).unwrap_or(&none);
+        let captured = rows.iter().filter(|row| row.node == name && row.capture == "captured").count();
+        let failures = PAGES.iter().find_map(|(process, page)| pages.failure(*process, page));
+        json!({ "name": name, "pod": pages.pod, "captured": captured, "reason": failures })
+    };
+    nodes.iter().filter_map(|it| it.metadata.name.as_deref()).map(node).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(crate) fn pod(name: &str, node: Option<&str>, phase: &str, host: bool) -> Pod {
+        serde_json::from_value(json!({
+            "metadata": { "name": name, "namespace": "shop", "uid": format!("uid-{name}") },
+            "spec": { "nodeName": node, "hostNetwork": host, "containers": [] },
+            "status": { "phase": phase },
+        }))
+        .unwrap()
+    }
+
+    fn told() -> BTreeMap<String, NodePages> {
+        let agent = json!([
+            { "uid": "uid-web", "state": "captured", "identity": "spiffe://c/ns/shop/sa/web" },
+            { "uid": "uid-out", "state": "not-captured", "not_captured": "opted-out" },
+            { "uid": "uid-bad", "state": "failed", "failure": "no-interface" },
+            { "uid": "uid-new", "state": "waiting" },
+        ]);
+        let proxy = json!({ "workloads": [
+            { "pod_uid": "uid-web", "mode": "permissive", "port_modes": { "9090": "strict" }, "identity": "spiffe://c/ns/shop/sa/web" },
+        ] });
+        let pages =
+            NodePages::told("node-pod", &[(Process::Agent, "/pods", agent), (Process::Proxy, "/workloads", proxy)]);
+        BTreeMap::from([("a".to_owned(), pages)])
+    }
+
+    #[test]
+    fn each_pod_has_its_capture_and_each_that_has_none_its_reason() {
+        let pods = [
+            pod("web", Some("a"), "Running", false),
+            pod("out", Some("a"), "Running", false),
+            pod("bad", Some("a"), "Running", false),
+            pod("new", Some("a"), "Pending", false),
+            pod("host", Some("a"), "Running", true),
+            pod("lost", Some("a"), "Running", false),
+            pod("away", Some("b"), "Running", false),
+            pod("unplaced", None, "Pending", false),
+        ];
+        let rows = rows(&pods, &told());
+        let found: Vec<_> =
+            rows.iter().map(|row| (&*row.name, &*row.capture, row.reason.as_deref().unwrap_or(""))).collect();
+        let expected = [
+            ("away", "unknown", "there is no pod of justmtls that runs on this node"),
+            ("bad", "failed", "no-interface"),
+            ("host", "not-captured", "host-network"),
+            ("lost", "unknown", "its node's agent does not know it"),
+            ("new", "starting", ""),
+            ("out", "not-captured", "opted-out"),
+            ("unplaced", "starting", "no node yet"),
+            ("web", "captured", ""),
+        ];
+        assert_eq!(found, expected);
+        let amiss: Vec<_> = rows.iter().filter(|row| row.is_amiss()).map(|row| &*row.name).collect();
+        assert_eq!(amiss, ["away", "bad", "lost"]);
+        let web = rows.last().unwrap();
+        assert_eq!(web.identity.as_deref(), Some("spiffe://c/ns/shop/sa/web"));
+        assert_eq!(web.mode.as_deref(), Some("permissive (9090:strict)"));
+    }
+
+    #[test]
+    fn a_node_counts_its_captured_pods_and_says_why_it_is_silent() {
+        let nodes: Vec<Node> = ["a", "b"]
+            .iter()
+            .map(|name| serde_json::from_value(json!({ "metadata": { "name": name } })).unwrap())
+            .collect();
+        let rows = rows(&[pod("web", Some("a"), "Running", false)], &told());
+        let nodes = node_rows(&nodes, &rows, &told());
+        assert_eq!(
+            (&nodes[0]["captured"], &nodes[0]["pod"], &nodes[0]["reason"]),
+            (&json!(1), &json!("node-pod"), &Value::Null)
+        );
+        assert!(nodes[1]["reason"].as_str().unwrap().contains("no pod"));
+    }
+}

@@ -1,0 +1,158 @@
+//! Waiting for a workload to be ready, with progress, and with what holds it up when time is over.
+
+use std::time::{Duration, Instant};
+
+use anyhow::bail;
+use k8s_openapi::api::core::v1::{Event, Pod};
+use serde_json::Value;
+
+use crate::cluster::Cluster;
+use crate::hang::{Hang, hangs, log_path, telling_line};
+use crate::objects::{NAME, NAMESPACE};
+
+/// How often is looked.
+const LOOK: Duration = Duration::from_millis(500);
+/// For how long something may not be ready before it is said what holds it up.
+const BE_QUIET: Duration = Duration::from_secs(10);
+
+/// How far a workload is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Progress {
+    /// Pods of the newest version that are ready.
+    ready: u64,
+    /// Pods that there are to be.
+    wanted: u64,
+    /// What is said here is about the newest version.
+    current: bool,
+}
+
+impl Progress {
+    /// From the object of a Deployment or DaemonSet.
+    pub(crate) fn of(object: &Value) -> Self {
+        let status = &object["status"];
+        let number = |name: &str| status[name].as_u64().unwrap_or(0);
+        let seen = status["observedGeneration"].as_u64();
+        let current = seen.is_some() && seen >= object["metadata"]["generation"].as_u64();
+        if object["kind"] == "DaemonSet" {
+            let wanted = number("desiredNumberScheduled");
+            let ready = number("updatedNumberScheduled").min(number("numberAvailable"));
+            Self { ready, wanted, current }
+        } else {
+            let wanted = object["spec"]["replicas"].as_u64().unwrap_or(1);
+            let ready = number("updatedReplicas").min(number("availableReplicas"));
+            // While pods of the last version are there, they are counted as available, too.
+            let old = number("replicas").saturating_sub(number("updatedReplicas"));
+            Self { ready: ready.saturating_sub(old), wanted, current }
+        }
+    }
+
+    /// Whether there is nothing to wait for.
+    pub(crate) fn is_done(self) -> bool {
+        self.current && self.wanted > 0 && self.ready >= self.wanted
+    }
+}
+
+impl std::fmt::Display for Progress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} of {} ready", self.ready.min(self.wanted), self.wanted)
+    }
+}
+
+/// Waits until a Deployment (`deployments`) or DaemonSet (`daemonsets`) is ready.
+///
+/// # Errors
+/// It is not at `until`: with all that holds it up, and what to do.
+pub(crate) async fn ready(cluster: &Cluster, resource: &str, name: &str, until: Instant) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    let (mut said, mut complained) = (None, Vec::new());
+    loop {
+        let object = cluster.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/{resource}/{name}")).await?;
+        let Some(object) = object else {
+            bail!("{name} is gone while it was waited for; somebody deleted it: run the command again");
+        };
+        let progress = Progress::of(&object);
+        if said != Some(progress) {
+            anstream::eprintln!("{name}: {progress}");
+            said = Some(progress);
+        }
+        if progress.is_done() {
+            return Ok(());
+        }
+        let over = Instant::now() >= until;
+        if over || begun.elapsed() >= BE_QUIET {
+            let found = explain(cluster, name).await?;
+            let lines: Vec<_> = found.iter().map(|(hang, line)| sentence(hang, line.as_deref())).collect();
+            if over {
+                let nothing = vec!["nothing says why: look at the controllers of the cluster".to_owned()];
+                let lines = if lines.is_empty() { nothing } else { lines };
+                bail!("{name} is not ready in time ({progress}):\n  {}", lines.join("\n  "));
+            }
+            let kinds: Vec<_> = found.iter().map(|(hang, _)| (hang.who.clone(), hang.kind)).collect();
+            if kinds != complained {
+                lines.iter().for_each(|line| anstream::eprintln!("  {line}"));
+                complained = kinds;
+            }
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// What holds a workload up, with the telling line of a log where there is one.
+pub(crate) async fn explain(cluster: &Cluster, name: &str) -> anyhow::Result<Vec<(Hang, Option<String>)>> {
+    let pods: Vec<Pod> = pods_of(cluster, name).await?;
+    let events: Vec<Event> = cluster.list(&format!("/api/v1/namespaces/{NAMESPACE}/events"), "").await?;
+    let mut found = Vec::new();
+    for hang in hangs(name, &pods, &events) {
+        let mut line = None;
+        if let Some((pod, container, previous)) = &hang.log {
+            // A log that is not there yet takes nothing from what is known.
+            let log = cluster.text(&log_path(pod, container, *previous)).await.unwrap_or_default();
+            line = telling_line(&log);
+        }
+        found.push((hang, line));
+    }
+    Ok(found)
+}
+
+/// The pods of a workload of ours.
+pub(crate) async fn pods_of(cluster: &Cluster, name: &str) -> anyhow::Result<Vec<Pod>> {
+    cluster.list(&format!("/api/v1/namespaces/{NAMESPACE}/pods"), &format!("labelSelector={NAME}%3D{name}")).await
+}
+
+/// One hang as a line.
+pub(crate) fn sentence(hang: &Hang, line: Option<&str>) -> String {
+    let line = line.map_or_else(String::new, |line| format!(": {line}"));
+    format!("{}: {}; {}{line}", hang.who, hang.what, hang.hint)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_workload_is_ready_when_all_pods_of_its_newest_version_are() {
+        let daemon_set = |observed: u64, desired: u64, updated: u64, available: u64| {
+            Progress::of(&json!({ "kind": "DaemonSet", "metadata": { "generation": 2 }, "status": {
+                "observedGeneration": observed, "desiredNumberScheduled": desired,
+                "updatedNumberScheduled": updated, "numberAvailable": available,
+            } }))
+        };
+        assert!(daemon_set(2, 3, 3, 3).is_done());
+        assert!(!daemon_set(1, 3, 3, 3).is_done(), "the status is about the version before");
+        assert!(!daemon_set(2, 3, 2, 3).is_done(), "one is of the version before");
+        assert!(!daemon_set(2, 0, 0, 0).is_done(), "no node was seen yet");
+        assert_eq!(daemon_set(2, 3, 1, 3).to_string(), "1 of 3 ready");
+        let deployment = |replicas: u64, updated: u64, available: u64| {
+            Progress::of(
+                &json!({ "kind": "Deployment", "metadata": { "generation": 1 }, "spec": { "replicas": 2 }, "status": {
+                "observedGeneration": 1, "replicas": replicas, "updatedReplicas": updated, "availableReplicas": available,
+            } }),
+            )
+        };
+        assert!(deployment(2, 2, 2).is_done());
+        assert!(!deployment(3, 2, 2).is_done(), "one of the version before is still there");
+        assert!(!Progress::of(&json!({ "kind": "Deployment", "metadata": { "generation": 1 }, "spec": {} })).is_done());
+    }
+}
