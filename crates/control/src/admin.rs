@@ -183,8 +183,16 @@ fn uncaptured_name(why: mesh::Uncaptured) -> &'static str {
     reason.as_str()
 }
 
+/// What [`numbers`] are written in.
+pub(crate) const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
 async fn metrics(State(shown): Shared) -> Result<impl IntoResponse, StatusCode> {
-    let dump = dump(&shown).await?;
+    Ok(([(CONTENT_TYPE, OPEN_METRICS)], numbers(&shown).await?))
+}
+
+/// All numbers, as they are now.
+pub(crate) async fn numbers(shown: &Shown) -> Result<String, StatusCode> {
+    let dump = dump(shown).await?;
     let metrics = &shown.metrics;
     let captured = dump.workloads.iter().filter(|workload| workload.speaks == mesh::Speaks::JustMtls).count();
     for (gauge, value) in [
@@ -197,5 +205,5 @@ async fn metrics(State(shown): Shared) -> Result<impl IntoResponse, StatusCode> 
     ] {
         gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
     }
-    Ok(([(CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], metrics.text()))
+    Ok(metrics.text())
 }

@@ -1,5 +1,8 @@
 //! The process: in which order it starts, what wakes it, and what it does then.
 
+mod record;
+mod start;
+
 #[cfg(test)]
 mod tests;
 
@@ -13,49 +16,62 @@ use identity::lifecycle::{self, Next};
 use identity::{Svid, tls};
 use mesh::{PodUid, Speaks};
 use rustls::ServerConfig;
-use tokio::net::TcpListener;
 use tokio::select;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tracing::{error, info, warn};
 
+use self::record::Record;
+pub(crate) use self::record::Report;
+use self::start::Replica;
 use crate::Args;
-use crate::admin::{self, Dump, Shown};
-use crate::ca::authority::{self, Authority};
+use crate::admin::Dump;
 use crate::ca::token::Tokens;
 use crate::ca::{Application, Certifier, Refused};
-use crate::captures::Captures;
-use crate::clock::Clock;
+use crate::clock::{Clock, jitter};
 use crate::index::{self, Index, Told};
+use crate::kubernetes::Failure;
 use crate::metrics::Metrics;
-use crate::nodes::Nodes;
+use crate::probes::Probes;
 use crate::problem::Problem;
 use crate::publication::Publication;
-use crate::server::Served;
-use crate::watch::{Batch, Folder};
+use crate::watch::Batch;
 
 /// Threads: one for the index, and one for streams beside it.
 const WORKERS: usize = 2;
 /// Events that may wait. Whoever sends more waits, too.
 const QUEUE: usize = 1024;
+/// How long it takes until those who route to ready replicas have seen that this one is none any more.
+const UNREADY: Duration = Duration::from_secs(3);
 /// The longest sleep before the time of day is looked at again: it can be set while we sleep.
 const LOOK_AT_CLOCK: Duration = Duration::from_secs(30);
+
+/// How often it is looked for records of captured pods that are gone.
+const LOOK_AROUND: Duration = Duration::from_secs(10);
 
 /// All that can wake the owner of the index.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// The source of objects says something.
-    Objects(Batch),
+    /// The source of objects says something. It says no more before this was taken in: the objects of a large cluster, in a
+    /// queue, would fill the memory.
+    Objects(Batch, OwnedSemaphorePermit),
     /// An agent says what its node has captured: all of it.
-    Captured {
-        /// The agent's node.
+    Captured(Report),
+    /// A node's record of captured pods was written, or not yet.
+    Written {
+        /// The node.
         node: String,
-        /// The pods.
-        pods: BTreeSet<PodUid>,
-        /// Told once peers can know.
-        published: oneshot::Sender<()>,
+        /// Why not yet.
+        failure: Option<Failure>,
+    },
+    /// A token is a pod's, and nobody else says of which node.
+    NodeOfPod {
+        /// The pod.
+        pod: PodUid,
+        /// Told its node, if it is known.
+        answer: oneshot::Sender<Option<String>>,
     },
     /// A proxy asks for a certificate.
     Certify {
@@ -88,13 +104,20 @@ pub fn run(args: Args) -> Result<()> {
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
-        let control = Control::start(&args, Clock::default()).await?;
-        let events = control.sender.clone();
-        tokio::spawn(async move {
+        let mut stop = Box::pin(async move {
             select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
+        });
+        // To wait for an API server may take long, and is no reason to stay.
+        let control = select! {
+            control = Control::start(&args, Clock::default()) => control?,
+            () = &mut stop => return Ok(()),
+        };
+        let events = control.sender.clone();
+        tokio::spawn(async move {
+            stop.await;
             let _ = events.send(Event::Terminate).await;
         });
         let ended = control.run().await;
@@ -108,7 +131,10 @@ pub(crate) struct Control {
     index: Index,
     publication: Arc<Publication>,
     certifier: Arc<Certifier>,
-    captures: Captures,
+    record: Record,
+    /// What is shared with other replicas, where there are any.
+    replica: Option<Replica>,
+    probes: Probes,
     /// Whether nodes may know more than this process was started with.
     follows: bool,
     tokens: Arc<Tokens>,
@@ -116,9 +142,12 @@ pub(crate) struct Control {
     clock: Clock,
     /// What is wrong with the source of objects.
     source_problems: Vec<Problem>,
+    /// Whether changes of objects may be missing here.
+    behind: bool,
     /// What was wrong when it was last looked at, so that each problem is logged once.
     logged: BTreeSet<Problem>,
     own: Svid,
+    looks_around: Instant,
     jitter: f64,
     failures: u32,
     leaf_validity: Duration,
@@ -128,94 +157,13 @@ pub(crate) struct Control {
     /// Where nodes are served.
     address: SocketAddr,
     /// The server ends when this is dropped.
-    alive: watch::Sender<()>,
+    alive: Option<watch::Sender<()>>,
+    /// When that is to be, once it is known.
+    ends: Option<Instant>,
     serving: JoinHandle<Result<(), tonic::transport::Error>>,
 }
 
 impl Control {
-    /// Reads everything that there is, and only then serves.
-    pub(crate) async fn start(args: &Args, clock: Clock) -> Result<Self> {
-        let tokens = Tokens::open(&args.tokens).with_context(|| format!("{} (--tokens)", args.tokens.display()))?;
-        let (folder, first) = Folder::open(&args.objects)?;
-        let trust_domain = index::trust_domain(folder.objects()).map_err(|problem| anyhow!("{problem}"))?;
-        let follows = Authority::is_in(&args.ca);
-        let authority = Authority::open(&args.ca, &trust_domain, clock.now())?;
-        let own = authority.own_svid(clock.now(), args.leaf_validity)?;
-        authority::publish(authority.bundle(), &args.publish_bundle)?;
-
-        let metrics = Arc::new(Metrics::new());
-        let mut captures = Captures::open(&args.ca)?;
-        let mut index = Index::new(trust_domain);
-        index.remember(captures.all());
-        take_in(&mut index, &first, &metrics);
-        if first.unlisted.is_empty() {
-            captures.retain(|(node, uid)| index.has_pod(node, uid))?;
-        }
-        let publication = Arc::new(Publication::new(authority.bundle(), index.views()));
-        publication.withhold(withheld(follows, &first));
-        let certifier = Arc::new(Certifier::new(authority, args.leaf_validity, clock.clone()));
-        let tokens = Arc::new(tokens);
-        let nodes = Nodes::default();
-        let (sender, events) = mpsc::channel(QUEUE);
-        let (tls, _) = watch::channel(tls::control_server_config(&own, Arc::new(clock.clone())));
-
-        let listener = TcpListener::bind(args.listen).await;
-        let listener = listener.with_context(|| format!("cannot listen on {} (--listen)", args.listen))?;
-        let address = listener.local_addr().context("cannot read the address that is listened on")?;
-        let served = Served {
-            publication: publication.clone(),
-            certifier: certifier.clone(),
-            tokens: tokens.clone(),
-            nodes: nodes.clone(),
-            metrics: metrics.clone(),
-            clock: clock.clone(),
-            events: sender.clone(),
-        };
-        let config = tls.subscribe();
-        let (alive, mut ending) = watch::channel(());
-        let shutdown = async move {
-            // The owner of the index is gone when the sender is.
-            while ending.changed().await.is_ok() {}
-        };
-        let served = wire::server::serve(listener, move || config.borrow().clone(), Arc::new(served), shutdown);
-        let serving = tokio::spawn(served);
-        admin::serve(
-            &args.admin,
-            Arc::new(Shown {
-                events: sender.clone(),
-                nodes,
-                publication: publication.clone(),
-                metrics: metrics.clone(),
-            }),
-        )
-        .with_context(|| format!("cannot listen on {} (--admin)", args.admin.display()))?;
-        tokio::spawn(follow(folder, sender.clone()));
-        let mut control = Self {
-            index,
-            publication,
-            certifier,
-            captures,
-            follows,
-            tokens,
-            metrics,
-            clock,
-            source_problems: first.problems,
-            logged: BTreeSet::new(),
-            own,
-            jitter: jitter(),
-            failures: 0,
-            leaf_validity: args.leaf_validity,
-            tls,
-            events,
-            sender,
-            address,
-            alive,
-            serving,
-        };
-        control.log_problems();
-        Ok(control)
-    }
-
     /// Does what each event asks for, until the last one.
     ///
     /// # Errors
@@ -223,23 +171,27 @@ impl Control {
     pub(crate) async fn run(mut self) -> Result<()> {
         info!(address = %self.address, workloads = self.index.views().workloads.len(), "serving");
         loop {
-            let look = Instant::now() + self.until_renewal();
+            let look = self.looks_around.min(Instant::now() + self.until_renewal());
             let event = select! {
                 event = self.events.recv() => event.unwrap_or(Event::Terminate),
                 ended = &mut self.serving => {
                     ended.context("serving nodes failed")?.context("serving nodes failed")?;
-                    return Err(anyhow!("serving nodes ended"));
+                    return if self.alive.is_none() { Ok(()) } else { Err(anyhow!("serving nodes ended")) };
                 }
+                () = sleep_until(self.ends.unwrap_or(look)), if self.ends.is_some() => Event::Terminate,
                 () = sleep_until(look) => Event::LookAtClock,
             };
             match event {
-                Event::Objects(batch) => self.take(batch),
-                Event::Captured { node, pods, published } => {
-                    let touched = self.index.captured(&node, pods);
-                    self.publish(touched);
+                Event::Objects(batch, _turn) => self.take(batch),
+                Event::Captured(report) => self.captured(report),
+                Event::Written { node, failure } => {
+                    if let Record::Shared(shared) = &mut self.record {
+                        shared.written(&node, failure);
+                    }
                     self.log_problems();
-                    // An agent that is gone needs no answer.
-                    let _ = published.send(());
+                }
+                Event::NodeOfPod { pod, answer } => {
+                    let _ = answer.send(self.index.node_of(&pod).map(str::to_owned));
                 }
                 Event::Certify { application, answer } => {
                     let runs_there = self.index.runs_on(&application.node, &application.id);
@@ -249,31 +201,105 @@ impl Control {
                     let _ = answer.send(self.dump());
                 }
                 Event::LookAtClock => self.renew_own(),
-                Event::Terminate => break,
+                Event::Terminate => self.end(),
+            }
+            if Instant::now() >= self.looks_around {
+                self.looks_around = Instant::now() + LOOK_AROUND;
+                self.look_around();
             }
         }
-        info!("ending");
-        drop(self.alive);
-        self.serving.await.context("serving nodes failed")?.context("serving nodes failed")
     }
 
-    fn take(&mut self, batch: Batch) {
-        let touched = take_in(&mut self.index, &batch, &self.metrics);
+    /// Ends in order. Where there are other replicas, nodes are sent to them before streams end, and whoever is still here is
+    /// served meanwhile; asked a second time, streams end at once.
+    fn end(&mut self) {
+        self.probes.end();
+        match (&mut self.replica, self.ends) {
+            (Some(replica), None) => {
+                info!("ending: no new nodes are to come");
+                replica.let_go();
+                self.ends = Some(Instant::now() + UNREADY);
+            }
+            _ => {
+                info!("ending");
+                (self.ends, self.alive) = (None, None);
+            }
+        }
+    }
+
+    fn take(&mut self, mut batch: Batch) {
+        let mut touched = index::Touched::new();
+        if let Record::Shared(shared) = &mut self.record {
+            for record in batch.changes.iter().filter_map(|change| shared.show(change)) {
+                touched.extend(self.index.recorded(&record.node, record.pods));
+            }
+            if batch.behind {
+                shared.forget_missing();
+            }
+        }
+        touched.extend(take_in(&mut self.index, &mut batch, &self.metrics));
         self.publish(touched);
         self.publication.withhold(withheld(self.follows, &batch));
+        self.behind = batch.behind;
         self.source_problems = batch.problems;
+        if let Some(replica) = &self.replica {
+            replica.tell_policies(&self.index, batch.conditions);
+        }
+        self.confirm();
+        self.log_problems();
+    }
+
+    /// An agent says what its node has captured.
+    fn captured(&mut self, report: Report) {
+        match &mut self.record {
+            Record::Shared(shared) => {
+                shared.report(report);
+                self.confirm();
+            }
+            Record::File(_) => self.publish_captured(report),
+        }
+        self.log_problems();
+    }
+
+    /// Confirms the reports that every replica can read by now.
+    fn confirm(&mut self) {
+        let Record::Shared(shared) = &mut self.record else { return };
+        for report in shared.confirmed() {
+            self.publish_captured(report);
+        }
+    }
+
+    fn publish_captured(&mut self, report: Report) {
+        let touched = self.index.captured(&report.node, report.pods);
+        self.publish(touched);
+        // An agent that is gone needs no answer.
+        let _ = report.published.send(());
+    }
+
+    /// What is looked at now and then.
+    fn look_around(&mut self) {
+        let leads = self.replica.as_ref().is_some_and(Replica::leads);
+        self.metrics.leader.set(i64::from(leads));
+        if let Record::Shared(shared) = &mut self.record
+            && leads
+            && !self.behind
+        {
+            shared.tidy(&self.index, self.clock.monotonic());
+        }
         self.log_problems();
     }
 
     fn publish(&mut self, touched: index::Touched) {
-        let workloads = &self.index.views().workloads;
-        let touched_workloads = touched.iter().filter_map(|told| match told {
-            Told::Workload(uid) => workloads.get(uid),
-            _ => None,
-        });
-        // On disk before anybody is told.
-        let captured = touched_workloads.filter(|workload| workload.speaks == Speaks::JustMtls);
-        self.captures.add(captured.map(|workload| (workload.node.to_string(), workload.pod_uid.clone())));
+        if let Record::File(captures) = &mut self.record {
+            let workloads = &self.index.views().workloads;
+            let touched_workloads = touched.iter().filter_map(|told| match told {
+                Told::Workload(uid) => workloads.get(uid),
+                _ => None,
+            });
+            // On disk before anybody is told.
+            let captured = touched_workloads.filter(|workload| workload.speaks == Speaks::JustMtls);
+            captures.add(captured.map(|workload| (workload.node.to_string(), workload.pod_uid.clone())));
+        }
         self.metrics.published.inc_by(touched.len() as u64);
         self.publication.publish(self.index.views(), touched);
     }
@@ -281,7 +307,8 @@ impl Control {
     /// Everything that is wrong, wherever it was found.
     fn problems(&self) -> BTreeSet<Problem> {
         let elsewhere = self.tokens.problem().into_iter().chain(self.certifier.authority().problem(self.clock.now()));
-        let elsewhere = elsewhere.chain(self.captures.problem());
+        let elsewhere = elsewhere.chain(self.record.problems());
+        let elsewhere = elsewhere.chain(self.replica.iter().flat_map(Replica::problems));
         let withheld = self.publication.withheld().map(|because| Problem::error("the control plane", because));
         let elsewhere = elsewhere.chain(withheld);
         self.index.problems().into_iter().chain(&self.source_problems).cloned().chain(elsewhere).collect()
@@ -357,25 +384,9 @@ fn withheld(follows: bool, batch: &Batch) -> Option<String> {
 }
 
 /// Applies a batch to the index.
-fn take_in(index: &mut Index, batch: &Batch, metrics: &Metrics) -> index::Touched {
+fn take_in(index: &mut Index, batch: &mut Batch, metrics: &Metrics) -> index::Touched {
     metrics.changes.inc_by(batch.changes.len() as u64);
-    let mut touched: index::Touched = batch.changes.iter().flat_map(|change| index.apply(change.clone())).collect();
+    let mut touched: index::Touched = batch.changes.drain(..).flat_map(|change| index.apply(change)).collect();
     touched.extend(index.unreadable(&batch.unreadable));
     touched
-}
-
-/// Passes on what the folder says.
-async fn follow(mut folder: Folder, events: mpsc::Sender<Event>) {
-    loop {
-        let batch = folder.next().await;
-        if events.send(Event::Objects(batch)).await.is_err() {
-            return;
-        }
-    }
-}
-
-/// Between 0 and 1. Spreads renewals, and needs to be no secret: the process's own random hash seed will do.
-fn jitter() -> f64 {
-    use std::hash::{BuildHasher, RandomState};
-    RandomState::new().hash_one(0_u8) as f64 / u64::MAX as f64
 }

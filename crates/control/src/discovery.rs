@@ -13,6 +13,7 @@ use crate::ca::token::{Caller, Role};
 use crate::clock::Clock;
 use crate::metrics::Metrics;
 use crate::nodes::Registered;
+use crate::problem::quoted;
 use crate::publication::{News, Publication, Reading};
 use crate::server::Served;
 
@@ -90,7 +91,10 @@ impl Subscriber<'_> {
             self.metrics.told.inc_by(told - std::mem::replace(&mut self.counted, told));
             let due = self.beats.next;
             let asked = select! {
-                asked = self.stream.next() => asked?,
+                asked = self.stream.next() => {
+                    self.check_hello()?;
+                    asked?
+                }
                 () = self.reading.mailbox().arrived() => {
                     self.tell_news().await;
                     continue;
@@ -108,6 +112,20 @@ impl Subscriber<'_> {
                 Some(Asked::Refused { kind, detail }) => self.refused(kind, detail),
             }
         }
+    }
+
+    /// A process that takes itself for another node's is not served: it would be told what it has no use for. Whose it is, its
+    /// token says.
+    fn check_hello(&self) -> Result<(), Refused> {
+        let (said, Caller { node, role }) = (self.stream.node(), &self.caller);
+        let known = said
+            .strip_prefix(&**node)
+            .is_some_and(|rest| rest.is_empty() || rest.strip_prefix('/') == Some(role.as_str()));
+        if said.is_empty() || known {
+            return Ok(());
+        }
+        let whose = format!("the token is of the {} of node {node}", role.as_str());
+        Err(Refused::NotAllowed(format!("{whose}, and the caller says that it is {}", quoted(said))))
     }
 
     async fn subscribe(&mut self, kind: Kind) -> Result<(), Refused> {

@@ -33,6 +33,7 @@ use wire::discovery::NodePod;
 use self::cluster::Cluster;
 use self::dirty::Dirty;
 use self::facts::{Name, Pod};
+use crate::kubernetes::status;
 use crate::problem::Problem;
 
 pub use self::policy::unenforceable;
@@ -146,11 +147,30 @@ impl Index {
         let old = self.cluster.reported.insert(node.to_owned(), pods);
         let new = &self.cluster.reported[node];
         let changed: BTreeSet<_> = old.unwrap_or_default().symmetric_difference(new).cloned().collect();
+        self.pods_of_node(node, &changed)
+    }
+
+    fn pods_of_node(&mut self, node: &str, changed: &BTreeSet<PodUid>) -> Touched {
         let mut dirty = Dirty::default();
         let pods =
             changed.iter().flat_map(|uid| self.cluster.pods_with(uid)).filter_map(|name| self.cluster.pods.get(name));
         dirty.pods.extend(pods.filter(|pod| pod.node == node).map(|pod| pod.name.clone()));
         self.refresh(dirty)
+    }
+
+    /// Takes in what is written down of a node: pods that its agent has once reported, whichever replica heard it. In the place
+    /// of [`Index::captured`]'s part in T47 where there are several replicas.
+    pub(crate) fn recorded(&mut self, node: &str, pods: BTreeSet<PodUid>) -> Touched {
+        let old = self.cluster.recorded.insert(node.to_owned(), pods).unwrap_or_default();
+        let new: BTreeSet<_> = self.cluster.recorded[node].difference(&old).cloned().collect();
+        // What is new in the record was reported just now, here or elsewhere.
+        if let Some(reported) = self.cluster.reported.get_mut(node) {
+            reported.extend(new.iter().cloned());
+        }
+        if self.cluster.recorded[node].is_empty() {
+            self.cluster.recorded.remove(node);
+        }
+        self.pods_of_node(node, &new)
     }
 
     /// Takes in what a control plane before this one knew to be captured, before the first object: a pod that was published
@@ -162,6 +182,21 @@ impl Index {
     /// Whether a node has a pod, published or not.
     pub(crate) fn has_pod(&self, node: &str, uid: &PodUid) -> bool {
         self.cluster.pods_with(uid).filter_map(|name| self.cluster.pods.get(name)).any(|pod| pod.node == node)
+    }
+
+    /// The node of a pod.
+    pub(crate) fn node_of(&self, uid: &PodUid) -> Option<&str> {
+        let mut nodes =
+            self.cluster.pods_with(uid).filter_map(|name| self.cluster.pods.get(name)).map(|pod| &*pod.node);
+        nodes.next().filter(|node| !node.is_empty())
+    }
+
+    /// What is wrong with each of the policies that something is wrong with.
+    pub(crate) fn problems_of_policies(&self) -> impl Iterator<Item = (&ObjectKey, BTreeSet<&Problem>)> {
+        self.problems.iter().filter_map(|(origin, problems)| match origin {
+            Origin::Object(key) if status::concerns(key.kind) => Some((key, problems.iter().collect())),
+            _ => None,
+        })
     }
 
     /// Takes in which objects are there in a form that cannot be read, and were never there in another. A policy among

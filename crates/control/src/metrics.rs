@@ -17,6 +17,9 @@ pub(crate) struct Metrics {
     registry: Names,
     certificates: Family<Outcome, Counter>,
     refused_calls: Family<Outcome, Counter>,
+    token_reviews: Family<Outcome, Counter>,
+    /// Lists of a whole kind that were asked for.
+    pub(crate) lists: Counter,
     pub(crate) changes: Counter,
     pub(crate) published: Counter,
     /// Resources and removals that nodes were sent: what subscribers cost.
@@ -30,6 +33,9 @@ pub(crate) struct Metrics {
     pub(crate) problems: Gauge,
     pub(crate) workloads: Gauge,
     pub(crate) captured: Gauge,
+    /// Seconds since the kind was heard of that was heard of least.
+    pub(crate) watch_silence: Gauge,
+    pub(crate) leader: Gauge,
 }
 
 /// What is registered, and under which names.
@@ -68,6 +74,14 @@ impl Metrics {
         registry.counter("certificates", "Certificates asked for, by outcome", certificates.clone());
         let refused_calls = Family::<Outcome, Counter>::default();
         registry.counter("refused_calls", "Calls and streams that were refused, by reason", refused_calls.clone());
+        let token_reviews = Family::<Outcome, Counter>::default();
+        registry.counter(
+            "token_reviews",
+            "Tokens that the API server was asked about, by outcome",
+            token_reviews.clone(),
+        );
+        let lists = Counter::default();
+        registry.counter("lists", "Lists of all objects of a kind that the API server was asked for", lists.clone());
         let changes = Counter::default();
         registry.counter("object_changes", "Changes of objects taken in", changes.clone());
         let published = Counter::default();
@@ -91,10 +105,17 @@ impl Metrics {
         registry.gauge("workloads", "Workloads published", workloads.clone());
         let captured = Gauge::default();
         registry.gauge("workloads_captured", "Workloads published as speaking justmtls/1", captured.clone());
+        let watch_silence = Gauge::default();
+        let help = "Seconds since the API server was last heard about the kind that it was heard about least";
+        registry.gauge("watch_silence_seconds", help, watch_silence.clone());
+        let leader = Gauge::default();
+        registry.gauge("leader", "1 where this replica holds the Lease", leader.clone());
         Self {
             registry,
             certificates,
             refused_calls,
+            token_reviews,
+            lists,
             changes,
             published,
             told,
@@ -106,6 +127,8 @@ impl Metrics {
             problems,
             workloads,
             captured,
+            watch_silence,
+            leader,
         }
     }
 
@@ -117,6 +140,11 @@ impl Metrics {
     /// Counts a call that was refused.
     pub(crate) fn refused_call(&self, reason: &str) {
         self.refused_calls.get_or_create(&Outcome { outcome: reason.to_owned() }).inc();
+    }
+
+    /// Counts a review of a token: `vouched-for`, or why not.
+    pub(crate) fn review(&self, outcome: &str) {
+        self.token_reviews.get_or_create(&Outcome { outcome: outcome.to_owned() }).inc();
     }
 
     /// Counts a message that a node refused.

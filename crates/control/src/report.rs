@@ -7,7 +7,7 @@ use tokio::sync::{mpsc, oneshot};
 use wire::server::{CaptureStream, Refused};
 
 use crate::ca::token::{Caller, Role};
-use crate::control::Event;
+use crate::control::{Event, Report};
 
 /// Pods that a node may report. kubelet's own limit is 110 unless somebody raises it; nobody runs thousands.
 const MAX_PODS: usize = 4096;
@@ -44,7 +44,7 @@ async fn take(events: &mpsc::Sender<Event>, node: &str, pods: BTreeSet<PodUid>) 
     }
     let ending = || Refused::Unavailable("the control plane is ending".to_owned());
     let (published, known) = oneshot::channel();
-    let event = Event::Captured { node: node.to_owned(), pods, published };
-    events.send(event).await.map_err(|_| ending())?;
+    let report = Report { node: node.to_owned(), pods, published };
+    events.send(Event::Captured(report)).await.map_err(|_| ending())?;
     known.await.map_err(|_| ending())
 }

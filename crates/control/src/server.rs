@@ -6,7 +6,7 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, info, warn};
 use wire::server::{self, CaptureStream, CertificateRequest, DiscoveryStream, Handler, Refused};
 
-use crate::ca::token::{Caller, Tokens};
+use crate::ca::token::{Caller, Tokens, Unknown};
 use crate::ca::{self, Certifier};
 use crate::clock::Clock;
 use crate::control::Event;
@@ -27,13 +27,16 @@ pub(crate) struct Served {
 }
 
 impl Served {
-    fn authenticate(&self, caller: &server::Caller) -> Result<Caller, Refused> {
-        self.tokens.authenticate(&caller.token).ok_or_else(|| {
-            debug!(address = %caller.address, "a caller's token is nobody's");
-            self.metrics.refused_call("unknown-token");
-            Refused::UnknownCaller(
-                "the token is not one that the control plane knows; give the node's own by --token".to_owned(),
-            )
+    async fn authenticate(&self, caller: &server::Caller) -> Result<Caller, Refused> {
+        self.tokens.authenticate(&caller.token, caller.address.ip()).await.map_err(|unknown| {
+            debug!(address = %caller.address, reason = unknown.as_str(), "a caller's token is nobody's");
+            self.metrics.refused_call(unknown.as_str());
+            let sentence = unknown.to_string();
+            match unknown {
+                Unknown::TooMany => Refused::TooMany(sentence),
+                Unknown::CannotAsk => Refused::Unavailable(sentence),
+                _ => Refused::UnknownCaller(sentence),
+            }
         })
     }
 
@@ -88,12 +91,12 @@ impl From<ca::Refused> for Refused {
 
 impl Handler for Served {
     async fn discovery(&self, caller: server::Caller, stream: DiscoveryStream) -> Result<(), Refused> {
-        let caller = self.authenticate(&caller)?;
+        let caller = self.authenticate(&caller).await?;
         self.count(discovery::serve(self, caller, stream).await)
     }
 
     async fn certify(&self, caller: server::Caller, request: CertificateRequest) -> Result<Vec<String>, Refused> {
-        let caller = self.authenticate(&caller)?;
+        let caller = self.authenticate(&caller).await?;
         match self.certificate(&caller, &request).await {
             Ok(chain) => {
                 // Only what was checked is logged: until then the identity is a stranger's text.
@@ -111,7 +114,7 @@ impl Handler for Served {
     }
 
     async fn captures(&self, caller: server::Caller, stream: CaptureStream) -> Result<(), Refused> {
-        let caller = self.authenticate(&caller)?;
+        let caller = self.authenticate(&caller).await?;
         self.count(report::serve(&self.events, caller, stream).await)
     }
 }

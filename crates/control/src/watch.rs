@@ -1,16 +1,19 @@
 //! Where objects come from.
 //!
-//! In a cluster in a box: a folder of Kubernetes YAML. Whatever the source, it says the same: what changed, what is there in
-//! a form that nobody can read, and what is wrong.
+//! In a cluster in a box: a folder of Kubernetes YAML. On Kubernetes: the API server. Whatever the source, it says the same:
+//! what changed, what is there in a form that nobody can read, and what is wrong.
 
 mod folder;
+mod kubernetes;
 
 pub(crate) use folder::Folder;
+pub(crate) use kubernetes::Kubernetes;
 
 use std::collections::BTreeSet;
 
 use manifests::{Change, ObjectKey};
 
+use crate::kubernetes::status::Conditions;
 use crate::problem::Problem;
 
 /// What a source has to say at once.
@@ -24,4 +27,26 @@ pub(crate) struct Batch {
     pub(crate) unlisted: BTreeSet<String>,
     /// Everything that is wrong: the whole list.
     pub(crate) problems: Vec<Problem>,
+    /// What policies were told about themselves, as they say it: the whole list.
+    pub(crate) conditions: Conditions,
+    /// Whether something of what changes may be missing now.
+    pub(crate) behind: bool,
+}
+
+/// A source of objects.
+pub(crate) enum Source {
+    /// The folder of a cluster in a box.
+    Folder(Folder),
+    /// The API server.
+    Kubernetes(Kubernetes),
+}
+
+impl Source {
+    /// Waits for the next thing to say.
+    pub(crate) async fn next(&mut self) -> Batch {
+        match self {
+            Self::Folder(folder) => folder.next().await,
+            Self::Kubernetes(kubernetes) => kubernetes.next().await,
+        }
+    }
 }

@@ -9,6 +9,7 @@ mod discovery;
 
 use std::fmt;
 use std::future::Future;
+use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -128,7 +129,7 @@ impl From<Refused> for Status {
 }
 
 /// Serves on `listener` until `shutdown` completes. `config` is asked at each handshake, so that a renewed certificate
-/// is shown from the next connection on.
+/// is shown from the next connection on. Streams that are open then end within `spread`, one by one.
 ///
 /// # Errors
 /// HTTP/2 could not be set up; a connection that fails affects only itself.
@@ -137,9 +138,10 @@ pub async fn serve<H: Handler>(
     config: impl Fn() -> Arc<ServerConfig> + Send + Sync + 'static,
     handler: Arc<H>,
     shutdown: impl Future<Output = ()> + Send,
+    spread: Duration,
 ) -> Result<(), tonic::transport::Error> {
     let (close, closing) = watch::channel(false);
-    let service = Service { handler, closing: closing.clone() };
+    let service = Service { handler, closing: closing.clone(), spread };
     let incoming = accept::incoming(listener, config, closing.clone());
     let mut stopped = closing.clone();
     let router = tonic::transport::Server::builder()
@@ -165,18 +167,20 @@ pub async fn serve<H: Handler>(
     }
     let _ = close.send(true);
     // Connections whose peers do not let go end with the process.
-    tokio::time::timeout(GRACE, serving).await.unwrap_or(Ok(()))
+    tokio::time::timeout(GRACE + spread, serving).await.unwrap_or(Ok(()))
 }
 
 /// The gRPC services, each call of which becomes one of the handler's.
 struct Service<H> {
     handler: Arc<H>,
     closing: watch::Receiver<bool>,
+    /// Over which time streams end after that.
+    spread: Duration,
 }
 
 impl<H> Clone for Service<H> {
     fn clone(&self) -> Self {
-        Self { handler: self.handler.clone(), closing: self.closing.clone() }
+        Self { handler: self.handler.clone(), closing: self.closing.clone(), spread: self.spread }
     }
 }
 
@@ -188,10 +192,17 @@ impl<H: Handler> Service<H> {
         call: impl Future<Output = Result<(), Refused>> + Send + 'static,
     ) {
         let mut closing = self.closing.clone();
+        let spread = self.spread;
+        let end = async move {
+            let _ = closing.wait_for(|closed| *closed).await;
+            // Any number will do, if it is another one for each stream.
+            let part = RandomState::new().hash_one(0_u8) as f64 / u64::MAX as f64;
+            tokio::time::sleep(spread.mul_f64(part)).await;
+        };
         tokio::spawn(async move {
             let result = tokio::select! {
                 result = call => result,
-                _ = closing.wait_for(|closed| *closed) => {
+                () = end => {
                     Err(Refused::Unavailable("the control plane is shutting down".to_owned()))
                 }
                 // The caller is gone: what would be sent reaches nobody.

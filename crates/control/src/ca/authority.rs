@@ -1,4 +1,5 @@
-//! The certificate authority's state: a root's certificate and an intermediate with its key, in a folder.
+//! The certificate authority's state: a root's certificate and an intermediate with its key, in a folder or (by
+//! `kubernetes::secret`) in a Secret.
 //!
 //! The root's key exists while the intermediate is made and is never written. What is there is checked before it is
 //! used: whoever could have changed it, or read the key, is not trusted with an identity of the whole mesh.
@@ -18,9 +19,9 @@ use zeroize::Zeroizing;
 use crate::problem::Problem;
 use crate::{CONTROL_SERVICE_ACCOUNT, ROOT_NAMESPACE};
 
-const ROOT: &str = "root.pem";
-const INTERMEDIATE: &str = "intermediate.pem";
-const INTERMEDIATE_KEY: &str = "intermediate.key";
+pub(crate) const ROOT: &str = "root.pem";
+pub(crate) const INTERMEDIATE: &str = "intermediate.pem";
+pub(crate) const INTERMEDIATE_KEY: &str = "intermediate.key";
 
 /// The root outlives every intermediate that it may be asked for by name.
 const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
@@ -29,15 +30,26 @@ const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 const INTERMEDIATE_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
 /// From here on the end of the intermediate is a problem.
 const WARN_BEFORE_END: Duration = Duration::from_secs(30 * 24 * 3600);
+/// What to do about a folder's authority that is at its end or no good.
+const NEW_FOLDER: &str = "give an empty --ca directory for a new authority";
 /// The largest file that is read; a root or a key has some hundreds of bytes.
 const MAX_FILE: u64 = 64 * 1024;
 
 /// Signs for workloads of one trust domain.
 #[derive(Debug)]
 pub(crate) struct Authority {
-    directory: PathBuf,
+    place: String,
+    /// What to do when it comes to its end.
+    remedy: &'static str,
     bundle: TrustBundle,
     intermediate: Intermediate,
+}
+
+/// An authority as text: what a folder or a Secret holds.
+pub(crate) struct Pem {
+    pub(crate) root: String,
+    pub(crate) intermediate: String,
+    pub(crate) key: Zeroizing<String>,
 }
 
 /// Why there is no authority. The operator's to mend.
@@ -53,10 +65,10 @@ pub(crate) enum AuthorityError {
     Readable(PathBuf),
     #[error("{} is larger than {MAX_FILE} bytes, and is not what was written there", .0.display())]
     TooLarge(PathBuf),
-    #[error("{}: {error}", path.display())]
-    Bundle { path: PathBuf, error: bundle::BundleError },
-    #[error("{}: {error}; give an empty --ca directory for a new authority", path.display())]
-    Intermediate { path: PathBuf, error: IntermediateError },
+    #[error("{place}: {error}")]
+    Bundle { place: String, error: bundle::BundleError },
+    #[error("{place}: {error}; {remedy}")]
+    Intermediate { place: String, error: IntermediateError, remedy: &'static str },
     #[error("cannot make a certificate authority: {0}")]
     Issue(#[from] IssueError),
     #[error("cannot make a certificate authority: {0}")]
@@ -87,26 +99,55 @@ impl Authority {
     }
 
     fn load(directory: &Path, trust_domain: &TrustDomain, now: UnixTime) -> Result<Self, AuthorityError> {
-        let path = directory.join(ROOT);
-        let bundle = TrustBundle::from_pem(trust_domain.clone(), &read(&path)?)
-            .map_err(|error| AuthorityError::Bundle { path, error })?;
-        let chain = read(&directory.join(INTERMEDIATE))?;
-        let key = read_secret(&directory.join(INTERMEDIATE_KEY))?;
-        let intermediate = Intermediate::from_pem(&chain, &key, &bundle, now)
-            .map_err(|error| AuthorityError::Intermediate { path: directory.to_owned(), error })?;
-        Ok(Self { directory: directory.to_owned(), bundle, intermediate })
+        let pem = Pem {
+            root: read(&directory.join(ROOT))?,
+            intermediate: read(&directory.join(INTERMEDIATE))?,
+            key: read_secret(&directory.join(INTERMEDIATE_KEY))?,
+        };
+        Self::from_pem(&directory.display().to_string(), NEW_FOLDER, &pem, trust_domain, now)
+    }
+
+    /// Takes what a place holds, if it is an authority of this trust domain.
+    pub(crate) fn from_pem(
+        place: &str,
+        remedy: &'static str,
+        pem: &Pem,
+        trust_domain: &TrustDomain,
+        now: UnixTime,
+    ) -> Result<Self, AuthorityError> {
+        let bundle = TrustBundle::from_pem(trust_domain.clone(), &pem.root)
+            .map_err(|error| AuthorityError::Bundle { place: format!("{place}, {ROOT}"), error })?;
+        let intermediate = Intermediate::from_pem(&pem.intermediate, &pem.key, &bundle, now)
+            .map_err(|error| AuthorityError::Intermediate { place: place.to_owned(), error, remedy })?;
+        Ok(Self { place: place.to_owned(), remedy, bundle, intermediate })
     }
 
     fn make(directory: &Path, trust_domain: &TrustDomain, now: UnixTime) -> Result<Self, AuthorityError> {
+        let authority = Self::generate(&directory.display().to_string(), NEW_FOLDER, trust_domain, now)?;
+        let pem = authority.to_pem()?;
+        replace(&directory.join(INTERMEDIATE_KEY), pem.key.as_bytes(), 0o600)?;
+        replace(&directory.join(INTERMEDIATE), pem.intermediate.as_bytes(), 0o600)?;
+        replace(&directory.join(ROOT), pem.root.as_bytes(), 0o600)?;
+        Ok(authority)
+    }
+
+    /// Makes a new one, which is nowhere but here yet. The root's key is gone when this returns.
+    pub(crate) fn generate(
+        place: &str,
+        remedy: &'static str,
+        trust_domain: &TrustDomain,
+        now: UnixTime,
+    ) -> Result<Self, AuthorityError> {
         let root = Root::generate(trust_domain, now, ROOT_LIFETIME)?;
         let intermediate = root.issue_intermediate(now, INTERMEDIATE_LIFETIME)?;
         let bundle = root.bundle().map_err(AuthorityError::NewBundle)?;
-        drop(root);
-        let pem = intermediate.to_pem()?;
-        replace(&directory.join(INTERMEDIATE_KEY), pem.key.as_bytes(), 0o600)?;
-        replace(&directory.join(INTERMEDIATE), pem.chain.as_bytes(), 0o600)?;
-        replace(&directory.join(ROOT), bundle.to_pem().as_bytes(), 0o600)?;
-        Ok(Self { directory: directory.to_owned(), bundle, intermediate })
+        Ok(Self { place: place.to_owned(), remedy, bundle, intermediate })
+    }
+
+    /// All of it, to be written down.
+    pub(crate) fn to_pem(&self) -> Result<Pem, AuthorityError> {
+        let pem = self.intermediate.to_pem()?;
+        Ok(Pem { root: self.bundle.to_pem(), intermediate: pem.chain, key: pem.key })
     }
 
     pub(crate) fn bundle(&self) -> &TrustBundle {
@@ -132,11 +173,11 @@ impl Authority {
         let left = self.intermediate.validity().not_after().as_secs().saturating_sub(now.as_secs());
         (left < WARN_BEFORE_END.as_secs()).then(|| {
             let message = format!(
-                "the intermediate certificate ends in {} hours, and with it every certificate of the mesh; start the \
-                 control plane with a new --ca directory",
-                left / 3600
+                "the intermediate certificate ends in {} hours, and with it every certificate of the mesh; {}",
+                left / 3600,
+                self.remedy
             );
-            Problem::error(self.directory.display(), message)
+            Problem::error(&self.place, message)
         })
     }
 }

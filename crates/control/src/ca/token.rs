@@ -1,24 +1,21 @@
-//! Who calls: a token, looked up in a file (it plays Kubernetes' TokenReview in a cluster in a box).
+//! Who calls: what a token stands for.
 //!
-//! Only the tokens' hashes are kept. A presented token is compared with every one of them in the same time, so that the time
-//! of an answer tells nothing about how much of a guess was right.
+//! In a cluster in a box a file says it ([`file`]); on Kubernetes the API server does ([`review`]). Whichever it is, a caller
+//! that it does not vouch for is nobody, and the node of one that it does is the token's, whatever the caller says.
 
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+mod cache;
+mod file;
+mod review;
 
-use sha2::{Digest, Sha256};
+pub(crate) use file::Tokens as FileTokens;
+pub(crate) use review::{NodeOfPod, Reviews};
+
+use std::net::IpAddr;
 
 use crate::problem::Problem;
 
-/// The largest file: two tokens for each of 10,000 nodes.
-const MAX_FILE: u64 = 4 << 20;
 /// The longest token that is looked at; a service account's has about 1,000 bytes.
 const MAX_TOKEN: usize = 8 * 1024;
-/// Fewer than that can be guessed.
-const MIN_TOKEN: usize = 16;
 
 /// What a token stands for.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -43,217 +40,77 @@ impl Role {
     }
 }
 
-/// The tokens of a file, which is read anew when it changes.
-pub(crate) struct Tokens {
-    path: PathBuf,
-    loaded: Mutex<Loaded>,
-}
-
-struct Loaded {
-    stamp: Option<Stamp>,
-    entries: Vec<Entry>,
-    problem: Option<Problem>,
-}
-
-struct Entry {
-    hash: [u8; 32],
-    caller: Caller,
-}
-
-/// What changes when a file is written or replaced.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Stamp {
-    device: u64,
-    inode: u64,
-    size: u64,
-    seconds: i64,
-    nanoseconds: i64,
-}
-
-/// Why a file of tokens cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum TokensError {
-    #[error("cannot read the tokens: {0}")]
-    Read(#[from] io::Error),
-    #[error("the file of tokens is larger than {MAX_FILE} bytes")]
-    TooLarge,
+/// Why a token stands for nobody.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Unknown {
+    /// It is not in the file.
+    #[error("the token is not one that the control plane knows; give the node's own by --token")]
+    UnknownToken,
+    /// It is no service account's token.
+    #[error("the token is no service account's; give the one that kubelet projects by --token")]
+    Malformed,
+    /// It is another account's.
+    #[error("the token is of another service account than justmtls-system/justmtls-node")]
+    WrongAccount,
+    /// It is for somebody else, or for both roles.
+    #[error("the token's audience is not one of justmtls.dev/agent and justmtls.dev/proxy")]
+    WrongAudience,
+    /// It is not bound to a pod on a node.
     #[error(
-        "line {line} of the tokens is not token,role,node with the role agent or proxy and a token of at least \
-             {MIN_TOKEN} characters"
+        "the token is not bound to a pod of a node that the cluster knows; give the one that kubelet projects by --token"
     )]
-    Line { line: usize },
-    #[error("line {line} of the tokens has the same token as line {first}")]
-    Duplicate { line: usize, first: usize },
+    Unbound,
+    /// The API server does not vouch for it.
+    #[error("the API server does not vouch for the token: it has expired, its pod is gone, or it is forged")]
+    NotVouchedFor,
+    /// One source has too many tokens looked up.
+    #[error("too many tokens from this address are looked up; try again later")]
+    TooMany,
+    /// Nobody can say, now.
+    #[error(
+        "the API server cannot be asked about the token, and the last answer is not valid any more; try again later"
+    )]
+    CannotAsk,
+}
+
+impl Unknown {
+    /// The name in logs and metrics.
+    pub(crate) fn as_str(&self) -> &'static str {
+        match self {
+            Self::UnknownToken => "unknown-token",
+            Self::Malformed => "malformed",
+            Self::WrongAccount => "wrong-account",
+            Self::WrongAudience => "wrong-audience",
+            Self::Unbound => "unbound",
+            Self::NotVouchedFor => "not-vouched-for",
+            Self::TooMany => "too-many-reviews",
+            Self::CannotAsk => "cannot-ask",
+        }
+    }
+}
+
+/// Whoever knows what tokens stand for.
+pub(crate) enum Tokens {
+    /// A file does.
+    File(FileTokens),
+    /// The API server does.
+    Reviewed(Reviews),
 }
 
 impl Tokens {
-    /// Reads the tokens for the first time.
-    pub(crate) fn open(path: &Path) -> Result<Self, TokensError> {
-        let (stamp, entries) = read(path)?;
-        let loaded = Mutex::new(Loaded { stamp: Some(stamp), entries, problem: None });
-        Ok(Self { path: path.to_owned(), loaded })
+    /// Who presents this token from there.
+    pub(crate) async fn authenticate(&self, token: &str, from: IpAddr) -> Result<Caller, Unknown> {
+        match self {
+            Self::File(tokens) => tokens.authenticate(token).ok_or(Unknown::UnknownToken),
+            Self::Reviewed(reviews) => reviews.authenticate(token, from).await,
+        }
     }
 
-    /// Who presents this token; `None` where nobody may.
-    pub(crate) fn authenticate(&self, token: &str) -> Option<Caller> {
-        if token.len() > MAX_TOKEN {
-            return None;
-        }
-        let presented: [u8; 32] = Sha256::digest(token.as_bytes()).into();
-        let loaded = self.current();
-        let mut caller = None;
-        for entry in &loaded.entries {
-            let difference = entry.hash.iter().zip(presented).fold(0, |difference, (a, b)| difference | (a ^ b));
-            if difference == 0 {
-                caller = Some(entry.caller.clone());
-            }
-        }
-        caller
-    }
-
-    /// What is wrong with the file as it is now, if anything: the tokens before stay.
+    /// What is wrong with the source, if anything.
     pub(crate) fn problem(&self) -> Option<Problem> {
-        self.current().problem.clone()
-    }
-
-    /// The tokens, read anew if the file is another one than before. A file that cannot be used keeps them as they were.
-    fn current(&self) -> MutexGuard<'_, Loaded> {
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        let stamp = std::fs::metadata(&self.path).ok().map(|metadata| Stamp::of(&metadata));
-        if stamp == loaded.stamp && stamp.is_some() {
-            return loaded;
-        }
-        match read(&self.path) {
-            Ok((stamp, entries)) => *loaded = Loaded { stamp: Some(stamp), entries, problem: None },
-            Err(error) => {
-                let message = format!("{error}; the tokens before stay valid until the file is corrected");
-                loaded.stamp = stamp;
-                loaded.problem = Some(Problem::error(self.path.display(), message));
-            }
-        }
-        loaded
-    }
-}
-
-impl Stamp {
-    fn of(metadata: &std::fs::Metadata) -> Self {
-        Self {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-            size: metadata.size(),
-            seconds: metadata.mtime(),
-            nanoseconds: metadata.mtime_nsec(),
-        }
-    }
-}
-
-fn read(path: &Path) -> Result<(Stamp, Vec<Entry>), TokensError> {
-    let file = File::open(path)?;
-    let stamp = Stamp::of(&file.metadata()?);
-    let mut text = String::new();
-    if file.take(MAX_FILE + 1).read_to_string(&mut text)? as u64 > MAX_FILE {
-        return Err(TokensError::TooLarge);
-    }
-    Ok((stamp, parse(&text)?))
-}
-
-/// Lines of `token,role,node`; empty ones and those that begin with `#` say nothing.
-fn parse(text: &str) -> Result<Vec<Entry>, TokensError> {
-    let mut entries: Vec<Entry> = Vec::new();
-    let mut lines = Vec::new();
-    for (line, text) in (1..).zip(text.lines().map(str::trim)) {
-        if text.is_empty() || text.starts_with('#') {
-            continue;
-        }
-        let entry = entry(text).ok_or(TokensError::Line { line })?;
-        if let Some(first) = entries.iter().position(|other| other.hash == entry.hash) {
-            return Err(TokensError::Duplicate { line, first: lines[first] });
-        }
-        entries.push(entry);
-        lines.push(line);
-    }
-    Ok(entries)
-}
-
-fn entry(line: &str) -> Option<Entry> {
-    let mut fields = line.split(',').map(str::trim);
-    let (token, role, node) = (fields.next()?, fields.next()?, fields.next()?);
-    let role = match role {
-        "agent" => Role::Agent,
-        "proxy" => Role::Proxy,
-        _ => return None,
-    };
-    let is_whole = fields.next().is_none() && !node.is_empty() && (MIN_TOKEN..=MAX_TOKEN).contains(&token.len());
-    is_whole.then(|| Entry {
-        hash: Sha256::digest(token.as_bytes()).into(),
-        caller: Caller { role, node: node.to_owned() },
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use std::fs;
-
-    use super::*;
-
-    const AGENT: &str = "agent-token-of-node-a";
-    const PROXY: &str = "proxy-token-of-node-a";
-
-    fn file(text: &str) -> (tempfile::TempDir, PathBuf) {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("tokens");
-        fs::write(&path, text).unwrap();
-        (directory, path)
-    }
-
-    #[test]
-    fn a_token_is_its_callers_and_nobody_elses() {
-        let (_directory, path) = file(&format!("# ours\n{AGENT},agent,node-a\n\n{PROXY}, proxy, node-a\n"));
-        let tokens = Tokens::open(&path).unwrap();
-        assert_eq!(tokens.authenticate(PROXY), Some(Caller { role: Role::Proxy, node: "node-a".to_owned() }));
-        assert_eq!(tokens.authenticate(AGENT).unwrap().role, Role::Agent);
-        for wrong in ["", "proxy-token-of-node-b", &PROXY[1..], &format!("{PROXY} "), &"x".repeat(100_000)] {
-            assert_eq!(tokens.authenticate(wrong), None);
-        }
-    }
-
-    #[test]
-    fn a_file_that_changed_counts_at_the_next_call_and_a_broken_one_does_not() {
-        let (directory, path) = file(&format!("{AGENT},agent,node-a\n"));
-        let tokens = Tokens::open(&path).unwrap();
-        let replace = |text: &str| {
-            let next = directory.path().join("next");
-            fs::write(&next, text).unwrap();
-            fs::rename(next, &path).unwrap();
-        };
-        replace(&format!("{PROXY},proxy,node-b\n"));
-        assert_eq!(tokens.authenticate(AGENT), None);
-        assert_eq!(tokens.authenticate(PROXY).unwrap().node, "node-b");
-        replace(&format!("{PROXY},master,node-b\n"));
-        assert!(tokens.authenticate(PROXY).is_some());
-        assert!(tokens.problem().unwrap().to_string().contains("line 1 of the tokens"));
-        fs::remove_file(&path).unwrap();
-        assert!(tokens.authenticate(PROXY).is_some() && tokens.problem().is_some());
-        replace(&format!("{AGENT},agent,node-a\n"));
-        assert!(tokens.authenticate(PROXY).is_none() && tokens.problem().is_none());
-    }
-
-    #[test]
-    fn what_is_wrong_with_a_file_names_the_line_and_never_a_token() {
-        for (text, line) in [
-            (
-                format!("{AGENT},agent,node-a\n{AGENT},proxy,node-b\n"),
-                "line 2 of the tokens has the same token as line 1",
-            ),
-            (format!("{AGENT},agent\n"), "line 1"),
-            (format!("{AGENT},agent,node-a,more\n"), "line 1"),
-            (format!("{AGENT},agent,\n"), "line 1"),
-            ("short,agent,node-a\n".to_owned(), "line 1"),
-        ] {
-            let (_directory, path) = file(&text);
-            let error = Tokens::open(&path).err().unwrap().to_string();
-            assert!(error.contains(line), "{error}");
-            assert!(!error.contains(AGENT));
+        match self {
+            Self::File(tokens) => tokens.problem(),
+            Self::Reviewed(_) => None,
         }
     }
 }

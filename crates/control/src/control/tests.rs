@@ -1,6 +1,7 @@
 //! The whole control plane over real TLS and gRPC on loopback, with the client that nodes use.
 
 mod calls;
+mod replicas;
 mod restart;
 mod streams;
 
@@ -156,12 +157,16 @@ fn put(directory: &Path, name: &str, text: &str) {
 
 fn args(directory: &Path, leaf_validity: Duration) -> Args {
     Args {
-        objects: directory.join("objects"),
+        kubernetes: false,
+        kubeconfig: None,
+        identity: "control".to_owned(),
+        objects: Some(directory.join("objects")),
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
-        tokens: directory.join("tokens"),
-        ca: directory.join("ca"),
-        publish_bundle: directory.join("bundle.pem"),
+        tokens: Some(directory.join("tokens")),
+        ca: Some(directory.join("ca")),
+        publish_bundle: Some(directory.join("bundle.pem")),
         admin: directory.join("admin"),
+        metrics: None,
         leaf_validity,
     }
 }

@@ -27,6 +27,8 @@ pub(crate) struct Cluster {
     pub(crate) authorization_policies: BTreeMap<Name, AuthorizationPolicy>,
     /// By node, what its agent said last.
     pub(crate) reported: BTreeMap<String, BTreeSet<PodUid>>,
+    /// By node, what is written down of it.
+    pub(crate) recorded: BTreeMap<String, BTreeSet<PodUid>>,
     /// Pods whose capture was reported once; none leaves while it lives (T47).
     captured: BTreeSet<(String, PodUid)>,
     /// Pods by their UIDs.
@@ -55,6 +57,7 @@ impl Cluster {
             peer_authentications: PeerAuthentications::default(),
             authorization_policies: BTreeMap::new(),
             reported: BTreeMap::new(),
+            recorded: BTreeMap::new(),
             captured: BTreeSet::new(),
             uids: BTreeMap::new(),
             owners: BTreeMap::new(),

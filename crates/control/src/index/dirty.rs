@@ -162,8 +162,8 @@ impl Index {
 
     /// Once its node has said that a pod is captured, it is so until it is gone.
     fn ratchet(&mut self, pod: &Pod) {
-        let reported = self.cluster.reported.get(&pod.node);
-        if !pod.host_network && reported.is_some_and(|pods| pods.contains(&pod.uid)) {
+        let said = [self.cluster.reported.get(&pod.node), self.cluster.recorded.get(&pod.node)];
+        if !pod.host_network && said.into_iter().flatten().any(|pods| pods.contains(&pod.uid)) {
             self.cluster.set_captured(pod);
         }
     }

@@ -21,7 +21,9 @@ const SERVICES: &str = "serviceCIDRs";
 const EXCLUDED_PORTS: &str = "excludedPorts";
 const VIEW_LIFETIME: &str = "viewLifetime";
 const WHOLE_MESH: &str = "wholeMeshUpTo";
-const ALL: [&str; 7] = [TRUST_DOMAIN, INSIDE, MIXED, SERVICES, EXCLUDED_PORTS, VIEW_LIFETIME, WHOLE_MESH];
+/// How long proxies drain: for whoever installs them.
+const DRAIN: &str = "drain";
+const ALL: [&str; 8] = [TRUST_DOMAIN, INSIDE, MIXED, SERVICES, EXCLUDED_PORTS, VIEW_LIFETIME, WHOLE_MESH, DRAIN];
 
 /// Up to how many workloads everybody is told of all, where the ConfigMap does not say: some megabytes for each proxy.
 const DEFAULT_WHOLE_MESH: usize = 5_000;
@@ -85,7 +87,7 @@ impl Settings {
         if named != trust_domain.as_str() {
             let message = format!(
                 "field data.{TRUST_DOMAIN} is {}, and the control plane started with {trust_domain} and stays with it: \
-                 every identity would change; set it back, or restart the control plane with a new --ca directory",
+                 every identity would change; set it back, or restart the control plane with a new certificate authority",
                 quoted(named)
             );
             problems.push(Problem::error(object(), message));

@@ -208,6 +208,7 @@ impl Folder {
             unreadable: self.set.unreadable().cloned().collect(),
             unlisted: self.unlisted.clone(),
             problems: self.own_problem.iter().chain(self.problems.values().flatten()).cloned().collect(),
+            ..Batch::default()
         }
     }
 }

@@ -152,11 +152,11 @@ async fn what_it_cannot_start_with_is_one_sentence() {
     let start =
         |args: Args| async move { format!("{:#}", Control::start(&args, Clock::default()).await.err().unwrap()) };
     let good = || args(directory.path(), Duration::from_secs(60));
-    let error = start(Args { objects: directory.path().join("none"), ..good() }).await;
+    let error = start(Args { objects: Some(directory.path().join("none")), ..good() }).await;
     assert!(error.contains("none") && error.contains("--objects"), "{error}");
-    let error = start(Args { tokens: directory.path().join("none"), ..good() }).await;
+    let error = start(Args { tokens: Some(directory.path().join("none")), ..good() }).await;
     assert!(error.contains("--tokens"), "{error}");
-    let error = start(Args { ca: directory.path().join("tokens"), ..good() }).await;
+    let error = start(Args { ca: Some(directory.path().join("tokens")), ..good() }).await;
     assert!(error.contains("not a directory"), "{error}");
     let config = "apiVersion: v1\nkind: ConfigMap\nmetadata: {namespace: justmtls-system, name: justmtls}\n\
                   data: {trustDomain: \"a b\"}\n";

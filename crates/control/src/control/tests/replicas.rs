@@ -1,0 +1,209 @@
+//! Two replicas on one API server: one that is played, over the client that nodes use.
+
+use base64::Engine;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD;
+use mesh::Speaks;
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+
+use super::*;
+use crate::kubernetes::fake::Fake;
+
+const ACCOUNT: &str = "system:serviceaccount:justmtls-system:justmtls-node";
+const POD: &str = "/api/v1/namespaces/shop/pods/web";
+const RECORD: &str = "/api/v1/namespaces/justmtls-system/configmaps/justmtls-captured-node-a";
+
+struct Replica {
+    address: SocketAddr,
+    events: mpsc::Sender<Event>,
+    running: JoinHandle<anyhow::Result<()>>,
+}
+
+/// A cluster with a pod `web` on node-a, and files for clients and replicas.
+struct Cluster {
+    fake: Fake,
+    directory: TempDir,
+    clock: Clock,
+}
+
+impl Cluster {
+    fn new() -> Self {
+        let fake = Fake::default();
+        let pod = json!({
+            "metadata": { "uid": "uid-web" },
+            "spec": { "nodeName": "node-a", "serviceAccountName": "web", "containers": [] },
+            "status": { "phase": "Running", "podIPs": [{ "ip": "10.88.16.5" }] },
+        });
+        fake.put(POD, pod);
+        for node in ["node-a", "node-b"] {
+            fake.put(
+                &format!("/api/v1/nodes/{node}"),
+                json!({ "metadata": {}, "spec": { "podCIDRs": ["10.88.0.0/16"] } }),
+            );
+        }
+        // A token says who it is of; the API server vouches for all of them.
+        fake.review_by(|spec| {
+            let claims = spec["token"].as_str().unwrap().split('.').nth(1).unwrap();
+            let claims: Value = serde_json::from_slice(&BASE64_URL_SAFE_NO_PAD.decode(claims).unwrap()).unwrap();
+            let extra = json!({
+                "authentication.kubernetes.io/node-name": [claims["node"]],
+                "authentication.kubernetes.io/pod-uid": ["uid-node"],
+            });
+            let user = json!({ "username": ACCOUNT, "extra": extra });
+            json!({ "authenticated": true, "audiences": [claims["aud"]], "user": user })
+        });
+        Self { fake, directory: TempDir::new().unwrap(), clock: Clock::default() }
+    }
+
+    async fn replica(&self, name: &str) -> Replica {
+        let files = args(self.directory.path(), Duration::from_secs(3600));
+        let admin = self.directory.path().join(name);
+        let args = Args { kubernetes: true, identity: name.to_owned(), admin, ..files };
+        let client = self.fake.client();
+        let started = Control::start_with(&client, &args, self.clock.clone());
+        let control = timeout(LONG, started).await.expect("it does not start").unwrap();
+        let (address, events) = (control.address, control.sender.clone());
+        Replica { address, events, running: tokio::spawn(control.run()) }
+    }
+
+    /// What a node mounts: the roots that the leader has published.
+    async fn bundle(&self) -> std::path::PathBuf {
+        let path = "/api/v1/namespaces/justmtls-system/configmaps/justmtls-trust-bundle";
+        let published = until(|| self.fake.get(path)).await;
+        let file = self.directory.path().join("bundle.pem");
+        fs::write(&file, published["data"]["bundle.pem"].as_str().unwrap()).unwrap();
+        file
+    }
+
+    /// A client of a replica with a token of one node, that says to be on another one, or the same.
+    async fn client(&self, replica: &Replica, role: Role, node: &str, says: &str) -> ControlPlane {
+        let claims = json!({
+            "exp": self.clock.now().as_secs() + 3600,
+            "sub": ACCOUNT,
+            "aud": format!("justmtls.dev/{}", role.as_str()),
+            "node": node,
+        });
+        let token_file = self.directory.path().join(format!("{}-{node}.token", role.as_str()));
+        fs::write(&token_file, format!("e30.{}.c2ln", BASE64_URL_SAFE_NO_PAD.encode(claims.to_string()))).unwrap();
+        ControlPlane {
+            address: replica.address,
+            bundle_file: self.bundle().await,
+            token_file,
+            node: says.to_owned(),
+            role,
+            time: Arc::new(self.clock.clone()),
+        }
+    }
+
+    async fn proxy(&self, replica: &Replica) -> Watched {
+        let connected = self.client(replica, Role::Proxy, "node-a", "node-a").await.connect().await.unwrap();
+        Watched::open(&connected, PROXY_KINDS, Known::default()).await
+    }
+}
+
+impl Replica {
+    async fn stop(self) {
+        for _ in 0..2 {
+            let _ = self.events.send(Event::Terminate).await;
+        }
+        timeout(LONG, self.running).await.unwrap().unwrap().unwrap();
+    }
+}
+
+/// Looks until something is there.
+async fn until<T>(look: impl Fn() -> Option<T>) -> T {
+    let looking = async {
+        loop {
+            if let Some(found) = look() {
+                return found;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(LONG, looking).await.expect("it never is")
+}
+
+fn speaks(watched: &Watched) -> Option<Speaks> {
+    watched.workload("web").map(|workload| workload.speaks)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_replica_hears_both_publish_and_neither_forgets() {
+    let cluster = Cluster::new();
+    let (one, two) = (cluster.replica("one").await, cluster.replica("two").await);
+    let (mut at_one, mut at_two) = (cluster.proxy(&one).await, cluster.proxy(&two).await);
+    assert_eq!((speaks(&at_one), speaks(&at_two)), (Some(Speaks::Nothing), Some(Speaks::Nothing)));
+
+    let agent = cluster.client(&two, Role::Agent, "node-a", "node-a").await.connect().await.unwrap();
+    let (_captured, watched) = tokio::sync::watch::channel(BTreeSet::from([PodUid::from("uid-web")]));
+    let mut reports = agent.report_captures(watched).await.unwrap();
+    timeout(LONG, reports.next()).await.expect("no confirmation").unwrap();
+    assert_eq!(cluster.fake.get(RECORD).unwrap()["data"]["pods"], "uid-web\n", "it is written before it is confirmed");
+    at_one.until(|watched| speaks(watched) == Some(Speaks::JustMtls)).await;
+    at_two.until(|watched| speaks(watched) == Some(Speaks::JustMtls)).await;
+
+    one.stop().await;
+    two.stop().await;
+    let next = cluster.replica("next").await;
+    assert_eq!(speaks(&cluster.proxy(&next).await), Some(Speaks::JustMtls), "before any agent is back");
+    next.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_says_to_be_on_another_node_than_its_token_is_not_served() {
+    let cluster = Cluster::new();
+    let replica = cluster.replica("one").await;
+    let connected = cluster.client(&replica, Role::Proxy, "node-a", "node-b").await.connect().await.unwrap();
+    let mut stream = connected.discover(PROXY_KINDS, Known::default()).await.unwrap();
+    let error = loop {
+        match timeout(LONG, stream.next()).await.expect("nothing comes") {
+            Ok(_) => {}
+            Err(error) => break error.to_string(),
+        }
+    };
+    assert!(error.contains("the token is of the proxy of node node-a"), "{error}");
+    replica.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_the_api_server_is_away_everything_known_is_served() {
+    let cluster = Cluster::new();
+    let replica = cluster.replica("one").await;
+    assert_eq!(cluster.proxy(&replica).await.view.workloads().count(), 1);
+    let connected = cluster.client(&replica, Role::Proxy, "node-a", "node-a").await;
+    cluster.fake.fail_with(Some(503));
+    cluster.fake.cut();
+    cluster.clock.advance(Duration::from_secs(600));
+    let again = Watched::open(&connected.connect().await.unwrap(), PROXY_KINDS, Known::default()).await;
+    assert_eq!(again.view.workloads().count(), 1);
+    replica.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_that_cannot_be_enforced_says_so_in_its_status_until_it_can() {
+    let cluster = Cluster::new();
+    let path = "/apis/security.istio.io/v1/namespaces/shop/authorizationpolicies/by-path";
+    let rules = json!([{ "to": [{ "operation": { "paths": ["/admin"] } }] }]);
+    cluster.fake.put(
+        path,
+        json!({
+            "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {},
+            "spec": { "action": "DENY", "rules": rules },
+            "status": { "conditions": [{ "type": "Other", "status": "True" }] },
+        }),
+    );
+    let replica = cluster.replica("one").await;
+    let ours = || {
+        let conditions = cluster.fake.get(path)?["status"]["conditions"].as_array()?.clone();
+        Some((conditions.len(), conditions.into_iter().find(|condition| condition["type"] != "Other")))
+    };
+    let condition = until(|| ours()?.1).await;
+    assert_eq!((&condition["type"], &condition["status"]), (&json!("justmtls.dev/Enforced"), &json!("False")));
+    assert!(condition["message"].as_str().unwrap().contains("paths"), "{condition}");
+    let writes = cluster.fake.writes();
+    cluster.fake.change(path, |policy| policy["metadata"]["labels"] = json!({ "touched": "yes" }));
+    cluster.fake.change(path, |policy| policy["spec"]["rules"] = json!([]));
+    until(|| ours().filter(|(count, ours)| *count == 1 && ours.is_none())).await;
+    assert!(cluster.fake.writes() <= writes + 2, "a status is written where it changes");
+    replica.stop().await;
+}

@@ -1,0 +1,290 @@
+//! The API server, by lists and watches: each kind of object has a task of its own ([`follow`]), and here is what they come to.
+//!
+//! No object is kept: what is read goes to the index, and here are the names that there are. Nothing is said to be gone but what
+//! a watch says or a whole list lacks; a kind that cannot be followed keeps its last good state, and that is said.
+
+mod follow;
+mod read;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kube::api::{ApiResource, DynamicObject, GroupVersionKind};
+use kube::{Api, Client, Resource};
+use manifests::k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, Pod, Service};
+use manifests::k8s_openapi::api::discovery::v1::EndpointSlice;
+use manifests::k8s_openapi::api::networking::v1::NetworkPolicy;
+use manifests::{Change, Kind, Object, ObjectKey};
+use serde::de::DeserializeOwned;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+use self::follow::Follower;
+use self::read::Reading;
+use super::Batch;
+use crate::ROOT_NAMESPACE;
+use crate::kubernetes::status::Conditions;
+use crate::metrics::Metrics;
+use crate::problem::Problem;
+
+/// Pieces that may wait, each of at most [`follow::PIECE`] objects: with more, the objects themselves would fill the memory.
+const QUEUE: usize = 4;
+/// How often it is looked whether every kind is heard of.
+const LOOK: Duration = Duration::from_secs(5);
+/// A watch is renewed every minute or so, by itself. One that says nothing for this long is not what it was.
+const SILENCE: Duration = Duration::from_secs(150);
+
+/// What the task of a kind says.
+#[derive(Debug)]
+enum Said {
+    /// These are there, as read, and these are not any more.
+    Objects(Vec<Reading>, Vec<ObjectKey>),
+    /// The whole list was said.
+    Listed(Kind),
+    /// The API server answers about this kind: nothing is missing.
+    Word(Kind),
+    /// It cannot be followed now.
+    Failed(Kind, String),
+}
+
+/// How far a kind is followed.
+#[derive(Debug)]
+struct Followed {
+    listed: bool,
+    heard: Instant,
+    failure: Option<String>,
+}
+
+/// All kinds that decisions read, as the API server has them.
+pub(crate) struct Kubernetes {
+    said: mpsc::Receiver<Said>,
+    kinds: BTreeMap<Kind, Followed>,
+    /// Policies of which a readable state was passed on.
+    taken: BTreeSet<ObjectKey>,
+    unreadable: BTreeSet<ObjectKey>,
+    problems: BTreeMap<ObjectKey, Vec<Problem>>,
+    conditions: Conditions,
+    /// What was said of the kinds last.
+    last: Vec<Problem>,
+    look: tokio::time::Interval,
+    metrics: Arc<Metrics>,
+}
+
+impl Kubernetes {
+    /// Begins to follow.
+    pub(crate) fn follow(client: &Client, metrics: &Arc<Metrics>) -> Self {
+        let (sender, said) = mpsc::channel(QUEUE);
+        let followers = Followers { client, sender, metrics };
+        followers.all::<Namespace>(Kind::Namespace);
+        followers.all::<Node>(Kind::Node);
+        followers.all::<Pod>(Kind::Pod);
+        followers.all::<Service>(Kind::Service);
+        followers.all::<EndpointSlice>(Kind::EndpointSlice);
+        followers.all::<NetworkPolicy>(Kind::NetworkPolicy);
+        // Settings and records are ours; other ConfigMaps are nobody's business.
+        let ours: Api<ConfigMap> = Api::namespaced(client.clone(), ROOT_NAMESPACE);
+        followers.start(vec![ours], Kind::ConfigMap, read::plain);
+        for kind in [Kind::PeerAuthentication, Kind::AuthorizationPolicy] {
+            followers.policies(kind);
+        }
+        let kinds = [
+            Kind::Namespace,
+            Kind::Node,
+            Kind::Pod,
+            Kind::Service,
+            Kind::EndpointSlice,
+            Kind::NetworkPolicy,
+            Kind::ConfigMap,
+            Kind::PeerAuthentication,
+            Kind::AuthorizationPolicy,
+        ];
+        let begun = || Followed { listed: false, heard: Instant::now(), failure: None };
+        let mut look = interval(LOOK);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self {
+            said,
+            kinds: kinds.into_iter().map(|kind| (kind, begun())).collect(),
+            taken: BTreeSet::new(),
+            unreadable: BTreeSet::new(),
+            problems: BTreeMap::new(),
+            conditions: Conditions::new(),
+            last: Vec::new(),
+            look,
+            metrics: metrics.clone(),
+        }
+    }
+
+    /// Whether every kind was listed wholly once: before that nobody is told anything (T10).
+    pub(crate) fn is_complete(&self) -> bool {
+        self.kinds.values().all(|kind| kind.listed)
+    }
+
+    /// Waits for the next thing to say.
+    pub(crate) async fn next(&mut self) -> Batch {
+        loop {
+            let mut changes = Vec::new();
+            let news = tokio::select! {
+                said = self.said.recv() => said.is_some_and(|said| self.take(said, &mut changes)),
+                _ = self.look.tick() => false,
+            };
+            let of_kinds = self.of_kinds();
+            if news || !changes.is_empty() || of_kinds != self.last {
+                self.last = of_kinds;
+                return self.batch(changes);
+            }
+        }
+    }
+
+    /// Whether there is something to say.
+    fn take(&mut self, said: Said, changes: &mut Vec<Change>) -> bool {
+        match said {
+            Said::Objects(readings, gone) => {
+                let kind = readings.first().map(|reading| &reading.key).or(gone.first()).map(|key| key.kind);
+                if let Some(kind) = kind {
+                    self.heard(kind);
+                }
+                for reading in readings {
+                    self.read(reading, changes);
+                }
+                for key in gone {
+                    self.forget(&key);
+                    changes.push(Change::Deleted(key));
+                }
+                kind.is_some()
+            }
+            Said::Listed(kind) => {
+                self.heard(kind).listed = true;
+                self.is_complete()
+            }
+            Said::Word(kind) => {
+                self.heard(kind);
+                false
+            }
+            Said::Failed(kind, failure) => {
+                if let Some(followed) = self.kinds.get_mut(&kind) {
+                    followed.failure = Some(failure);
+                }
+                false
+            }
+        }
+    }
+
+    fn heard(&mut self, kind: Kind) -> &mut Followed {
+        let begun = || Followed { listed: false, heard: Instant::now(), failure: None };
+        let followed = self.kinds.entry(kind).or_insert_with(begun);
+        (followed.heard, followed.failure) = (Instant::now(), None);
+        followed
+    }
+
+    fn read(&mut self, reading: Reading, changes: &mut Vec<Change>) {
+        let Reading { key, object, problems, condition } = reading;
+        let is_policy = crate::kubernetes::status::concerns(key.kind);
+        match condition {
+            Some(condition) => drop(self.conditions.insert(key.clone(), condition)),
+            None => drop(self.conditions.remove(&key)),
+        }
+        match object {
+            Some(object) => {
+                if is_policy {
+                    self.unreadable.remove(&key);
+                    self.taken.insert(key.clone());
+                }
+                changes.push(Change::Applied(object));
+            }
+            // The last good state stays, if there is one.
+            None if self.taken.contains(&key) => {}
+            None => {
+                self.unreadable.insert(key.clone());
+                changes.extend(read::stand_in(&key).map(Change::Applied));
+            }
+        }
+        if problems.is_empty() {
+            self.problems.remove(&key);
+        } else {
+            self.problems.insert(key, problems);
+        }
+    }
+
+    fn forget(&mut self, key: &ObjectKey) {
+        self.taken.remove(key);
+        self.unreadable.remove(key);
+        self.problems.remove(key);
+        self.conditions.remove(key);
+    }
+
+    /// What is wrong with kinds, and how long ago the one was heard of that was heard of least.
+    fn of_kinds(&self) -> Vec<Problem> {
+        let silent = self.kinds.values().map(|kind| kind.heard.elapsed()).max().unwrap_or_default();
+        self.metrics.watch_silence.set(i64::try_from(silent.as_secs()).unwrap_or(i64::MAX));
+        let problem = |(kind, followed): (&Kind, &Followed)| {
+            let state = if followed.listed { "the last good state stays" } else { "nothing is served before" };
+            let subject = format!("{kind} objects");
+            match &followed.failure {
+                Some(failure) => Some(Problem::error(subject, format!("cannot be followed: {failure}; {state}"))),
+                None if followed.heard.elapsed() > SILENCE => {
+                    let message = format!(
+                        "were not heard of for more than {} s, and what changes meanwhile is not known here; {state}",
+                        SILENCE.as_secs()
+                    );
+                    Some(Problem::error(subject, message))
+                }
+                None => None,
+            }
+        };
+        self.kinds.iter().filter_map(problem).collect()
+    }
+
+    fn batch(&self, changes: Vec<Change>) -> Batch {
+        Batch {
+            changes,
+            unreadable: self.unreadable.clone(),
+            unlisted: BTreeSet::new(),
+            problems: self.last.iter().chain(self.problems.values().flatten()).cloned().collect(),
+            conditions: self.conditions.clone(),
+            behind: !self.last.is_empty(),
+        }
+    }
+}
+
+/// What followers are started with.
+struct Followers<'a> {
+    client: &'a Client,
+    sender: mpsc::Sender<Said>,
+    metrics: &'a Arc<Metrics>,
+}
+
+impl Followers<'_> {
+    fn all<K>(&self, kind: Kind)
+    where
+        K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Into<Object> + Send + Sync + 'static,
+    {
+        self.start(vec![Api::<K>::all(self.client.clone())], kind, read::plain);
+    }
+
+    /// Istio's kinds, in each version in which a cluster may have them.
+    fn policies(&self, kind: Kind) {
+        let api = |version: &&str| {
+            let (group, version) = version.split_once('/').unwrap_or(("", version));
+            let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind.as_str()));
+            Api::<DynamicObject>::all_with(self.client.clone(), &resource)
+        };
+        let read = match kind {
+            Kind::PeerAuthentication => |object| read::policy(Kind::PeerAuthentication, object),
+            _ => |object| read::policy(Kind::AuthorizationPolicy, object),
+        };
+        self.start(kind.api_versions().iter().map(api).collect(), kind, read);
+    }
+
+    fn start<K>(&self, apis: Vec<Api<K>>, kind: Kind, read: fn(K) -> Reading)
+    where
+        K: Resource + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
+    {
+        let follower = Follower::new(self.client, apis, kind, read, self.sender.clone(), self.metrics.clone());
+        tokio::spawn(follower.run());
+    }
+}

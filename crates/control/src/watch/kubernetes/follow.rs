@@ -1,0 +1,350 @@
+//! One kind: listed wholly, and then watched from there; listed anew when the API server has forgotten where we were.
+
+use std::collections::HashSet;
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::{Stream, StreamExt};
+use kube::api::{ListParams, WatchEvent, WatchParams};
+use kube::{Api, Client, Resource};
+use manifests::{Kind, ObjectKey};
+use serde::de::DeserializeOwned;
+use tokio::sync::mpsc;
+use tokio::time::{sleep, timeout};
+use tracing::{debug, info};
+
+use super::Said;
+use super::read::Reading;
+use crate::clock::jitter;
+use crate::kubernetes::{Failure, ask, pause};
+use crate::metrics::Metrics;
+
+/// Objects that are passed on at once.
+pub(super) const PIECE: usize = 200;
+/// Objects of one page of a list.
+const PAGE: u32 = 500;
+/// How long a watch lasts before it is renewed, at least; so that a connection that is dead is noticed.
+const WATCH: Duration = Duration::from_secs(60);
+/// How much longer, at most: not all at once.
+const SPREAD: Duration = Duration::from_secs(20);
+/// How much longer than it was to last a watch may say nothing.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a list as a stream may say nothing.
+const LIST_PATIENCE: Duration = Duration::from_secs(30);
+/// How often a kind that the cluster does not have is looked for.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
+/// How often in a row a kind of which there were objects must be missing before it counts as gone, with them.
+const GONE_AFTER: usize = 4;
+/// The bookmark at the end of a list as a stream.
+const END_OF_LIST: &str = "k8s.io/initial-events-end";
+
+/// Follows one kind for as long as somebody listens.
+pub(super) struct Follower<K> {
+    client: Client,
+    /// The kind in each version that a cluster may have; the first is asked first.
+    apis: Vec<Api<K>>,
+    /// Which of them is asked.
+    version: usize,
+    kind: Kind,
+    read: fn(K) -> Reading,
+    said: mpsc::Sender<Said>,
+    metrics: Arc<Metrics>,
+    /// Lists come as a stream, where the API server can.
+    streams: bool,
+    /// All that there is, as far as it was said.
+    known: HashSet<ObjectKey>,
+    /// How often in a row there was no such kind.
+    missing: u32,
+}
+
+/// Why a list or a watch ended.
+enum End {
+    /// Something is not as it should be.
+    Failure(Failure),
+    /// Nobody listens any more.
+    Over,
+}
+
+impl From<Failure> for End {
+    fn from(failure: Failure) -> Self {
+        Self::Failure(failure)
+    }
+}
+
+impl From<kube::Error> for End {
+    fn from(error: kube::Error) -> Self {
+        Self::Failure(error.into())
+    }
+}
+
+impl<K> Follower<K>
+where
+    K: Resource + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
+{
+    pub(super) fn new(
+        client: &Client,
+        apis: Vec<Api<K>>,
+        kind: Kind,
+        read: fn(K) -> Reading,
+        said: mpsc::Sender<Said>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let client = client.clone();
+        let known = HashSet::new();
+        Self { client, apis, version: 0, kind, read, said, metrics, streams: true, known, missing: 0 }
+    }
+
+    pub(super) async fn run(mut self) {
+        let mut from: Option<String> = None;
+        let mut failures = 0;
+        loop {
+            let result = match &from {
+                None => self.list().await,
+                Some(version) => self.watch(version.clone()).await,
+            };
+            let failure = match result {
+                Ok(version) => {
+                    (from, failures, self.missing) = (Some(version), 0, 0);
+                    if self.say(Said::Word(self.kind)).await.is_err() {
+                        return;
+                    }
+                    continue;
+                }
+                Err((_, End::Over)) => return,
+                Err((reached, End::Failure(failure))) => {
+                    from = reached.or(from);
+                    failure
+                }
+            };
+            let said = match failure {
+                Failure::Gone => {
+                    debug!(kind = %self.kind, "where the watch was is forgotten; the kind is listed anew");
+                    from = None;
+                    // Once at a time: an API server that forgets at once is none that can be followed.
+                    failures += 1;
+                    if failures < 3 { None } else { Some(Failure::Gone.to_string()) }
+                }
+                Failure::Absent => {
+                    from = None;
+                    match self.absent().await {
+                        Ok(()) => None,
+                        Err(End::Over) => return,
+                        Err(End::Failure(failure)) => Some(failure.to_string()),
+                    }
+                }
+                failure => {
+                    failures += 1;
+                    Some(failure.to_string())
+                }
+            };
+            if let Some(text) = said
+                && self.say(Said::Failed(self.kind, text)).await.is_err()
+            {
+                return;
+            }
+            // The next version of a kind is asked for at once.
+            let wait = match self.missing as usize {
+                0 => pause(failures),
+                missing if missing % self.apis.len() == 0 => LOOK_AGAIN,
+                _ => Duration::ZERO,
+            };
+            sleep(wait).await;
+        }
+    }
+
+    fn api(&self) -> &Api<K> {
+        &self.apis[self.version % self.apis.len()]
+    }
+
+    async fn say(&self, said: Said) -> Result<(), End> {
+        self.said.send(said).await.map_err(|_| End::Over)
+    }
+
+    /// All of the kind, and the version from which to watch.
+    async fn list(&mut self) -> Result<String, (Option<String>, End)> {
+        self.metrics.lists.inc();
+        if self.streams {
+            match self.list_as_stream().await {
+                Err(End::Failure(Failure::Refused(because))) => {
+                    debug!(kind = %self.kind, because, "lists come by pages: the API server does not stream them");
+                    self.streams = false;
+                }
+                result => return result.map_err(|end| (None, end)),
+            }
+        }
+        self.list_by_pages().await.map_err(|end| (None, end))
+    }
+
+    async fn list_as_stream(&mut self) -> Result<String, End> {
+        let parameters = WatchParams::streaming_lists().timeout(seconds(WATCH + SPREAD));
+        // No version: at least as new as what is there now.
+        let events = ask(self.api().watch(&parameters, "")).await?;
+        let mut pieces = std::pin::pin!(pieces(events));
+        let mut seen = HashSet::new();
+        loop {
+            let piece = match timeout(LIST_PATIENCE, pieces.next()).await {
+                Ok(Some(piece)) => piece,
+                // A server that knows nothing of such lists watches, and never says that the list is over.
+                Ok(None) | Err(_) => return Err(Failure::Refused("the list does not end".to_owned()).into()),
+            };
+            let mut readings = Vec::new();
+            let mut end = None;
+            for event in piece {
+                match event? {
+                    WatchEvent::Added(object) | WatchEvent::Modified(object) => readings.push((self.read)(object)),
+                    WatchEvent::Deleted(object) => drop(seen.remove(&(self.read)(object).key)),
+                    WatchEvent::Bookmark(bookmark) => {
+                        if bookmark.metadata.annotations.contains_key(END_OF_LIST) {
+                            end = Some(bookmark.metadata.resource_version);
+                            break;
+                        }
+                    }
+                    WatchEvent::Error(status) => return Err(Failure::of(status.code, &status.message).into()),
+                }
+            }
+            seen.extend(readings.iter().map(|reading| reading.key.clone()));
+            self.say(Said::Objects(readings, Vec::new())).await?;
+            if let Some(version) = end {
+                // What came in the same piece behind the bookmark is said again by the watch that begins there.
+                return self.listed(seen).await.map(|()| version);
+            }
+        }
+    }
+
+    async fn list_by_pages(&mut self) -> Result<String, End> {
+        let mut parameters = ListParams::default().limit(PAGE);
+        let mut seen = HashSet::new();
+        loop {
+            let page = ask(self.api().list(&parameters)).await?;
+            let mut readings = Vec::with_capacity(PIECE);
+            for object in page.items {
+                let reading = (self.read)(object);
+                seen.insert(reading.key.clone());
+                readings.push(reading);
+                if readings.len() == PIECE {
+                    self.say(Said::Objects(std::mem::take(&mut readings), Vec::new())).await?;
+                }
+            }
+            self.say(Said::Objects(readings, Vec::new())).await?;
+            match page.metadata.continue_.filter(|token| !token.is_empty()) {
+                Some(token) => parameters = parameters.continue_token(&token),
+                None => {
+                    let version = page.metadata.resource_version.unwrap_or_default();
+                    return self.listed(seen).await.map(|()| version);
+                }
+            }
+        }
+    }
+
+    /// The list is whole: what it lacks is gone.
+    async fn listed(&mut self, seen: HashSet<ObjectKey>) -> Result<(), End> {
+        let gone: Vec<_> = self.known.difference(&seen).cloned().collect();
+        self.known = seen;
+        if !gone.is_empty() {
+            self.say(Said::Objects(Vec::new(), gone)).await?;
+        }
+        self.say(Said::Listed(self.kind)).await
+    }
+
+    /// What changes from a version on, until the watch is to be renewed: the version that it came to, also where it fails.
+    async fn watch(&mut self, from: String) -> Result<String, (Option<String>, End)> {
+        let mut version = from;
+        match self.watch_from(&mut version).await {
+            Ok(()) => Ok(version),
+            Err(end) => Err((Some(version), end)),
+        }
+    }
+
+    async fn watch_from(&mut self, version: &mut String) -> Result<(), End> {
+        let lasts = WATCH + SPREAD.mul_f64(jitter());
+        let parameters = WatchParams::default().timeout(seconds(lasts));
+        let events = ask(self.api().watch(&parameters, version)).await?;
+        self.say(Said::Word(self.kind)).await?;
+        let mut pieces = std::pin::pin!(pieces(events));
+        loop {
+            let piece = match timeout(lasts + PATIENCE, pieces.next()).await {
+                Ok(Some(piece)) => piece,
+                Ok(None) => return Ok(()),
+                Err(_) => return Err(Failure::Away("a watch says nothing and does not end".to_owned()).into()),
+            };
+            let mut readings: Vec<Reading> = Vec::new();
+            let mut gone: Vec<ObjectKey> = Vec::new();
+            let mut failure = None;
+            for event in piece {
+                match event {
+                    Ok(WatchEvent::Added(object) | WatchEvent::Modified(object)) => {
+                        object.meta().resource_version.clone_into_version(version);
+                        let reading = (self.read)(object);
+                        self.known.insert(reading.key.clone());
+                        gone.retain(|key| *key != reading.key);
+                        readings.push(reading);
+                    }
+                    Ok(WatchEvent::Deleted(object)) => {
+                        object.meta().resource_version.clone_into_version(version);
+                        let key = (self.read)(object).key;
+                        self.known.remove(&key);
+                        readings.retain(|reading| reading.key != key);
+                        gone.push(key);
+                    }
+                    Ok(WatchEvent::Bookmark(bookmark)) => *version = bookmark.metadata.resource_version,
+                    Ok(WatchEvent::Error(status)) => failure = Some(Failure::of(status.code, &status.message)),
+                    Err(error) => failure = Some(error.into()),
+                }
+                if failure.is_some() {
+                    break;
+                }
+            }
+            // An error takes nothing back of what was said before it.
+            let nothing = readings.is_empty() && gone.is_empty();
+            self.say(if nothing { Said::Word(self.kind) } else { Said::Objects(readings, gone) }).await?;
+            if let Some(failure) = failure {
+                return Err(failure.into());
+            }
+        }
+    }
+
+    /// There is no such kind, or none yet: that is an empty list, if the API server is ready. (One that is starting does not
+    /// know yet which kinds it has.) Where there were objects of it, it is not believed at once.
+    async fn absent(&mut self) -> Result<(), End> {
+        self.version = self.version.wrapping_add(1);
+        self.missing = self.missing.saturating_add(1);
+        let (missing, versions) = (self.missing as usize, self.apis.len());
+        if missing % versions != 0 {
+            return Ok(());
+        }
+        let request = axum::http::Request::get("/readyz").body(Vec::new()).map_err(kube::Error::HttpError)?;
+        ask(self.client.request_text(request)).await?;
+        if !self.known.is_empty() && missing < GONE_AFTER * versions {
+            return Err(Failure::Absent.into());
+        }
+        if missing == versions {
+            info!(kind = %self.kind, "the cluster has no such kind; it is looked for now and then");
+        }
+        self.listed(HashSet::new()).await
+    }
+}
+
+/// Takes over a version where there is one.
+trait IntoVersion {
+    fn clone_into_version(&self, version: &mut String);
+}
+
+impl IntoVersion for Option<String> {
+    fn clone_into_version(&self, version: &mut String) {
+        if let Some(new) = self {
+            version.clone_from(new);
+        }
+    }
+}
+
+/// Events that are there together, together.
+fn pieces<K>(
+    events: impl Stream<Item = kube::Result<WatchEvent<K>>>,
+) -> impl Stream<Item = Vec<kube::Result<WatchEvent<K>>>> {
+    events.ready_chunks(PIECE)
+}
+
+fn seconds(duration: Duration) -> u32 {
+    u32::try_from(duration.as_secs()).unwrap_or(u32::MAX)
+}
