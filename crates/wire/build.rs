@@ -7,6 +7,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "istio/workload.proto",
         "istio/authorization.proto",
         "istio/ca.proto",
+        "justmtls/v1/probes.proto",
         "justmtls/v1/discovery.proto",
         "justmtls/v1/report.proto",
         "justmtls/v1/pods.proto",

@@ -125,6 +125,7 @@ pub struct Capture {
     plan: CapturePlan,
     listeners: Arc<Listeners>,
     families: Vec<IpFamily>,
+    gateways: Vec<IpAddr>,
     delivery: LocalDelivery,
     netfilter: Socket,
     route: Socket,
@@ -256,6 +257,7 @@ impl Capture {
         if listeners.in_v6.is_some() {
             families.push(IpFamily::V6);
         }
+        let gateways = links::gateways(&mut route)?;
         let delivery = rules::delivery(plan.marks);
         for family in &families {
             delivery.add(&mut route, *family)?;
@@ -265,6 +267,7 @@ impl Capture {
             plan,
             listeners,
             families,
+            gateways,
             delivery,
             netfilter,
             route,
@@ -278,6 +281,11 @@ impl Capture {
     /// The listeners, to be duplicated and handed over.
     pub fn listeners(&self) -> Arc<Listeners> {
         self.listeners.clone()
+    }
+
+    /// The gateways of the pod's default routes: how its node may show itself to it.
+    pub fn gateways(&self) -> &[IpAddr] {
+        &self.gateways
     }
 
     /// What is captured.

@@ -5,6 +5,7 @@
 //! a listener tells both, whatever is said of it.
 
 use std::io;
+use std::net::IpAddr;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -82,6 +83,7 @@ impl Inherited {
             addresses: added.addresses,
             capture: Ok(()),
             excluded_ports: added.excluded_ports,
+            probes: added.probes,
         };
         Ok(Self { pod, namespace, listeners: Arc::new(Listeners { out_v4, out_v6, in_v4, in_v6 }) })
     }
@@ -91,7 +93,7 @@ impl Inherited {
 ///
 /// # Errors
 /// There is no descriptor left.
-pub(crate) fn added(pod: &NodePod, listeners: &Listeners) -> io::Result<(PodAdded, Vec<OwnedFd>)> {
+pub(crate) fn added(pod: &NodePod, listeners: &Listeners, gateways: &[IpAddr]) -> io::Result<(PodAdded, Vec<OwnedFd>)> {
     let all = [
         (Listener::OutboundV4, Some(&listeners.out_v4)),
         (Listener::OutboundV6, listeners.out_v6.as_ref()),
@@ -102,11 +104,11 @@ pub(crate) fn added(pod: &NodePod, listeners: &Listeners) -> io::Result<(PodAdde
     let all: io::Result<Vec<_>> =
         there.map(|(kind, listener)| Ok((kind, listener.as_fd().try_clone_to_owned()?))).collect();
     let (listeners, descriptors) = all?.into_iter().unzip();
-    Ok((told(pod, listeners), descriptors))
+    Ok((told(pod, listeners, gateways), descriptors))
 }
 
 /// The same without descriptors, for a pod that is served already.
-pub(crate) fn told(pod: &NodePod, listeners: Vec<Listener>) -> PodAdded {
+pub(crate) fn told(pod: &NodePod, listeners: Vec<Listener>, gateways: &[IpAddr]) -> PodAdded {
     PodAdded {
         pod: pod.pod.clone(),
         name: pod.name.clone(),
@@ -114,6 +116,8 @@ pub(crate) fn told(pod: &NodePod, listeners: Vec<Listener>) -> PodAdded {
         addresses: pod.addresses.clone(),
         listeners,
         excluded_ports: pod.excluded_ports.clone(),
+        probes: pod.probes.clone(),
+        gateways: gateways.to_vec(),
     }
 }
 

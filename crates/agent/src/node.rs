@@ -4,6 +4,7 @@
 mod ending;
 
 use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -59,6 +60,8 @@ pub(crate) struct Node {
 struct Captured {
     capture: Arc<Mutex<Capture>>,
     listeners: Arc<Listeners>,
+    /// How the node may show itself to the pod.
+    gateways: Vec<IpAddr>,
     /// `None` where the kernel's notifications cannot be watched: it is looked at now and then.
     _follower: Option<Follower>,
 }
@@ -199,7 +202,7 @@ impl Node {
         let mut all = Vec::new();
         for pod in self.pods.served() {
             if let Some(captured) = self.captures.get(&pod.pod) {
-                let (added, descriptors) = estate::added(&pod, &captured.listeners)?;
+                let (added, descriptors) = estate::added(&pod, &captured.listeners, &captured.gateways)?;
                 all.push((ToAgent::Held(added).encode(), descriptors));
             }
         }
@@ -303,6 +306,7 @@ impl Node {
         if let Some(mut capture) = made.filter(|_| keep) {
             self.inherited.remove(pod);
             let (listeners, changes) = (capture.listeners(), capture.take_changes());
+            let gateways = capture.gateways().to_vec();
             let capture = Arc::new(Mutex::new(*capture));
             let followed =
                 changes.map(|changes| verify::follow(pod.clone(), capture.clone(), changes, self.events.clone()));
@@ -310,7 +314,7 @@ impl Node {
                 self.shown.journal.problem("not-followed", pod.as_str(), &error.to_string());
                 None
             });
-            self.captures.insert(pod.clone(), Captured { capture, listeners, _follower });
+            self.captures.insert(pod.clone(), Captured { capture, listeners, gateways, _follower });
         }
         self.act(actions);
     }
@@ -418,7 +422,7 @@ impl Node {
         }
         let mut unread = Vec::new();
         for (number, link) in self.proxies.all().filter(|(number, _)| to.is_none_or(|only| only == *number)) {
-            let sent = match estate::added(pod, &captured.listeners) {
+            let sent = match estate::added(pod, &captured.listeners, &captured.gateways) {
                 Ok((added, descriptors)) => link.send(&FromAgent::PodAdded(added), descriptors),
                 Err(error) => {
                     self.shown.journal.problem("no-descriptors", pod.pod.as_str(), &error.to_string());
@@ -450,11 +454,12 @@ impl Node {
     }
 
     fn exclude(&self, pod: &PodUid, ports: Vec<u16>) {
-        let Some(capture) = self.captures.get(pod).map(|captured| captured.capture.clone()) else { return };
+        let Some(captured) = self.captures.get(pod) else { return };
+        let capture = captured.capture.clone();
         // For the agent after this one.
         if let Some(known) = self.pods.served().iter().find(|known| known.pod == *pod) {
             for (_, link) in self.proxies.all() {
-                link.send(&FromAgent::PodAdded(estate::told(known, Vec::new())), Vec::new());
+                link.send(&FromAgent::PodAdded(estate::told(known, Vec::new(), &captured.gateways)), Vec::new());
             }
         }
         let (pod, ports) = (pod.clone(), ports.into_iter().collect::<BTreeSet<_>>());

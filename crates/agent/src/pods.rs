@@ -150,7 +150,7 @@ impl Pods {
             let given_up = known.capture.is_err() && !sandbox.inherited && !matches!(sandbox.stage, Stage::Captured);
             if !same || given_up {
                 withdraw(sandbox, &uid, &mut actions);
-            } else if before.excluded_ports != known.excluded_ports {
+            } else if before.excluded_ports != known.excluded_ports || before.probes != known.probes {
                 match &mut sandbox.stage {
                     Stage::Bare => {}
                     Stage::Preparing(work) => work.cancelled = true,

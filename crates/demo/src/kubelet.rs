@@ -22,6 +22,7 @@ use crate::boot::Event;
 use crate::children::{self, Children};
 use crate::cluster::{PodPlan, PodState};
 use crate::network::{Network, PodNetwork};
+use crate::probes;
 use crate::programs::{self, Program, Progress};
 use crate::runtime;
 
@@ -156,6 +157,7 @@ impl Life {
     async fn watch_readiness(&self, rooms: &Rooms, progress: watch::Receiver<Progress>) {
         let port = first_tcp_port(&self.plan.spec);
         let programs = self.plan.spec.containers.len();
+        let probed = probes::any(&self.plan.spec);
         let mut last = None;
         loop {
             let now = progress.borrow().clone();
@@ -166,14 +168,29 @@ impl Life {
                 (None, Some(port)) if !listens(&rooms.network.namespace, port) => {
                     ("Running", false, format!("nothing listens on port {port} yet"))
                 }
+                (None, _) if probed => match self.probe().await {
+                    Ok(()) => ("Running", true, String::new()),
+                    Err(why) => ("Running", false, why),
+                },
                 (None, _) => ("Running", true, String::new()),
             };
             if last.as_ref() != Some(&state) {
                 self.say(state.0, state.1, state.2.clone());
                 last = Some(state.clone());
             }
-            sleep(if state.1 { LOOK_WHEN_READY } else { LOOK }).await;
+            // A probe reaches the pod's programs, and is not made all the time.
+            sleep(if state.1 || probed { LOOK_WHEN_READY } else { LOOK }).await;
         }
+    }
+
+    /// Asks what the pod's containers declare.
+    async fn probe(&self) -> Result<(), String> {
+        let (network, plan) = (self.kubelet.network.clone(), self.plan.clone());
+        let asked = tokio::task::spawn_blocking(move || {
+            let node = network.node(&plan.node.name).ok_or("its node is gone")?;
+            probes::ask(node, &plan.spec, plan.addresses.v4.into())
+        });
+        asked.await.unwrap_or_else(|error| Err(error.to_string()))
     }
 
     async fn end(&self, rooms: &Rooms) {

@@ -35,6 +35,7 @@ mod kube_proxy;
 mod kubelet;
 mod manifest;
 mod network;
+mod probes;
 mod processes;
 mod programs;
 mod runtime;

@@ -206,6 +206,11 @@ impl Recipes {
         of_node(&mut command, node, &directory);
         command.arg("--agent-socket").arg(proxy_socket(node)).arg("--admin").arg(&admin);
         command.arg("--metrics").arg(metrics.to_string());
+        let addresses =
+            self.network.nodes().filter(|(plan, _)| plan.name == node).flat_map(|(plan, _)| plan.fabric.both());
+        for address in addresses {
+            command.arg("--node-addresses").arg(address.to_string());
+        }
         command.arg("--access-log-file").arg(directory.join("access.log"));
         let child = self.spawn(&role, command, self.namespace(node)?, Some(self.proxy_user()), Capabilities::NONE)?;
         Ok(Started { child, admin, metrics: Some(metrics) })

@@ -15,7 +15,9 @@ use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, Addres
 use netlink_packet_route::link::{
     InfoBridge, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State,
 };
-use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use crate::netlink::{self, Protocol, Socket};
@@ -271,6 +273,30 @@ pub fn addresses(socket: &mut Socket) -> Result<Vec<(u32, IpAddr)>, netlink::Err
             all.push((message.header.index, address));
         }
     }
+    Ok(all)
+}
+
+/// The gateways of a namespace's default routes in its main table. The socket is one of [`Protocol::Route`].
+pub fn gateways(socket: &mut Socket) -> Result<Vec<IpAddr>, netlink::Error> {
+    let mut all = Vec::new();
+    for address_family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut question = RouteMessage::default();
+        question.header = RouteHeader { address_family, ..RouteHeader::default() };
+        for answer in socket.dump("list routes", RouteNetlinkMessage::GetRoute(question))? {
+            let RouteNetlinkMessage::NewRoute(route) = answer else { continue };
+            let is_default = route.header.destination_prefix_length == 0
+                && route.header.table == RouteHeader::RT_TABLE_MAIN
+                && route.header.kind == RouteType::Unicast;
+            let gateways = route.attributes.iter().filter_map(|attribute| match attribute {
+                RouteAttribute::Gateway(RouteAddress::Inet(address)) => Some(IpAddr::from(*address)),
+                RouteAttribute::Gateway(RouteAddress::Inet6(address)) => Some(IpAddr::from(*address)),
+                _ => None,
+            });
+            all.extend(gateways.filter(|_| is_default));
+        }
+    }
+    all.sort_unstable();
+    all.dedup();
     Ok(all)
 }
 

@@ -37,4 +37,9 @@ impl<K: Eq + Hash, O: Eq> Claims<K, O> {
     pub(crate) fn holder(&self, key: &K) -> Option<&O> {
         self.0.get(key)?.last()
     }
+
+    /// All owners.
+    pub(crate) fn owners(&self, key: &K) -> &[O] {
+        self.0.get(key).map_or(&[], Vec::as_slice)
+    }
 }

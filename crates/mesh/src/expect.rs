@@ -25,6 +25,16 @@ pub struct Expectation {
     pub mode: Mode,
 }
 
+impl Expectation {
+    /// The same for a client that is known to be the pod's own node: nobody waits for its hello where it may speak in clear.
+    pub fn of_own_node(self) -> Self {
+        match self.mode {
+            Mode::Permissive => Self { wait: Duration::ZERO, plaintext: PlaintextReason::Node, ..self },
+            Mode::Strict => Self { plaintext: PlaintextReason::Node, ..self },
+        }
+    }
+}
+
 /// What to expect of a connection from `source` to `port` of `destination`.
 pub fn expect(view: &View, destination: &Workload, port: u16, source: IpAddr) -> Expectation {
     let mode = destination.modes.at(port);

@@ -58,6 +58,8 @@ reasons! {
         StaleView = "stale-view",
         /// The client's pod is captured and yet no TLS came: something in it goes round the capture.
         Bypass = "bypass",
+        /// Plaintext is refused there, and this is a declared probe of the pod, from its own node.
+        Probe = "probe",
     }
 }
 
@@ -85,6 +87,8 @@ reasons! {
         StrictBypass = "strict-bypass",
         /// The port is strict and no hello came in time.
         HelloTimeout = "hello-timeout",
+        /// Plaintext is refused there, and what came from the pod's own node to a port with a probe is not that probe, or more.
+        NotTheProbe = "not-the-probe",
         /// A TLS hello came after the server's bytes had been let out in clear.
         LateHello = "late-hello",
         /// The certificate names one identity and the view another for the address it comes from.

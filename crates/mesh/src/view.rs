@@ -184,6 +184,11 @@ impl View {
         self.workloads.get(self.by_address.holder(&address)?)
     }
 
+    /// All workloads that own an address, or say so.
+    pub(crate) fn claimants_of(&self, address: IpAddr) -> impl Iterator<Item = &Arc<Workload>> {
+        self.by_address.owners(&address).iter().filter_map(|uid| self.workloads.get(uid))
+    }
+
     /// The workload of a pod.
     pub fn workload_of(&self, pod: &PodUid) -> Option<&Arc<Workload>> {
         self.workloads.get(self.by_pod.holder(pod)?)

@@ -51,6 +51,7 @@ struct Line {
     received: u64,
     duration: Duration,
     early: Option<EndedEarly>,
+    exposes: Option<Arc<str>>,
 }
 
 /// How it looks. SPECIFICATION.md explains the fields.
@@ -70,6 +71,7 @@ struct Text<'a> {
     peer: Option<&'a str>,
     security: &'static str,
     reason: &'static str,
+    exposes: Option<&'a str>,
     tls: Option<&'static str>,
     group: Option<&'static str>,
     cipher: Option<&'static str>,
@@ -128,6 +130,7 @@ impl AccessLog {
             received,
             duration: connection.age(),
             early: end.err().cloned(),
+            exposes: connection.exposed().cloned(),
         };
         if queue.try_send(Message::Line(Box::new(line))).is_err() {
             self.dropped.inc();
@@ -208,6 +211,7 @@ impl Line {
             peer: security.and_then(Security::peer).map(SpiffeId::as_str),
             security: security.map_or("none", Security::as_str),
             reason: security.map_or("", Security::reason),
+            exposes: self.exposes.as_deref(),
             tls: handshake.map(|handshake| handshake.version()),
             group: handshake.map(|handshake| handshake.group()),
             cipher: handshake.map(|handshake| handshake.cipher()),

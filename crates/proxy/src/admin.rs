@@ -154,6 +154,7 @@ fn dump(connection: &Connection) -> Value {
         "service": decision.as_ref().and_then(|decision| decision.service.as_deref()),
         "security": security.map_or("none", Security::as_str),
         "reason": security.map_or("", Security::reason),
+        "exposes": connection.exposed().map(|it| &**it),
         "peer": security.and_then(Security::peer).map(|peer| peer.as_str()),
         "tls": handshake.map(|handshake| handshake.version()),
         "group": handshake.map(|handshake| handshake.group()),

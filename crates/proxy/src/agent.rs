@@ -252,6 +252,8 @@ mod tests {
             addresses: vec!["10.0.0.1".parse().unwrap()],
             listeners,
             excluded_ports: Vec::new(),
+            probes: mesh::Probes::default(),
+            gateways: Vec::new(),
         })
     }
 

@@ -109,6 +109,7 @@ pub(crate) struct Connection {
     /// Bytes that metrics have seen already.
     seen: Bytes,
     counted: OnceLock<Counted>,
+    exposed: OnceLock<Arc<str>>,
 }
 
 impl Connection {
@@ -121,6 +122,16 @@ impl Connection {
     pub(crate) fn set_destination(&self, destination: SocketAddr) {
         // Set once per connection; a second word would be the same.
         let _ = self.destination.set(destination);
+    }
+
+    /// What an exemption lets through, where the connection is one; for people.
+    pub(crate) fn exposed(&self) -> Option<&Arc<str>> {
+        self.exposed.get()
+    }
+
+    /// Says what an exemption lets through, once.
+    pub(crate) fn expose(&self, what: &str) {
+        self.exposed.get_or_init(|| what.into());
     }
 
     /// What was decided, once it was.
@@ -208,6 +219,7 @@ impl Registry {
             cut_now: Notify::new(),
             seen: Bytes::default(),
             counted: OnceLock::new(),
+            exposed: OnceLock::new(),
         });
         self.lock().insert(connection.id, connection.clone());
         connection

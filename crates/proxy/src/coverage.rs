@@ -27,6 +27,9 @@ pub(crate) struct Edge {
     pub(crate) security: &'static str,
     /// Why it was in clear, or why it was refused; empty otherwise.
     pub(crate) reason: &'static str,
+    /// What an exemption lets through: the request of a probe.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) exposes: Option<Arc<str>>,
 }
 
 /// How much of it there was.
@@ -70,7 +73,15 @@ impl Edge {
             Direction::Outbound => (pod, address(to.map(|to| to.ip()))),
             Direction::Inbound => (address(Some(connection.source.ip())), pod),
         };
-        Self { direction: connection.direction.as_str(), source, destination, port, security, reason }
+        Self {
+            direction: connection.direction.as_str(),
+            source,
+            destination,
+            port,
+            security,
+            reason,
+            exposes: connection.exposed().cloned(),
+        }
     }
 }
 
@@ -114,6 +125,7 @@ mod tests {
             port,
             security: "mtls",
             reason: "",
+            exposes: None,
         }
     }
 

@@ -91,6 +91,31 @@ impl FirstBytes {
         }
     }
 
+    /// Waits for more than what decided, for who wants to know what else it is and bounds how much. `false` is the client's
+    /// end.
+    ///
+    /// # Errors
+    /// [`EndedEarly::Reset`] where the client resets meanwhile.
+    pub(crate) async fn more(&mut self, tcp: &TcpStream) -> Result<bool, EndedEarly> {
+        loop {
+            tcp.readable().await.map_err(|_| EndedEarly::Reset(Side::Client))?;
+            let mut buffer = [0; 2048];
+            match tcp.try_read(&mut buffer) {
+                Ok(length) => {
+                    self.bytes.extend_from_slice(&buffer[..length]);
+                    return Ok(length > 0);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return Err(EndedEarly::Reset(Side::Client)),
+            }
+        }
+    }
+
+    /// The bytes so far.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// The bytes, for whoever they are for.
     pub(crate) fn into_bytes(self) -> Vec<u8> {
         self.bytes

@@ -15,14 +15,19 @@ use crate::connections::{Connection, Decision, Security};
 use crate::first_bytes::{First, FirstBytes, Guarded, guarded_leg};
 use crate::node::Node;
 use crate::pod::Pod;
+use crate::probe::Probing;
 use crate::reasons::{EndedEarly, Side};
 use crate::shares::Payer;
 use crate::splice::{self, Leg, PlainSink, plain_leg};
 use crate::tunnel::Tunnel;
-use crate::{legs, tunnel};
+use crate::{legs, probe, tunnel};
 
 /// How long a certificate that contradicts the view may wait for the view: pods come and go faster than news of them.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long the view may take to know a pod of this node: a proxy that has just started may be told of the pod first by its
+/// agent.
+const OWN_POD: Duration = Duration::from_secs(3);
 
 /// How long the control plane may take to say who an unknown client is, before it is looked at as unknown.
 const LEARN: Duration = Duration::from_millis(300);
@@ -42,6 +47,7 @@ pub(crate) async fn serve(
     // In memory of its own, which goes before the first byte flows: most connections are idle most of their lives.
     match Box::pin(arrive(node, pod, connection, client)).await? {
         Arrived::InClear(client, server) => Box::pin(in_clear(node, connection, client, server)).await.map(|()| None),
+        Arrived::Probe(probing) => Box::pin(probe::carry(node, connection, probing)).await.map(|()| None),
         Arrived::Tunnel(tunnel, claim) => lease(node, pod, connection, tunnel, claim).await.map(Some),
     }
 }
@@ -50,6 +56,8 @@ pub(crate) async fn serve(
 enum Arrived {
     /// In clear, and allowed so: both legs.
     InClear(Leg<Guarded, PlainSink>, TcpStream),
+    /// In clear where that is refused, but for this.
+    Probe(Probing),
     /// A tunnel, whose client asks for its first connection.
     Tunnel(Box<Tunnel>, Claim),
 }
@@ -70,7 +78,7 @@ async fn arrive(
         _ = client.readable() => {}
         () = node.learn(source.ip(), LEARN) => {}
     }
-    let expected = expect(node, pod, destination, source)?;
+    let expected = expect(node, pod, destination, source).await?;
     let known = node.view.read(|view| Payer::at(view, source.ip()).is_known());
     let half_read = node.budgets.half_read(source.ip(), known)?;
 
@@ -79,9 +87,15 @@ async fn arrive(
     let (hello, half_read) = match seen {
         First::Hello => (first, half_read),
         First::Other | First::Silent => {
+            let allowed = match allow_in_clear(node, connection, expected, seen) {
+                Ok(allowed) => allowed,
+                Err(_) if seen == First::Other && probe::may_be(node, pod, destination, source) => {
+                    return probe::arrive(node, pod, connection, client, first).await.map(Arrived::Probe);
+                }
+                Err(early) => return Err(early),
+            };
             // Room for a hello that has begun is held until it is one, or is none.
             let half_read = (seen == First::Silent && first.is_undecided()).then_some(half_read);
-            let allowed = allow_in_clear(node, connection, expected, seen)?;
             let server = legs::to_application(pod, allowed, source).await?;
             let seen = wait_for_either(&client, &mut first, &server, seen).await?;
             if seen != First::Hello {
@@ -188,11 +202,33 @@ async fn connect(
     legs::to_application(pod, allowed, SocketAddr::new(source.ip(), 0)).await
 }
 
-fn expect(node: &Node, pod: &Pod, destination: SocketAddr, source: SocketAddr) -> Result<Expectation, EndedEarly> {
-    node.view.read(|view| match view.workload_of(&pod.uid) {
-        Some(workload) => Ok(mesh::expect(view, workload, destination.port(), source.ip())),
-        None => Err(RefuseReason::NoSuchPod.into()),
-    })
+async fn expect(
+    node: &Node,
+    pod: &Pod,
+    destination: SocketAddr,
+    source: SocketAddr,
+) -> Result<Expectation, EndedEarly> {
+    let declared = pod.declared();
+    let own_node = probe::own_node(node, &declared);
+    let look = || {
+        node.view.read(|view| {
+            let expected = mesh::expect(view, view.workload_of(&pod.uid)?, destination.port(), source.ip());
+            let is_own = view.workload_at(source.ip()).is_none() && own_node.has(view, source.ip());
+            Some(if is_own { expected.of_own_node() } else { expected })
+        })
+    };
+    let mut changes = node.view.changes();
+    let deadline = Instant::now() + OWN_POD;
+    loop {
+        changes.mark_unchanged();
+        if let Some(expected) = look() {
+            return Ok(expected);
+        }
+        match timeout_at(deadline, changes.changed()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) | Err(_) => return Err(RefuseReason::NoSuchPod.into()),
+        }
+    }
 }
 
 /// Decides about a client that shows no certificate.

@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh::Allowed;
+use mesh::{Allowed, AllowedProbe};
 use socket2::Socket;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -66,7 +66,22 @@ pub(crate) async fn to_wire(pod: &Arc<Pod>, source: IpAddr, to: SocketAddr) -> R
 /// # Errors
 /// By name, why there is no connection.
 pub(crate) async fn to_application(pod: &Pod, allowed: Allowed, client: SocketAddr) -> Result<TcpStream, EndedEarly> {
-    let to = allowed.destination();
+    to_pod(pod, allowed.destination(), SocketAddr::new(allowed.source(), client.port())).await
+}
+
+/// The same for a probe. What may pass of it is the business of [`crate::probe`] alone.
+///
+/// # Errors
+/// By name, why there is no connection.
+pub(crate) async fn to_application_for_probe(
+    pod: &Pod,
+    allowed: &AllowedProbe,
+    client: SocketAddr,
+) -> Result<TcpStream, EndedEarly> {
+    to_pod(pod, allowed.destination(), SocketAddr::new(allowed.source(), client.port())).await
+}
+
+async fn to_pod(pod: &Pod, to: SocketAddr, client: SocketAddr) -> Result<TcpStream, EndedEarly> {
     let kind = if to.is_ipv4() { SocketKind::InnerV4 } else { SocketKind::InnerV6 };
     if is_link_local(client.ip()) {
         // Nobody can bear another machine's link-local address: the application sees the pod's own (T46).
@@ -77,7 +92,7 @@ pub(crate) async fn to_application(pod: &Pod, allowed: Allowed, client: SocketAd
     let mut last = None;
     for port in [client.port(), 0] {
         let socket = pod.stash.take(kind).await?;
-        match connect_as(socket, SocketAddr::new(allowed.source(), port), to).await {
+        match connect_as(socket, SocketAddr::new(client.ip(), port), to).await {
             Ok(stream) => return Ok(stream),
             // The client's port may be privileged, or in use here: then any other will do (T7).
             Err(error) if port != 0 && is_about_the_port(&error) => last = Some(error),

@@ -5,7 +5,7 @@
 //!
 //! Invariants, stated as absences:
 //! - no privileged call: sockets of pods come from the agent, ready made;
-//! - no byte reaches a pod without an [`mesh::Allowed`], and none leaves it in clear without a named reason;
+//! - no byte reaches a pod without an [`mesh::Allowed`], or an [`mesh::AllowedProbe`] that says which bytes, and none leaves it in clear without a named reason;
 //! - no task serves a connection on two cores, and nothing of it is locked while bytes are copied;
 //! - no connection ends early without a name (`reasons`), and none that died looks as if it had ended in order;
 //! - nothing that a stranger sends is queued without a bound;
@@ -37,6 +37,7 @@ mod outbound;
 mod pod;
 mod pods;
 mod pool;
+mod probe;
 mod process;
 mod questions;
 mod reasons;

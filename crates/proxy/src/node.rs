@@ -24,6 +24,8 @@ use crate::view::LiveView;
 pub(crate) struct Node {
     /// Time.
     pub(crate) clock: Clock,
+    /// Its own addresses: who comes from one of them may be its kubelet.
+    pub(crate) addresses: Vec<IpAddr>,
     /// What it knows of the mesh.
     pub(crate) view: LiveView,
     /// What the control plane is asked about.
@@ -49,6 +51,7 @@ impl Node {
     pub(crate) fn new(clock: Clock, descriptors: u64) -> Self {
         let (metrics, budgets) = (Arc::new(Metrics::new(clock.monotonic())), Budgets::new(descriptors));
         Self {
+            addresses: Vec::new(),
             view: LiveView::default(),
             questions: Questions::default(),
             certificates: Arc::new(Certificates::new(clock.clone())),

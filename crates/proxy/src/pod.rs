@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use identity::SpiffeId;
-use mesh::PodUid;
+use mesh::{PodUid, Probes};
 use tokio::sync::watch;
 
 use crate::stash::Stash;
@@ -14,6 +14,15 @@ use crate::stash::Stash;
 /// A connection by its two ends, as the side that makes it sees them. One port of the pod may have connections to several
 /// destinations.
 type Leg = (SocketAddr, SocketAddr);
+
+/// What the kubelet may ask of a pod where plaintext is refused, and how the pod's node may show itself to it.
+#[derive(Default, Debug)]
+pub(crate) struct Declared {
+    /// What its author declared.
+    pub(crate) probes: Probes,
+    /// The gateways of its default routes.
+    pub(crate) gateways: Vec<IpAddr>,
+}
 
 /// One captured pod.
 #[derive(Debug)]
@@ -28,6 +37,7 @@ pub(crate) struct Pod {
     pub(crate) addresses: Vec<IpAddr>,
     /// Sockets of its network namespace.
     pub(crate) stash: Stash,
+    declared: Mutex<Arc<Declared>>,
     open: AtomicUsize,
     own_legs: Mutex<HashSet<Leg>>,
     retired: watch::Sender<bool>,
@@ -37,7 +47,17 @@ impl Pod {
     /// A pod without connections.
     pub(crate) fn new(uid: PodUid, name: Arc<str>, identity: SpiffeId, addresses: Vec<IpAddr>, stash: Stash) -> Self {
         let (open, own_legs, retired) = (AtomicUsize::new(0), Mutex::default(), watch::Sender::new(false));
-        Self { uid, name, identity, addresses, stash, open, own_legs, retired }
+        Self { uid, name, identity, addresses, stash, declared: Mutex::default(), open, own_legs, retired }
+    }
+
+    /// Takes in what is declared, in place of what was before.
+    pub(crate) fn declare(&self, declared: Declared) {
+        *self.declared.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(declared);
+    }
+
+    /// What is declared.
+    pub(crate) fn declared(&self) -> Arc<Declared> {
+        self.declared.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// No connection is to begin in a tunnel that rests: its clients are asked to go elsewhere.

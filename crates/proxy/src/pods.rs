@@ -15,7 +15,7 @@ use wire::pods::{Listener, PodAdded, SocketKind, ToAgent};
 use crate::certs::Authority;
 use crate::cores::{Accepting, Cores};
 use crate::node::Node;
-use crate::pod::Pod;
+use crate::pod::{Declared, Pod};
 use crate::reasons::EndedEarly;
 use crate::redirect;
 use crate::stash::Stash;
@@ -73,6 +73,7 @@ impl<A: Authority> Pods<A> {
         }
         if listeners.is_empty() {
             if let Some(served) = self.lock().get_mut(&added.pod) {
+                served.pod.declare(declared(&added));
                 served.added = PodAdded { listeners: served.added.listeners.clone(), ..added };
             }
             return;
@@ -82,6 +83,7 @@ impl<A: Authority> Pods<A> {
             Some(old) if old.pod.identity == added.identity => old.pod.clone(),
             Some(_) | None => Arc::new(self.pod(&added)),
         };
+        pod.declare(declared(&added));
         self.node.certificates.hold(&pod.identity, &self.authority, &self.node.metrics);
         let mut served = Served { pod: pod.clone(), added, listeners, accepting: Vec::new(), ready: false };
         // Before the old ones end: somebody accepts at any time.
@@ -209,6 +211,10 @@ impl<A: Authority> Pods<A> {
     fn lock(&self) -> MutexGuard<'_, HashMap<PodUid, Served>> {
         self.served.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn declared(added: &PodAdded) -> Declared {
+    Declared { probes: added.probes.clone(), gateways: added.gateways.clone() }
 }
 
 fn can_use(pod: &Pod, kind: SocketKind) -> bool {

@@ -1,7 +1,7 @@
 //! The process: what it is started with, in which order it starts, what wakes it, and how it ends.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,6 +40,10 @@ pub struct Args {
     /// File with the token that proves to the control plane which node this is.
     #[arg(long)]
     pub token: PathBuf,
+    /// Addresses of this node, separated by commas: who connects from one of them may be its kubelet, which makes the
+    /// probes that pods declare.
+    #[arg(long, value_delimiter = ',')]
+    pub node_addresses: Vec<IpAddr>,
     /// Unix socket of the node's agent.
     #[arg(long)]
     pub agent_socket: PathBuf,
@@ -169,6 +173,7 @@ async fn serve(args: Args, descriptors: u64) -> Result<()> {
     let count = args.cores.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let mut node = Node::new(Clock::default(), descriptors);
     node.access_log = access_log(&args, &node)?;
+    node.addresses.clone_from(&args.node_addresses);
     let node = Arc::new(node);
     let cores = Arc::new(Cores::start(count, &node).context("cannot start the threads that serve connections")?);
     let control = Arc::new(ControlPlane::new(&args, node.clone()));
@@ -228,7 +233,7 @@ async fn serve(args: Args, descriptors: u64) -> Result<()> {
             Event::Agent(Said::PodRemoved(pod)) => pods.remove(&pod),
             Event::Agent(Said::Sockets(pod, kind, sockets)) => pods.put(&pod, kind, sockets),
             Event::View => {
-                judge::judge(&node.view, &node.connections);
+                judge::judge(&node);
                 pods.tell_ready();
             }
             Event::Certificates => pods.tell_ready(),
@@ -327,6 +332,7 @@ fn config(args: &Args, cores: usize) -> serde_json::Value {
         "token": args.token,
         "agent_socket": args.agent_socket,
         "agent_uid": args.agent_uid,
+        "node_addresses": args.node_addresses,
         "drain": args.drain,
         "admin": args.admin,
         "metrics": args.metrics,

@@ -8,5 +8,6 @@ mod certificates;
 mod hostile;
 mod in_clear;
 mod pool;
+mod probes;
 mod seen;
 mod whole_path;

@@ -104,6 +104,8 @@ pub struct NodePod {
     pub capture: Result<(), Uncaptured>,
     /// Ports that are never captured.
     pub excluded_ports: Vec<u16>,
+    /// What the kubelet may ask of it where plaintext is refused.
+    pub probes: mesh::Probes,
 }
 
 /// A word of the control plane that it is there.

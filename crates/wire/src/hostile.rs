@@ -1,10 +1,12 @@
-//! What a stranger could send on a discovery stream, given to whoever takes it apart: entries for fuzzing and its tests.
+//! What a stranger could send on a discovery stream, or first of all in clear, given to whoever takes it apart: entries for fuzzing and its tests.
 //! Each panics where something does not hold that must, whatever the bytes are.
 
+use mesh::{HttpProbe, Said};
 use prost::Message;
 
 use crate::discovery::{Change, Kind, Known, Published, Removed};
 use crate::discovery::{ClientState, ServerState};
+use crate::probe::{MAX_HEAD, said};
 use crate::proto::envoy::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 
 /// Every kind there is.
@@ -65,4 +67,29 @@ pub fn discovery_request(bytes: &[u8]) {
         ..Default::default()
     });
     assert!(again.is_ok_and(|asked| asked.is_some() == ours), "an answer to nothing counts");
+}
+
+/// What a client in clear says first: a verdict is final but for what follows a request, comes in time, and a request that
+/// counts is whole and has no body; the probe that declares it says the same.
+pub fn first_words(bytes: &[u8]) {
+    let mut before: Option<Said<'_>> = None;
+    // Each length of a short one, and some of a long one: the head is read again whenever more comes.
+    let step = bytes.len().div_ceil(512).max(1);
+    for length in (1..=bytes.len()).step_by(step) {
+        let now = said(&bytes[..length]);
+        match (&before, &now) {
+            (None, None) => assert!(length < MAX_HEAD, "more bytes are wanted than are ever looked at"),
+            (None, Some(_)) => {}
+            (Some(Said::Get(_)), now) => assert_eq!(*now, Some(Said::Other), "something followed a request"),
+            (Some(before), now) => assert_eq!(now.as_ref(), Some(before), "a verdict was taken back"),
+        }
+        before = now;
+    }
+    let Some(Said::Get(request)) = said(bytes) else { return };
+    assert!(bytes.len() <= MAX_HEAD && bytes.ends_with(b"\n"));
+    assert!(!request.target.is_empty() && !request.target.bytes().any(|byte| byte <= b' '));
+    if let Some(probe) = HttpProbe::new(request.target, Some(request.host), request.headers.iter().copied()) {
+        let again = HttpProbe::new(probe.target(), probe.host(), probe.headers());
+        assert_eq!(again.as_ref(), Some(&probe), "what was declared once cannot be declared again");
+    }
 }

@@ -36,6 +36,8 @@ pub mod tunnel;
 
 pub mod hello;
 
+pub mod probe;
+
 pub mod discovery;
 
 pub mod pods;

@@ -12,7 +12,7 @@ mod tests;
 use std::net::IpAddr;
 
 use identity::SpiffeId;
-use mesh::PodUid;
+use mesh::{PodUid, Probes};
 use prost::Message;
 
 use crate::proto::v1;
@@ -99,6 +99,10 @@ pub struct PodAdded {
     pub listeners: Vec<Listener>,
     /// Ports that are never captured: for the next agent.
     pub excluded_ports: Vec<u16>,
+    /// What the kubelet may ask of it where plaintext is refused.
+    pub probes: Probes,
+    /// The gateways of its default routes: how its node may show itself to it.
+    pub gateways: Vec<IpAddr>,
 }
 
 /// What the agent keeps for the next proxy: a sealed memory file that it never reads.
@@ -272,11 +276,14 @@ impl PodAdded {
             addresses: self.addresses.iter().map(IpAddr::to_string).collect(),
             listeners: self.listeners.iter().map(|listener| v1::Listener::from(*listener).into()).collect(),
             excluded_ports: self.excluded_ports.iter().copied().map(u32::from).collect(),
+            probes: crate::probe::encode(&self.probes),
+            gateways: self.gateways.iter().map(IpAddr::to_string).collect(),
         }
     }
 
     fn from_proto(pod: v1::PodAdded) -> Result<Self, BadMessage> {
         let addresses = pod.addresses.iter().map(|a| a.parse()).collect::<Result<_, _>>();
+        let gateways = pod.gateways.iter().map(|a| a.parse()).collect::<Result<_, _>>();
         let ports = pod.excluded_ports.iter().map(|port| u16::try_from(*port)).collect::<Result<_, _>>();
         Ok(Self {
             pod: pod_uid(&pod.pod_uid)?,
@@ -285,6 +292,8 @@ impl PodAdded {
             addresses: addresses.map_err(|_| BadMessage::Field("addresses"))?,
             listeners: pod.listeners.iter().map(|number| listener(*number)).collect::<Result<_, _>>()?,
             excluded_ports: ports.map_err(|_| BadMessage::Field("excluded_ports"))?,
+            probes: crate::probe::decode(&pod.probes).ok_or(BadMessage::Field("probes"))?,
+            gateways: gateways.map_err(|_| BadMessage::Field("gateways"))?,
         })
     }
 }

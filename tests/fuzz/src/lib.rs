@@ -28,6 +28,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "discovery_client", check: wire::hostile::discovery_response },
     Target { name: "discovery_server", check: wire::hostile::discovery_request },
     Target { name: "pods", check: pods },
+    Target { name: "probe", check: wire::hostile::first_words },
     Target { name: "csr", check: csr },
     Target { name: "manifests", check: yaml },
 ];

@@ -84,4 +84,4 @@ macro_rules! targets {
     };
 }
 
-targets!(hello, frames, discovery_client, discovery_server, pods, csr, manifests);
+targets!(hello, frames, discovery_client, discovery_server, pods, probe, csr, manifests);

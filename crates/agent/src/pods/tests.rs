@@ -18,6 +18,7 @@ fn known(text: &str) -> NodePod {
         addresses: vec!["10.88.16.5".parse().unwrap()],
         capture: Ok(()),
         excluded_ports: Vec::new(),
+        probes: mesh::Probes::default(),
     }
 }
 
@@ -302,7 +303,10 @@ fn excluded_ports_change_without_a_new_capture() {
     let mut pods = captured("a");
     let changed = NodePod { excluded_ports: vec![22], ..known("a") };
     assert_eq!(pods.know(changed.clone()), [Action::Exclude(uid("a"), vec![22])]);
-    assert!(pods.know(changed).is_empty());
+    assert!(pods.know(changed.clone()).is_empty());
+    // The proxies are told of probes by the same way: a control plane that knows of them may be newer than the pod.
+    let probes = mesh::Probes::new([mesh::Probe { port: 80, check: mesh::Check::Tcp }]).unwrap();
+    assert_eq!(pods.know(NodePod { probes, ..changed }), [Action::Exclude(uid("a"), vec![22])]);
     assert_eq!(pods.captured(), [uid("a")].into());
 }
 

@@ -13,7 +13,7 @@ use socket2::{Domain, SockRef, Socket, Type};
 use wire::discovery::NodePod;
 use wire::pods::{CniRequest, CniResult, FromAgent, Kept, Listener, SocketKind, ToAgent, VERSION};
 
-use crate::lab::{A, B, Client, eventually, with_privilege};
+use crate::lab::{A, B, Client, GATEWAY, eventually, with_privilege};
 use crate::world::{FakeProxy, Room, World, pod};
 
 fn has_rules(namespace: &NetNs) -> bool {
@@ -373,6 +373,25 @@ fn ports_are_excluded_while_the_pod_runs() {
         world.control.publish([pod("a", A)]);
         eventually("and change back", || before.difference(&rules()).is_none());
         assert!(world.page("/metrics").contains("justmtls_agent_repairs_total 0"), "not by a repair");
+    });
+}
+
+#[test]
+fn the_proxy_is_told_what_the_kubelet_may_ask_and_how_the_node_looks_from_within() {
+    with_privilege(the_proxy_is_told_what_the_kubelet_may_ask_and_how_the_node_looks_from_within, || {
+        let world = World::new(|_| ());
+        let probes = |port| mesh::Probes::new([mesh::Probe { port, check: mesh::Check::Tcp }]).unwrap();
+        world.control.publish([NodePod { probes: probes(80), ..pod("a", A) }]);
+        let proxy = world.proxy();
+        let room = Room::of(&world.lab.a);
+        let answer = world.add("a", &room);
+        let (added, _listeners) = proxy.added();
+        assert_eq!((&added.probes, &added.gateways[..]), (&probes(80), &GATEWAY[..]));
+        proxy.say(&ToAgent::PodReady { pod: added.pod });
+        assert_eq!(answer.join().unwrap(), CniResult::Captured);
+        world.control.publish([NodePod { probes: probes(81), ..pod("a", A) }]);
+        let (added, listeners) = proxy.added();
+        assert_eq!((added.probes, &added.gateways[..], listeners.len()), (probes(81), &GATEWAY[..], 0));
     });
 }
 

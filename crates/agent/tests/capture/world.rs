@@ -169,6 +169,7 @@ pub(crate) fn pod(name: &str, addresses: [IpAddr; 2]) -> NodePod {
         addresses: addresses.into(),
         capture: Ok(()),
         excluded_ports: Vec::new(),
+        probes: mesh::Probes::default(),
     }
 }
 

@@ -215,6 +215,7 @@ impl Index {
             addresses: pod.addresses.clone(),
             capture: exempt.map_or(Ok(()), Err),
             excluded_ports: cluster.settings.excluded_ports(),
+            probes: pod.probes.clone(),
         };
         (workload, node_pod)
     }

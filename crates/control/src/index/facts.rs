@@ -4,6 +4,7 @@
 
 mod network;
 mod pod;
+mod probes;
 
 pub(crate) use network::{Node, Service, Slice};
 pub(crate) use pod::{ModeLabel, Namespace, Pod};

@@ -84,3 +84,29 @@ fn a_refusal_has_the_kernels_own_words() {
         assert!(error.to_string().ends_with("(os error 101) (Nexthop has invalid gateway)"), "{error}");
     });
 }
+
+#[test]
+fn the_gateways_are_those_of_the_default_routes() {
+    with_privilege(the_gateways_are_those_of_the_default_routes, || {
+        let namespace = NetNs::current().unwrap();
+        let mut links = linux::links::Links::of(&namespace).unwrap();
+        links.up("lo").unwrap();
+        assert_eq!(linux::links::gateways(&mut socket()).unwrap(), Vec::<std::net::IpAddr>::new());
+        links.add_veth("eth0", "other", &namespace).unwrap();
+        for name in ["other", "eth0"] {
+            links.up(name).unwrap();
+        }
+        for (address, gateway, everywhere, elsewhere) in
+            [("10.1.0.5/24", "10.1.0.1", "0.0.0.0/0", "10.9.0.0/16"), ("fd01::5/64", "fd01::1", "::/0", "fd09::/64")]
+        {
+            links.add_address("eth0", address.parse().unwrap()).unwrap();
+            let gateway = gateway.parse().unwrap();
+            links.add_route(everywhere.parse().unwrap(), Some(gateway), "eth0").unwrap();
+            // Not every gateway is the node.
+            let other = if gateway.is_ipv4() { "10.1.0.9" } else { "fd01::9" }.parse().unwrap();
+            links.add_route(elsewhere.parse().unwrap(), Some(other), "eth0").unwrap();
+        }
+        let expected = ["10.1.0.1", "fd01::1"].map(|address| address.parse::<std::net::IpAddr>().unwrap());
+        assert_eq!(linux::links::gateways(&mut socket()).unwrap(), expected);
+    });
+}

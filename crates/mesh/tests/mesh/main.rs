@@ -5,6 +5,7 @@ mod expect;
 mod model;
 mod peers;
 mod policy;
+mod probe;
 mod route;
 mod view;
 mod world;

@@ -55,6 +55,8 @@ fn added() -> PodAdded {
         addresses: vec!["10.0.0.1".parse().unwrap()],
         listeners: vec![Listener::InboundV4, Listener::OutboundV4],
         excluded_ports: Vec::new(),
+        probes: mesh::Probes::default(),
+        gateways: Vec::new(),
     }
 }
 

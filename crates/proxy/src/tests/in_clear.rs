@@ -147,7 +147,7 @@ fn strict_lets_tunnels_go_on_and_ends_what_was_open_in_clear() {
         world.opt_out_client();
         let (mut client, mut server, inbound) = plain_client(&world, b"x").await;
         world.set_mode(Mode::Strict);
-        judge(&world.node.view, &world.node.connections);
+        judge(&world.node);
         assert!(is_reset(&mut client).await);
         assert!(is_reset(&mut server).await);
         assert_eq!(inbound.end().await, Err(RefuseReason::Strict.into()));
@@ -175,7 +175,7 @@ fn strict_ends_what_is_being_sent_in_clear() {
         assert_eq!(reason(&outbound), PlaintextReason::CapturePending);
         server.modes.default = Mode::Strict;
         world.apply(server);
-        judge(&world.node.view, &world.node.connections);
+        judge(&world.node);
         assert!(is_reset(&mut client).await);
         assert_eq!(outbound.end().await, Err(RefuseReason::Strict.into()));
     });

@@ -294,7 +294,7 @@ fn a_policy_that_denies_is_told_to_the_client_and_ends_what_is_open() {
         let world = World::new();
         let mut open = world.path().await;
         world.node.view.change(|view| view.apply(Resource::Policy(deny_client())));
-        judge(&world.node.view, &world.node.connections);
+        judge(&world.node);
         assert!(is_reset(&mut open.client).await);
         assert_eq!(open.inbound.end().await, Err(RefuseReason::PolicyDeny.into()));
 

@@ -75,6 +75,7 @@ pub(super) fn encode_node_pod(pod: &NodePod) -> Vec<u8> {
         capture: pod.capture.is_ok(),
         uncaptured: encode_uncaptured(pod.capture.err().unwrap_or(Uncaptured::Pending)).into(),
         excluded_ports: pod.excluded_ports.iter().map(|port| u32::from(*port)).collect(),
+        probes: crate::probe::encode(&pod.probes),
     };
     message.encode_to_vec()
 }
@@ -106,5 +107,6 @@ pub(super) fn decode_node_pod(content: &[u8]) -> Result<Resource, Fault> {
         addresses: addresses.collect::<Result<_, _>>()?,
         capture,
         excluded_ports: excluded.collect::<Result<_, _>>()?,
+        probes: crate::probe::decode(&message.probes).ok_or(Fault::UnknownValue { field: "probes" })?,
     }))
 }

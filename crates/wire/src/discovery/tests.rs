@@ -6,7 +6,7 @@ mod translation;
 use identity::SpiffeId;
 use mesh::{
     Action, Affinity, Canonical, Clause, Endpoint, EndpointPort, Match, MeshSettings, Mode, Modes, PodUid, Policy,
-    PolicyName, Reach, Rule, Scope, Service, ServiceAccountMatch, ServicePort, Speaks, StringMatch, Uncaptured,
+    PolicyName, Probes, Reach, Rule, Scope, Service, ServiceAccountMatch, ServicePort, Speaks, StringMatch, Uncaptured,
     Workload, WorkloadUid,
 };
 use proptest::prelude::*;
@@ -179,6 +179,7 @@ fn node_pod() -> impl Strategy<Value = NodePod> {
         addresses: lists.0,
         capture: why_not.map_or(Ok(()), Err),
         excluded_ports: lists.1,
+        probes: crate::probe::tests::probes(),
     })
 }
 
@@ -202,5 +203,6 @@ fn pod(name: &str) -> Resource {
         addresses: vec![],
         capture: Ok(()),
         excluded_ports: vec![],
+        probes: Probes::default(),
     })
 }

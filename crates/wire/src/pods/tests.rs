@@ -39,6 +39,8 @@ fn every_message_survives_the_wire() {
         addresses: vec!["10.0.0.1".parse().expect("v4"), "fd00::1".parse().expect("v6")],
         listeners: vec![Listener::OutboundV4, Listener::OutboundV6, Listener::InboundV4, Listener::InboundV6],
         excluded_ports: vec![9100],
+        probes: crate::probe::tests::probes(),
+        gateways: vec!["10.0.0.254".parse().expect("v4"), "fe80::1".parse().expect("v6")],
     };
     let kept = vec![Kept::View, Kept::Credentials];
     let mut down = vec![FromAgent::Hello { version: VERSION, kept }, FromAgent::PodAdded(added.clone())];

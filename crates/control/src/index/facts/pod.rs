@@ -73,6 +73,8 @@ pub(crate) struct Pod {
     pub(crate) host_network: bool,
     /// `status.podIPs`. Those of a pod in the host's network are its node's.
     pub(crate) addresses: Vec<IpAddr>,
+    /// What the kubelet asks of it.
+    pub(crate) probes: mesh::Probes,
 }
 
 impl Pod {
@@ -118,6 +120,7 @@ impl Pod {
             host_network: spec.host_network.unwrap_or(false),
             addresses: addresses(first.chain(listed), &object, "status.podIPs", problems),
             canonical: canonical(&pod.metadata, &name),
+            probes: super::probes::read(spec, &object, problems),
             name,
         })
     }

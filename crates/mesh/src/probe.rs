@@ -1,0 +1,377 @@
+//! What the kubelet asks of a pod, and whether a connection in clear is that and nothing else (T32).
+//!
+//! A pod's author declares its probes; the node that it runs on makes them, in clear. Where plaintext is refused, what was
+//! declared passes, from the pod's own node alone, and no more than was declared: [`AllowedProbe`] says what that is, and for
+//! a request it holds the very bytes.
+
+use std::net::{IpAddr, SocketAddr};
+
+use crate::{Mode, PodUid, RefuseReason, Uncaptured, View};
+
+/// The most probes of one pod.
+pub const MOST_PROBES: usize = 64;
+/// The most bytes of text in the probes of one pod: targets, hosts and headers.
+pub const MOST_PROBE_TEXT: usize = 16 * 1024;
+/// The longest User-Agent that is passed on.
+const LONGEST_AGENT: usize = 128;
+
+/// A probe, or a hook that the kubelet calls, of one port of a pod.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Probe {
+    /// The port that is asked.
+    pub port: u16,
+    /// What is asked.
+    pub check: Check,
+}
+
+/// What a probe does.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Check {
+    /// One GET.
+    Http(HttpProbe),
+    /// The same within TLS, which nobody but the pod can look into.
+    Https,
+    /// It connects, and says nothing.
+    Tcp,
+    /// gRPC's health service, in HTTP/2.
+    Grpc,
+}
+
+/// The request of an HTTP probe.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct HttpProbe {
+    target: String,
+    host: Option<String>,
+    headers: Vec<(String, String)>,
+}
+
+impl HttpProbe {
+    /// The request that the kubelet makes of what is declared; `None` where it could make none. What decides where a request
+    /// ends, or whether another protocol follows it, cannot be declared and is left out.
+    pub fn new<'a>(
+        path: &str,
+        host: Option<&str>,
+        headers: impl IntoIterator<Item = (&'a str, &'a str)>,
+    ) -> Option<Self> {
+        let mut host = host.filter(|host| !host.is_empty()).map(ToOwned::to_owned);
+        let mut kept = Vec::new();
+        for (name, value) in headers {
+            let value = value.trim_matches([' ', '\t']);
+            if !is_token(name) || !is_visible(value) {
+                return None;
+            }
+            if name.eq_ignore_ascii_case("host") {
+                host = Some(value.to_owned());
+            } else if value.is_empty() && DEFAULTS.iter().any(|default| name.eq_ignore_ascii_case(default)) {
+                // So the kubelet is told to leave it out.
+            } else if !FRAMING.iter().any(|framing| name.eq_ignore_ascii_case(framing)) {
+                kept.push((name.to_owned(), value.to_owned()));
+            }
+        }
+        let is_host = |host: &String| is_visible(host) && !host.contains(' ');
+        host.as_ref().is_none_or(is_host).then(|| Self { target: target(path), host, headers: kept })
+    }
+
+    /// Path and query, as they stand in the request.
+    pub fn target(&self) -> &str {
+        &self.target
+    }
+
+    /// The host that it names; the pod's own address where there is none.
+    pub fn host(&self) -> Option<&str> {
+        self.host.as_deref()
+    }
+
+    /// What else it says.
+    pub fn headers(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.headers.iter().map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
+    fn length(&self) -> usize {
+        let headers = self.headers.iter().map(|(name, value)| name.len() + value.len());
+        self.target.len() + self.host.as_ref().map_or(0, String::len) + headers.sum::<usize>()
+    }
+
+    /// The request, where a client asked for this and nothing else.
+    fn request(&self, at: SocketAddr, asked: &Request<'_>) -> Option<Vec<u8>> {
+        let declared = |name: &str, value: &str| {
+            self.headers().any(|(other, same)| other.eq_ignore_ascii_case(name) && same == value)
+        };
+        let mut agent = None;
+        for (name, value) in &asked.headers {
+            let is = |other: &str| name.eq_ignore_ascii_case(other);
+            match value {
+                _ if declared(name, value) => {}
+                _ if is("user-agent") && value.len() <= LONGEST_AGENT && is_visible(value) && agent.is_none() => {
+                    agent = Some(*value);
+                }
+                _ if is("accept") || is("accept-encoding") => {}
+                _ if is("connection") && ["close", "keep-alive"].iter().any(|it| value.eq_ignore_ascii_case(it)) => {}
+                _ => return None,
+            }
+        }
+        let complete = self.headers().all(|(name, value)| {
+            asked.headers.iter().any(|(other, same)| other.eq_ignore_ascii_case(name) && *same == value)
+        });
+        let authority = at.to_string();
+        let named = |host: &str| {
+            let same = |expected: &str| host.eq_ignore_ascii_case(expected);
+            match &self.host {
+                // The kubelet puts the port behind a host, and not behind a header.
+                Some(expected) => same(expected) || same(&format!("{expected}:{}", at.port())),
+                None => same(&authority) || at.port() == 80 && authority.strip_suffix(":80").is_some_and(same),
+            }
+        };
+        if !complete || !named(asked.host) || !is_same_target(asked.target, &self.target) {
+            return None;
+        }
+        let mut request = format!("GET {} HTTP/1.1\r\nHost: {}\r\n", self.target, asked.host);
+        let own = agent.map(|agent| ("User-Agent", agent));
+        let accept =
+            (!self.headers().any(|(name, _)| name.eq_ignore_ascii_case("accept"))).then_some(("Accept", "*/*"));
+        for (name, value) in own.into_iter().chain(accept).chain(self.headers()).chain([("Connection", "close")]) {
+            request.extend([name, ": ", value, "\r\n"]);
+        }
+        request.push_str("\r\n");
+        Some(request.into_bytes())
+    }
+}
+
+/// What says where a request ends and what comes after it (RFC 9110, sections 7.6 to 8.6, 10.1).
+const FRAMING: [&str; 9] = [
+    "connection",
+    "content-length",
+    "expect",
+    "keep-alive",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
+
+/// What the kubelet says where nothing else is declared.
+const DEFAULTS: [&str; 2] = ["accept", "user-agent"];
+
+/// The probes of a pod.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Probes(Vec<Probe>);
+
+impl Probes {
+    /// Each of them once, or `None` where there are more than a pod may have.
+    pub fn new(probes: impl IntoIterator<Item = Probe>) -> Option<Self> {
+        let mut all: Vec<_> = probes.into_iter().collect();
+        all.sort();
+        all.dedup();
+        let text = |probe: &Probe| match &probe.check {
+            Check::Http(http) => http.length(),
+            Check::Https | Check::Tcp | Check::Grpc => 0,
+        };
+        let fits = all.len() <= MOST_PROBES && all.iter().map(text).sum::<usize>() <= MOST_PROBE_TEXT;
+        fits.then_some(Self(all))
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Probe> {
+        self.0.iter()
+    }
+
+    /// What one port is asked.
+    pub fn at(&self, port: u16) -> impl Iterator<Item = &Check> {
+        self.0.iter().filter(move |probe| probe.port == port).map(|probe| &probe.check)
+    }
+}
+
+/// The request of a client, taken apart.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Request<'a> {
+    /// Path and query.
+    pub target: &'a str,
+    /// The host that it names.
+    pub host: &'a str,
+    /// What else it says, in any order.
+    pub headers: Vec<(&'a str, &'a str)>,
+}
+
+/// What a client in clear says first.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Said<'a> {
+    /// Nothing: it has ended.
+    Nothing,
+    /// One whole GET without a body, and nothing behind it.
+    Get(Request<'a>),
+    /// TLS of its own.
+    Tls,
+    /// HTTP/2 without TLS.
+    Http2,
+    /// Something else.
+    Other,
+}
+
+/// The addresses of the node that a pod runs on, as its processes know them.
+#[derive(Clone, Copy, Debug)]
+pub struct OwnNode<'a> {
+    /// The node's own.
+    pub addresses: &'a [IpAddr],
+    /// Those of the node as the pod sees it: the gateways of the pod's default routes.
+    pub gateways: &'a [IpAddr],
+}
+
+impl OwnNode<'_> {
+    /// Whether an address is the node's. One that the view knows as that of a pod with a network of its own never is,
+    /// whatever a route says.
+    pub fn has(&self, view: &View, address: IpAddr) -> bool {
+        let shared = [Some(Uncaptured::HostNetwork), Some(Uncaptured::NotAPod)];
+        (self.addresses.contains(&address) || self.gateways.contains(&address))
+            && view.claimants_of(address).all(|workload| shared.contains(&workload.uncaptured))
+    }
+}
+
+/// A connection that may be a probe.
+#[derive(Clone, Copy, Debug)]
+pub struct MaybeProbe<'a> {
+    /// The pod: known from the listener that it was captured on.
+    pub pod: &'a PodUid,
+    /// The address and port that the client dialled.
+    pub destination: SocketAddr,
+    /// The address that it comes from.
+    pub source: IpAddr,
+    /// The pod's node.
+    pub node: OwnNode<'a>,
+    /// What is declared.
+    pub probes: &'a Probes,
+}
+
+/// What may pass of a connection that is a probe. There is no way from it to an [`crate::Allowed`].
+#[derive(PartialEq, Eq, Debug)]
+pub enum Passes {
+    /// Nothing: it connects, and ends.
+    Nothing,
+    /// This request, and what is answered to it.
+    Request(Vec<u8>),
+    /// Bytes that nobody here understands; few, and not for long.
+    Opaque,
+}
+
+/// The proof that a connection may reach a pod as one of its probes, and as nothing else. Only [`authorize_probe()`] makes
+/// one.
+#[derive(PartialEq, Eq, Debug)]
+pub struct AllowedProbe {
+    destination: SocketAddr,
+    source: IpAddr,
+    passes: Passes,
+    exposes: String,
+}
+
+impl AllowedProbe {
+    /// The address and port that may be reached.
+    pub fn destination(&self) -> SocketAddr {
+        self.destination
+    }
+
+    /// The client's address.
+    pub fn source(&self) -> IpAddr {
+        self.source
+    }
+
+    /// What is let through, for people.
+    pub fn exposes(&self) -> &str {
+        &self.exposes
+    }
+
+    /// What may pass.
+    pub fn passes(self) -> Passes {
+        self.passes
+    }
+}
+
+/// Whether a connection may be a probe, before anything is known of what it says.
+pub fn may_be_probe(view: &View, connection: MaybeProbe<'_>) -> bool {
+    let MaybeProbe { pod, destination, source, node, probes } = connection;
+    let here = view.workload_of(pod).is_some_and(|workload| workload.addresses.contains(&destination.ip()));
+    here && node.has(view, source) && probes.at(destination.port()).next().is_some()
+}
+
+/// Decides about a connection in clear that would be refused, and may be a probe. What an AuthorizationPolicy says of clients
+/// is not asked: probes are exempt from it, as they are in Istio.
+pub fn authorize_probe(view: &View, connection: MaybeProbe<'_>, said: &Said<'_>) -> Result<AllowedProbe, RefuseReason> {
+    if !may_be_probe(view, connection) {
+        return Err(RefuseReason::Strict);
+    }
+    let MaybeProbe { destination, source, probes, .. } = connection;
+    let pass = |check: &Check| match (check, said) {
+        (Check::Tcp, Said::Nothing) => Some((Passes::Nothing, "a connection without a byte".to_owned())),
+        (Check::Https, Said::Tls) => Some((Passes::Opaque, "TLS that is not looked into".to_owned())),
+        (Check::Grpc, Said::Http2) => Some((Passes::Opaque, "HTTP/2 that is not looked into".to_owned())),
+        (Check::Http(http), Said::Get(request)) => {
+            let request = http.request(destination, request)?;
+            Some((Passes::Request(request), format!("GET {}", http.target)))
+        }
+        _ => None,
+    };
+    let (passes, exposes) = probes.at(destination.port()).find_map(pass).ok_or(RefuseReason::NotTheProbe)?;
+    Ok(AllowedProbe { destination, source, passes, exposes })
+}
+
+/// Why an open probe would be refused now: it was begun by somebody who is not known as the pod's node any more.
+pub fn probe_refused_now(
+    view: &View,
+    pod: &PodUid,
+    port: u16,
+    source: IpAddr,
+    node: OwnNode<'_>,
+) -> Option<RefuseReason> {
+    let mode = view.workload_of(pod)?.modes.at(port);
+    (mode == Mode::Strict && !node.has(view, source)).then_some(RefuseReason::Strict)
+}
+
+/// Path and query as the kubelet writes them: what a request line cannot hold is escaped, and a fragment left out.
+fn target(path: &str) -> String {
+    let path = path.split('#').next().unwrap_or_default();
+    let mut target = String::from(if path.starts_with('/') { "" } else { "/" });
+    let bytes = path.as_bytes();
+    for (index, byte) in bytes.iter().enumerate() {
+        let escape = || bytes.get(index + 1..index + 3).is_some_and(|two| two.iter().all(u8::is_ascii_hexdigit));
+        match byte {
+            b'%' if escape() => target.push('%'),
+            b'!'..=b'~' if !br#"%"<>\^`{|}"#.contains(byte) => target.push(char::from(*byte)),
+            _ => target.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    target
+}
+
+/// Whether two targets are the same but for the way in which their paths are escaped. What is sent is the declared one.
+fn is_same_target(one: &str, other: &str) -> bool {
+    let parts = |target: &str| {
+        let (path, query) = target.split_once('?').map_or((target, None), |(path, query)| (path, Some(query)));
+        (unescaped(path), query.map(ToOwned::to_owned))
+    };
+    parts(one) == parts(other)
+}
+
+fn unescaped(path: &str) -> Vec<u8> {
+    let (mut bytes, mut rest) = (Vec::new(), path.as_bytes());
+    loop {
+        let hex = |digit: &u8| char::from(*digit).to_digit(16).and_then(|number| u8::try_from(number).ok());
+        rest = match rest {
+            [] => return bytes,
+            [b'%', high, low, after @ ..] if hex(high).is_some() && hex(low).is_some() => {
+                bytes.push(hex(high).unwrap_or_default() << 4 | hex(low).unwrap_or_default());
+                after
+            }
+            [byte, after @ ..] => {
+                bytes.push(*byte);
+                after
+            }
+        };
+    }
+}
+
+fn is_token(name: &str) -> bool {
+    !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte))
+}
+
+fn is_visible(value: &str) -> bool {
+    value.bytes().all(|byte| matches!(byte, b' '..=b'~'))
+}
