@@ -12,6 +12,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "justmtls/v1/report.proto",
         "justmtls/v1/pods.proto",
         "justmtls/v1/tunnel.proto",
+        "cri/runtime.proto",
     ];
     let definitions = protox::compile(files, ["proto"])?;
     // Ordered maps: a resource has one encoding, so that its hash can be its version.

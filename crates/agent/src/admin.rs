@@ -14,10 +14,12 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Json, Router};
 use serde_json::{Value, json};
-use tokio::net::UnixListener;
+use tokio::net::{TcpListener, UnixListener};
+use wire::bounded::Bounded;
 
 use crate::journal::{Entry, Journal};
 use crate::metrics::Metrics;
+use crate::plugin::place::Standing;
 use crate::pods;
 
 /// What is shown. The main loop keeps it up to date.
@@ -31,18 +33,27 @@ pub(crate) struct Shown {
     complete: AtomicBool,
     /// All that was to be captured was, once.
     settled: AtomicBool,
+    /// What an agent before this one had was taken over.
+    inherited: AtomicBool,
+    /// How the plugin stands on the node; `None` before it was looked at.
+    plugin: Mutex<Option<Standing>>,
+    /// Whether there is to be one.
+    has_plugin: bool,
     config: Value,
 }
 
 impl Shown {
     /// Nothing yet; `config` is how the process was started.
-    pub(crate) fn new(config: Value) -> Self {
+    pub(crate) fn new(config: Value, has_plugin: bool) -> Self {
         Self {
             metrics: Metrics::default(),
             journal: Journal::default(),
             pods: Mutex::default(),
             complete: AtomicBool::new(false),
             settled: AtomicBool::new(false),
+            inherited: AtomicBool::new(false),
+            plugin: Mutex::new(None),
+            has_plugin,
             config,
         }
     }
@@ -50,6 +61,20 @@ impl Shown {
     /// The pods, as they are now.
     pub(crate) fn show(&self, pods: Vec<pods::Shown>) {
         *self.pods.lock().unwrap_or_else(PoisonError::into_inner) = pods;
+    }
+
+    /// How the plugin stands. Whether that is news.
+    pub(crate) fn plugin(&self, standing: &Standing) -> bool {
+        let mut before = self.plugin.lock().unwrap_or_else(PoisonError::into_inner);
+        let news = before.as_ref() != Some(standing);
+        *before = Some(standing.clone());
+        news
+    }
+
+    /// What an agent before this one had was taken over: its pods are captured, whether or not the control plane is there to
+    /// name them.
+    pub(crate) fn inherited(&self) {
+        self.inherited.store(true, Ordering::Relaxed);
     }
 
     /// All pods of the node have been named once.
@@ -77,22 +102,69 @@ pub(crate) fn serve(path: &Path, shown: Arc<Shown>) -> io::Result<()> {
     fs::rename(&new, path)?;
     let router = Router::new()
         .route("/readyz", get(ready))
+        .route("/livez", get(live))
+        .route("/plugin", get(plugin))
+        .route("/version", get(version))
         .route("/pods", get(pods))
         .route("/events", get(events))
         .route("/config", get(config))
         .route("/metrics", get(metrics))
-        .fallback(async || {
-            (StatusCode::NOT_FOUND, "there is no such page; there are /config, /events, /metrics, /pods, /readyz")
-        })
+        .fallback(async || (StatusCode::NOT_FOUND, format!("there is no such page; there are {PAGES}")))
         .with_state(shown);
     tokio::spawn(async move { axum::serve(listener, router).await });
     Ok(())
 }
 
-/// Ready means: the pods that there were are captured, and one that starts here gets captured. A pod whose capture fails
+/// All pages of the Unix socket, and those of the TCP port.
+const PAGES: &str = "/config, /events, /livez, /metrics, /plugin, /pods, /readyz, /version";
+const OPEN_PAGES: &str = "/livez, /metrics, /readyz";
+
+/// Serves the numbers, and whether we are ready and alive, on a TCP port, for ever. Anybody who reaches it may read them.
+pub(crate) async fn serve_metrics(listener: TcpListener, shown: Arc<Shown>) -> io::Result<()> {
+    let router = Router::new()
+        .route("/metrics", get(metrics))
+        .route("/readyz", get(ready))
+        .route("/livez", get(live))
+        .fallback(async || (StatusCode::NOT_FOUND, format!("there is no such page; there are {OPEN_PAGES}")))
+        .with_state(shown);
+    axum::serve(Bounded::new(listener), router).await
+}
+
+/// The main thread serves this, too: who gets an answer has one that lives.
+async fn live() -> &'static str {
+    "alive\n"
+}
+
+async fn version() -> Json<Value> {
+    Json(json!({ "version": env!("CARGO_PKG_VERSION") }))
+}
+
+async fn plugin(State(shown): Shared) -> Json<Value> {
+    let standing = shown.plugin.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let (state, primary, error) = match (&standing, shown.has_plugin) {
+        (None, true) => ("waiting", None, None),
+        (None, false) => ("none", None, None),
+        (Some(standing), _) => (standing.as_str(), standing.primary(), standing.error()),
+    };
+    Json(json!({
+        "state": state,
+        "installed": standing.as_ref().is_some_and(Standing::is_installed),
+        "primary": primary,
+        "error": error,
+        "version": env!("CARGO_PKG_VERSION"),
+        "restored": shown.metrics.plugin_restored.get(),
+        "missed_pods": shown.metrics.missed.get(),
+    }))
+}
+
+/// Ready means: the pods that there were are captured, and one that starts here gets captured, for which the runtime must
+/// ask. What was inherited of an agent before needs no control plane. A pod whose capture fails
 /// is named, and does not hold up its node; nor do pods that come later.
 async fn ready(State(shown): Shared) -> impl IntoResponse {
     let named = shown.complete.load(Ordering::Relaxed);
+    // In the box the control plane is always waited for.
+    let inherited = shown.has_plugin && shown.inherited.load(Ordering::Relaxed);
+    let plugin = !shown.has_plugin || shown.metrics.plugin_in_place.get() == 1;
     let proxy = shown.metrics.proxy.get() == 1;
     let control_plane = shown.metrics.control_plane.get() == 1;
     let of_state = |states: &[&str]| -> Vec<String> {
@@ -100,14 +172,17 @@ async fn ready(State(shown): Shared) -> impl IntoResponse {
         pods.iter().filter(|pod| states.contains(&pod.state)).map(|pod| pod.name.clone()).collect()
     };
     let pending = of_state(&["waiting", "preparing", "offered", "beginning"]);
-    if named && proxy && pending.is_empty() {
+    let known = named || inherited;
+    if known && proxy && pending.is_empty() {
         shown.settled.store(true, Ordering::Relaxed);
     }
-    let ready = named && proxy && shown.settled.load(Ordering::Relaxed);
+    let ready = known && proxy && plugin && shown.settled.load(Ordering::Relaxed);
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let page = json!({
         "ready": ready,
         "pods_named": named,
+        "inherited": inherited,
+        "plugin": plugin,
         "proxy": proxy,
         "control_plane": control_plane,
         "pending": pending,

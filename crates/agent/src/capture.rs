@@ -364,6 +364,14 @@ impl Capture {
         Ok(guard::from_before(&self.plan, &diag::connections(&mut socket)?))
     }
 
+    /// Ends the pod's connections from before its capture, where it should have been captured before it had any. Returns how
+    /// many there were.
+    pub fn end_from_before(&self) -> Result<usize, CaptureError> {
+        let mut socket = self.namespace.enter(|| Socket::open(Protocol::SocketDiagnosis))??;
+        let before = guard::from_before(&self.plan, &diag::connections(&mut socket)?);
+        Ok(diag::destroy(&mut socket, |connection| before.contains(connection))?)
+    }
+
     /// Whether guard, table, rules and routes are as they were made. One question when no table in the
     /// namespace has changed since the last time.
     pub fn verify(&mut self) -> Result<Standing, CaptureError> {

@@ -2,12 +2,13 @@
 //! to take this one's place asks here, too.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use linux::channel::Channel;
 use linux::netns::NetNs;
+use mesh::PodUid;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -29,8 +30,10 @@ const IDLE: Duration = Duration::from_secs(60);
 pub(crate) enum Asked {
     /// Capture this pod, in this namespace.
     Add(CniAdd, NetNs),
-    /// Let go of this pod.
-    Delete(mesh::PodUid),
+    /// Let go of this pod's sandbox, which the runtime calls so.
+    Delete(PodUid, String),
+    /// Is this pod as it is to be?
+    Check(PodUid),
 }
 
 /// Serves the runtime for ever. Each request waits for `patience` at most.
@@ -61,8 +64,7 @@ impl Caller {
         let mut buffer = vec![0; MAX_MESSAGE];
         loop {
             let receive = self.channel.async_io(Interest::READABLE, |channel| channel.recv(&mut buffer));
-            // What comes beside a message is closed: nothing is asked for here.
-            let (length, _) = match timeout(IDLE, receive).await {
+            let (length, descriptors) = match timeout(IDLE, receive).await {
                 Ok(received) => received?,
                 Err(_) => return Ok(()),
             };
@@ -79,19 +81,25 @@ impl Caller {
                     let _ = self.events.send(Event::Succeeded).await;
                     return Ok(());
                 }
-                CniRequest::Add(add) => self.add(add).await,
-                CniRequest::Del { pod } => self.ask(&pod.to_string(), Asked::Delete(pod.clone())).await,
+                CniRequest::Add(add) => self.add(add, descriptors).await,
+                CniRequest::Del { pod, container } => {
+                    self.ask(&pod.to_string(), Asked::Delete(pod.clone(), container)).await
+                }
+                CniRequest::Check { pod } => self.ask(&pod.to_string(), Asked::Check(pod.clone())).await,
             };
             let answer = answer.encode();
             self.channel.async_io(Interest::WRITABLE, |channel| channel.send(&answer, &[])).await?;
         }
     }
 
-    async fn add(&self, add: CniAdd) -> CniResult {
+    /// Of the descriptors the first is the namespace; where there is none it is found by its path.
+    async fn add(&self, add: CniAdd, descriptors: Vec<OwnedFd>) -> CniResult {
         let (name, path) = (format!("{}/{}", add.namespace, add.name), add.netns.clone());
         // Opened once, here: what the path leads to later is of no interest (T26). Off this thread, as a path may lead to
         // something that blocks.
-        match tokio::task::spawn_blocking(move || NetNs::open(&path)).await {
+        let given = descriptors.into_iter().next();
+        let open = move || given.map_or_else(|| NetNs::open(&path), NetNs::from_fd);
+        match tokio::task::spawn_blocking(open).await {
             Ok(Ok(namespace)) => self.ask(&name, Asked::Add(add, namespace)).await,
             Ok(Err(error)) => failed(&name, &Failure::NoNamespace(error.to_string())),
             Err(_) => failed(&name, &Failure::Internal),

@@ -15,6 +15,8 @@
 
 mod process;
 
+mod cluster;
+
 mod node;
 
 mod pods;
@@ -22,6 +24,14 @@ mod pods;
 mod failure;
 
 mod cni;
+
+pub mod plugin;
+
+mod keeper;
+
+mod running;
+
+mod api_server;
 
 mod proxy;
 
@@ -51,4 +61,5 @@ mod metrics;
 
 mod admin;
 
+pub use cluster::{Args as ClusterArgs, DaemonSet};
 pub use process::{Args, run};

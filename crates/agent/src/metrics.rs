@@ -44,6 +44,16 @@ pub(crate) struct Metrics {
     pub(crate) guard_drops: Counter,
     /// Captures that could not be looked at, or not be made anew.
     pub(crate) repair_failures: Counter,
+    /// Pods that a runtime started without the plugin, while it was in place.
+    pub(crate) missed: Counter,
+    /// Connections of theirs that were ended.
+    pub(crate) missed_connections: Counter,
+    /// Times that somebody had removed or changed the plugin's conflist.
+    pub(crate) plugin_restored: Counter,
+    /// 1 while the plugin is in the node's CNI chain.
+    pub(crate) plugin_in_place: Gauge,
+    /// 1 while the container runtime answers.
+    pub(crate) runtime: Gauge,
     /// Pods of this node, as the control plane or the runtime names them.
     pub(crate) pods: Gauge,
     /// Those that are captured.
@@ -91,6 +101,11 @@ impl Default for Metrics {
             repairs: Counter::default(),
             guard_drops: Counter::default(),
             repair_failures: Counter::default(),
+            missed: Counter::default(),
+            missed_connections: Counter::default(),
+            plugin_restored: Counter::default(),
+            plugin_in_place: Gauge::default(),
+            runtime: Gauge::default(),
             pods: Gauge::default(),
             captured: Gauge::default(),
             confirmed: Gauge::default(),
@@ -114,6 +129,14 @@ impl Metrics {
         all.counter("guard_drops", help, self.guard_drops.clone());
         let help = "Captures that could not be verified or made anew";
         all.counter("repair_failures", help, self.repair_failures.clone());
+        all.counter("missed_pods", "Pods that started without the plugin while it was in place", self.missed.clone());
+        let help = "Connections that such pods had before they were captured, and that were ended";
+        all.counter("missed_connections_ended", help, self.missed_connections.clone());
+        let help = "Times that somebody had removed or changed the plugin's configuration";
+        all.counter("plugin_restored", help, self.plugin_restored.clone());
+        let help = "1 while the plugin is in the node's CNI chain";
+        all.gauge("plugin_in_place", help, self.plugin_in_place.clone());
+        all.gauge("runtime_connected", "1 while the container runtime answers", self.runtime.clone());
         all.gauge("pods", "Pods of this node", self.pods.clone());
         all.gauge("captured_pods", "Pods whose rules stand", self.captured.clone());
         let help = "Captured pods that the control plane has confirmed";

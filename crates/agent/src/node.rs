@@ -2,8 +2,9 @@
 //! [`Pods`] decides, and keeps slow work off the main thread.
 
 mod ending;
+mod seen;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,6 +28,7 @@ use crate::process::{Event, Handed};
 use crate::proxies::{Change, Proxies};
 use crate::proxy::{Batches, Link, Said};
 use crate::rules::{CapturePlan, Marks};
+use crate::running::Missing;
 use crate::verify::{self, Depth, Follower, Found};
 
 /// After so long without a proxy there is none that could know what an agent before this one had.
@@ -52,6 +54,13 @@ pub(crate) struct Node {
     shown: Arc<Shown>,
     /// Owner of the listeners: a uid that no pod has (D5).
     listener_owner: Option<u32>,
+    /// Pods whose sandboxes the container runtime is asked for.
+    wanted: watch::Sender<BTreeSet<PodUid>>,
+    /// Whether pods that start are captured.
+    answers: watch::Sender<bool>,
+    missing: Missing,
+    /// Captured too late: what is open then is ended.
+    late: HashSet<PodUid>,
     /// How often all captures were looked at.
     looks: u64,
 }
@@ -84,6 +93,10 @@ impl Node {
             events,
             shown,
             listener_owner,
+            wanted: watch::Sender::new(BTreeSet::new()),
+            answers: watch::Sender::new(false),
+            missing: Missing::default(),
+            late: HashSet::new(),
             looks: 0,
         }
     }
@@ -111,7 +124,8 @@ impl Node {
                 }
                 actions
             }
-            Asked::Delete(pod) => return self.delete(request, &pod),
+            Asked::Delete(pod, container) => return self.delete(request, &pod, &container),
+            Asked::Check(pod) => self.pods.check(request, &pod),
         };
         self.act(actions);
     }
@@ -169,6 +183,9 @@ impl Node {
             Said::Held(added, descriptors) => self.inherit(added, descriptors),
             Said::HeldAll => {
                 self.handed_over = true;
+                if !self.inherited.is_empty() {
+                    self.shown.inherited();
+                }
                 Vec::new()
             }
             Said::Keep(what, file) => {
@@ -192,6 +209,7 @@ impl Node {
             }
         }
         self.handed_over = true;
+        self.shown.inherited();
     }
 
     /// All that the next agent needs, as messages with their descriptors.
@@ -321,31 +339,11 @@ impl Node {
 
     /// Rules of a pod were loaded and read back, or not.
     pub(crate) fn begun(&mut self, pod: &PodUid, attempt: u64, outcome: Result<(), Failure>) {
+        if outcome.is_ok() && self.late.remove(pod) {
+            self.end_from_before(pod);
+        }
         let actions = self.pods.begun(pod, attempt, outcome);
         self.act(actions);
-    }
-
-    /// Something was found when captures were looked at.
-    pub(crate) fn found(&mut self, found: Vec<(PodUid, Found)>) {
-        for (pod, found) in found {
-            match found {
-                Found::Repaired { broken } => {
-                    self.shown.metrics.repairs.inc();
-                    self.shown.journal.problem("repaired", pod.as_str(), &broken);
-                }
-                Found::Strengthened => {
-                    let detail = "connections from before its capture have ended";
-                    self.shown.journal.change("guard-complete", pod.as_str(), detail);
-                }
-                Found::Dropped(packets) => {
-                    self.shown.metrics.guard_drops.inc_by(packets);
-                }
-                Found::Failed { sentence } => {
-                    self.shown.metrics.repair_failures.inc();
-                    self.shown.journal.problem("repair-failed", pod.as_str(), &sentence);
-                }
-            }
-        }
     }
 
     /// Looks at all captures, and sends what was found.
@@ -478,6 +476,7 @@ impl Node {
         let unread = unread.map(|(number, _)| number).collect();
         self.give_up(unread);
         self.inherited.remove(pod);
+        self.late.remove(pod);
         if self.captures.remove(pod).is_some() {
             self.shown.journal.change("released", pod.as_str(), "listeners and sockets are closed");
         }
@@ -544,6 +543,11 @@ impl Node {
         let known = self.handed_over && !self.pods.inheriting();
         if !*self.settled.borrow() && (known || self.started.elapsed() > NO_PREDECESSOR) {
             self.settled.send_replace(true);
+        }
+        let wanted = self.pods.wanted();
+        self.wanted.send_if_modified(|before| std::mem::replace(before, wanted.clone()) != wanted);
+        if self.pods.answers() {
+            self.answers.send_if_modified(|before| !std::mem::replace(before, true));
         }
         let captured = self.pods.captured();
         self.shown.metrics.captured.set(count(captured.len()));

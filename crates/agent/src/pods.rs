@@ -5,6 +5,7 @@
 //! (T4): what they lead to must be there, and must be able to prove who it is.
 
 mod inherited;
+mod running;
 mod shown;
 
 #[cfg(test)]
@@ -19,6 +20,7 @@ use wire::pods::{CniAdd, CniResult};
 
 use crate::failure::Failure;
 
+pub(crate) use running::Running;
 pub(crate) use shown::Shown;
 
 /// The number of a request of the runtime.
@@ -85,6 +87,8 @@ struct Sandbox {
     namespace: u64,
     /// `namespace/name`, as the runtime says.
     name: String,
+    /// The runtime's name for it; empty where that is not known.
+    container: String,
     waiting: Vec<Waiting>,
     stage: Stage,
     /// An agent before this one has captured it, or begun to.
@@ -193,6 +197,7 @@ impl Pods {
         let sandbox = self.pods.entry(uid.clone()).or_default().sandbox.get_or_insert_with(|| Sandbox {
             namespace,
             name: String::new(),
+            container: String::new(),
             waiting: Vec::new(),
             stage: Stage::Bare,
             inherited: false,
@@ -201,14 +206,17 @@ impl Pods {
         sandbox.name = name;
         sandbox.stuck = false;
         sandbox.waiting.push(Waiting { request, overdue: false });
+        self.name_sandbox(uid, &add.container);
         self.advance(uid, &mut actions);
         actions
     }
 
     /// The runtime deletes a pod's sandbox. That always succeeds: a pod that cannot be forgotten could not be deleted.
-    pub(crate) fn delete(&mut self, request: Request, uid: &PodUid) -> Vec<Action> {
+    pub(crate) fn delete(&mut self, request: Request, uid: &PodUid, container: &str) -> Vec<Action> {
         let mut actions = Vec::new();
-        self.leave(uid, &mut actions);
+        if !self.means_another(uid, container) {
+            self.leave(uid, &mut actions);
+        }
         actions.push(Action::Answer(request, CniResult::Deleted));
         actions
     }

@@ -11,22 +11,27 @@ use linux::privileges::{self, Capabilities, NET_ADMIN, SYS_ADMIN};
 use mesh::PodUid;
 use rustls::time_provider::DefaultTimeProvider;
 use serde_json::json;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until};
 use wire::client::{ControlPlane, Role};
 use wire::pods::CniResult;
 
 use crate::admin::{self, Shown};
 use crate::capture::Capture;
+use crate::cluster;
 use crate::cni::{self, Asked};
 use crate::discovery::{self, Heard};
 use crate::door::{Door, own_uid};
 use crate::estate::Predecessor;
 use crate::failure::Failure;
+use crate::keeper::Keeper;
 use crate::node::Node;
 use crate::pods::Request;
 use crate::proxy::{self, Said};
+use crate::running::{self, Seen};
 use crate::verify::{self, Found};
 
 /// What the agent is started with.
@@ -35,8 +40,8 @@ pub struct Args {
     /// Name of the node that this agent runs on.
     #[arg(long)]
     pub node: String,
-    /// Address of the control plane.
-    #[arg(long)]
+    /// Address of the control plane: IP, IP:PORT or [IPv6]:PORT.
+    #[arg(long, value_parser = wire::client::control_address)]
     pub control: SocketAddr,
     /// File with the trust bundle, in PEM. It is read again at each connection to the control plane.
     #[arg(long)]
@@ -63,6 +68,12 @@ pub struct Args {
     /// Seconds that the container runtime waits for a pod to be captured.
     #[arg(long, default_value_t = 20)]
     pub cni_wait: u64,
+    /// Address for metrics and probes: /metrics, /readyz, /livez.
+    #[arg(long)]
+    pub metrics: Option<SocketAddr>,
+    /// What there is on a node of Kubernetes.
+    #[command(flatten)]
+    pub cluster: cluster::Args,
 }
 
 /// CAP_CHOWN: to give the proxy its socket, and listeners an owner.
@@ -116,6 +127,8 @@ pub(crate) enum Event {
     Look,
     /// It is time to try again what failed.
     Retry,
+    /// The container runtime says which pods run.
+    Seen(Seen),
     /// The process is to end.
     Terminate,
 }
@@ -176,8 +189,12 @@ fn drop_privileges() -> Result<()> {
 
 async fn serve(args: Args) -> Result<()> {
     let (events, inbox) = mpsc::channel(MOST_EVENTS);
-    let shown = Arc::new(Shown::new(config(&args)));
+    let on_kubernetes = args.cluster.kubernetes;
+    let shown = Arc::new(Shown::new(config(&args), args.cluster.has_plugin()));
     let mut node = Node::new(args.listener_owner, events.clone(), shown.clone());
+    if on_kubernetes {
+        cluster::prepare(&args).context("cannot prepare the folders of the agent's sockets")?;
+    }
 
     // Before the doors are taken over: from then on whoever asks finds this agent, which must know all by then.
     let predecessor = Predecessor::ask(&args.cni_socket).await;
@@ -194,12 +211,18 @@ async fn serve(args: Args) -> Result<()> {
     })?;
     let runtimes = Door::open(&args.cni_socket, own, vec![0, own])
         .with_context(|| format!("cannot make {} (--cni-socket)", args.cni_socket.display()))?;
-    admin::serve(&args.admin, shown).with_context(|| format!("cannot make {} (--admin)", args.admin.display()))?;
+    admin::serve(&args.admin, shown.clone())
+        .with_context(|| format!("cannot make {} (--admin)", args.admin.display()))?;
+    if let Some(address) = args.metrics {
+        let listener = TcpListener::bind(address).await;
+        let listener = listener.with_context(|| format!("cannot listen on {address} (--metrics)"))?;
+        tokio::spawn(admin::serve_metrics(listener, shown.clone()));
+    }
 
     let place = ControlPlane {
         address: args.control,
-        bundle_file: args.bundle,
-        token_file: args.token,
+        bundle_file: args.bundle.clone(),
+        token_file: args.token.clone(),
         node: args.node.clone(),
         role: Role::Agent,
         time: Arc::new(DefaultTimeProvider),
@@ -209,15 +232,27 @@ async fn serve(args: Args) -> Result<()> {
     let terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut wake = Events { inbox, terminate, retry, look: Some(Instant::now()) };
 
-    tokio::spawn(discovery::follow(place, node.captured(), node.settled(), events.clone()));
-    tokio::spawn(proxy::serve(proxies, events.clone()));
-    tokio::spawn(cni::serve(runtimes, Duration::from_secs(args.cni_wait), events));
+    // They end with this set.
+    let mut tasks = JoinSet::new();
+    tasks.spawn(discovery::follow(place, node.captured(), node.settled(), events.clone()));
+    tasks.spawn(proxy::serve(proxies, events.clone()));
+    tasks.spawn(cni::serve(runtimes, Duration::from_secs(args.cni_wait), events.clone()));
+    let keeper = args.cluster.keeper(&args.cni_socket, &shown)?;
+    if let (Some(keeper), Some(folder)) = (keeper.clone(), args.cluster.cni_conf_dir.clone()) {
+        let answers = node.answers();
+        tasks.spawn(async move { keeper.keep(&folder, answers).await });
+    }
+    if on_kubernetes {
+        let since = keeper.as_ref().map_or_else(|| watch::Sender::new(None).subscribe(), Keeper::since);
+        let place = args.cluster.runtime(&args.cni_socket, since, node.wanted());
+        tasks.spawn(running::follow(place, events));
+    }
     if let Some(predecessor) = predecessor {
         predecessor.taken();
     }
     tracing::info!(node = args.node, "the agent runs");
 
-    loop {
+    let succeeded = loop {
         match wake.next().await {
             Event::Asked(request, asked, reply) => node.asked(request, asked, reply),
             Event::Overdue(request) => node.overdue(request),
@@ -227,6 +262,7 @@ async fn serve(args: Args) -> Result<()> {
             }
             Event::Proxy(link, said) => node.said(link, said),
             Event::ControlPlane(heard) => node.heard(heard),
+            Event::Seen(seen) => node.seen(seen),
             Event::Prepared(pod, attempt, outcome) => node.prepared(&pod, attempt, outcome),
             Event::Begun(pod, attempt, outcome) => node.begun(&pod, attempt, outcome),
             Event::Ended { request, pod, ended } => node.ended(request, &pod, ended),
@@ -235,10 +271,27 @@ async fn serve(args: Args) -> Result<()> {
             Event::Retry => node.retry(),
             Event::Succeeded => {
                 tracing::info!("another agent has taken this one's place");
-                break;
+                break true;
             }
-            Event::Terminate => break,
+            Event::Terminate => break false,
         }
+    };
+    if succeeded {
+        if let Some(keeper) = &keeper {
+            keeper.let_go();
+        }
+        tasks.shutdown().await;
+        drop(node);
+        if on_kubernetes {
+            // Kubelet would start again what ends before it is told to, and that one would take the place back.
+            wake.terminate.recv().await;
+        }
+    } else if let Some(keeper) = &keeper {
+        args.cluster.leave(keeper).await;
+    }
+    if on_kubernetes {
+        // Named after this pod, and nobody else's.
+        let _ = std::fs::remove_file(&args.admin);
     }
     // Rules stand, and the proxy has the listeners: pods that are captured notice nothing.
     tracing::info!("the agent ends");
@@ -256,6 +309,14 @@ fn config(args: &Args) -> serde_json::Value {
         "cni_socket": args.cni_socket,
         "cni_wait": args.cni_wait,
         "admin": args.admin,
+        "metrics": args.metrics,
         "listener_owner": args.listener_owner,
+        "kubernetes": args.cluster.kubernetes,
+        "cri_socket": args.cluster.cri_socket,
+        "netns_dir": args.cluster.netns_dir,
+        "cni_bin_dir": args.cluster.cni_bin_dir,
+        "cni_conf_dir": args.cluster.cni_conf_dir,
+        "cni_exempt": args.cluster.cni_exempt,
+        "daemonset": args.cluster.daemonset,
     })
 }

@@ -38,6 +38,8 @@ pub(crate) enum Found {
     },
     /// The last of its connections from before capture has ended, and its guard judges everything now.
     Strengthened,
+    /// It was captured too late, and so many connections from before were ended.
+    Ended(usize),
     /// The guard on its interface has dropped so many packets since the last time.
     Dropped(u64),
     /// It could not be looked at, or not be made anew. The next look tries again.

@@ -1,89 +1,90 @@
-//! `justmtls admin`: a page of a process' admin socket on standard output, for `kubectl exec` into an image that has no other
-//! program.
+//! `justmtls admin SOCKET PAGE`: a page of a process of the product, as `kubectl exec` can print it where there is no other
+//! program in the image.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+
+/// How long the process may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The largest page, in bytes: the dump of a large mesh.
+const LARGEST: u64 = 256 * 1024 * 1024;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The Unix socket.
+    /// The Unix socket, as the process was given it by --admin.
     socket: PathBuf,
-    /// The page, such as /readyz.
+    /// The page, as /pods.
     page: String,
 }
 
-/// How long a process may take for a page.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// The largest answer, in bytes.
-const LARGEST: u64 = 64 << 20;
-
-/// Prints the page; the exit status is 1 where the process says no, as `/readyz` may.
-pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<i32> {
-    let (good, body) = fetch(&arguments.socket, &arguments.page)?;
-    std::io::stdout().write_all(&body)?;
-    Ok(i32::from(!good))
+/// Prints the page. A page that says that something is not well is printed, too, and the status is 1.
+pub(crate) fn run(arguments: &Arguments) -> Result<i32> {
+    let page = &arguments.page;
+    ensure!(
+        page.starts_with('/') && page.chars().all(|it| it.is_ascii_graphic()),
+        "{page:?} is no page; write it as /pods"
+    );
+    let socket = arguments.socket.display();
+    let mut stream = UnixStream::connect(&arguments.socket).with_context(|| format!("nobody listens at {socket}"))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    write!(stream, "GET {page} HTTP/1.0\r\n\r\n").with_context(|| format!("cannot ask at {socket}"))?;
+    let mut answer = Vec::new();
+    stream.take(LARGEST).read_to_end(&mut answer).with_context(|| format!("no answer at {socket}"))?;
+    let (status, body) = split(&answer).with_context(|| format!("the answer at {socket} is not understood"))?;
+    std::io::stdout().write_all(body)?;
+    match status {
+        200 => Ok(0),
+        503 => Ok(1),
+        other => bail!("{page} at {socket}: status {other}"),
+    }
 }
 
-/// Whether the answer is a success, and its body. HTTP/1.0: the answer ends with the connection.
-fn fetch(socket: &Path, page: &str) -> anyhow::Result<(bool, Vec<u8>)> {
-    if !page.starts_with('/') || page.contains(|c: char| c.is_whitespace() || c.is_control()) {
-        bail!("{page:?} is not a page: it begins with a slash and has no blanks, as /readyz");
-    }
-    let place = || format!("{}: the process does not answer", socket.display());
-    let mut stream = UnixStream::connect(socket).with_context(place)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    write!(stream, "GET {page} HTTP/1.0\r\nhost: admin\r\n\r\n").with_context(place)?;
-    let mut answer = Vec::new();
-    stream.take(LARGEST).read_to_end(&mut answer).with_context(place)?;
-    let end = answer.windows(4).position(|window| window == b"\r\n\r\n");
-    let Some(end) = end else { bail!("{}: what answers there is no admin socket", socket.display()) };
-    let body = answer.split_off(end + 4);
-    let status = answer.split(|byte| *byte == b' ').nth(1).unwrap_or_default();
-    Ok((status.starts_with(b"2"), body))
+/// The status and the body of an answer of HTTP/1.0, which ends with the connection.
+fn split(answer: &[u8]) -> Option<(u16, &[u8])> {
+    let end = answer.windows(4).position(|four| four == b"\r\n\r\n")?;
+    let head = std::str::from_utf8(&answer[..end]).ok()?;
+    let status = head.split(' ').nth(1)?.parse().ok()?;
+    Some((status, &answer[end + 4..]))
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixListener;
-    use std::thread;
 
     use super::*;
 
-    fn answered(answer: &'static str) -> anyhow::Result<(bool, Vec<u8>)> {
-        let folder = tempfile::tempdir()?;
-        let socket = folder.path().join("admin.sock");
-        let listener = UnixListener::bind(&socket)?;
-        let serving = thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            let mut asked = [0; 256];
-            let length = stream.read(&mut asked).unwrap();
-            assert!(asked[..length].starts_with(b"GET /readyz HTTP/1.0\r\n"));
-            stream.write_all(answer.as_bytes()).unwrap();
+    #[test]
+    fn an_answer_is_split_where_its_head_ends() {
+        let answer = b"HTTP/1.0 503 Service Unavailable\r\ncontent-length: 2\r\n\r\nno";
+        assert_eq!(split(answer), Some((503, b"no".as_slice())));
+        assert_eq!(split(b"HTTP/1.0 200 OK\r\n"), None);
+    }
+
+    #[test]
+    fn the_status_tells_what_the_page_says() {
+        let place = tempfile::tempdir().unwrap();
+        let socket = place.path().join("admin.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let serving = std::thread::spawn(move || {
+            for status in ["200 OK", "503 Service Unavailable", "404 Not Found"] {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut asked = [0; 64];
+                let length = stream.read(&mut asked).unwrap();
+                assert!(asked[..length].starts_with(b"GET /readyz HTTP/1.0\r\n"));
+                write!(stream, "HTTP/1.0 {status}\r\n\r\n{{}}").unwrap();
+            }
         });
-        let answer = fetch(&socket, "/readyz");
+        let arguments = Arguments { socket, page: "/readyz".into() };
+        assert_eq!(run(&arguments).unwrap(), 0);
+        assert_eq!(run(&arguments).unwrap(), 1);
+        assert!(run(&arguments).unwrap_err().to_string().contains("status 404"));
         serving.join().unwrap();
-        answer
-    }
-
-    #[test]
-    fn the_page_is_printed_whether_or_not_the_process_is_ready() {
-        let ready = answered("HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\n{}").unwrap();
-        assert_eq!(ready, (true, b"{}".to_vec()));
-        let not_yet = answered("HTTP/1.0 503 Service Unavailable\r\n\r\n{\"ready\":false}").unwrap();
-        assert_eq!(not_yet, (false, b"{\"ready\":false}".to_vec()));
-    }
-
-    #[test]
-    fn what_is_no_page_or_no_process_is_named() {
-        let why = |page: &str| fetch(Path::new("/nowhere/admin.sock"), page).unwrap_err().to_string();
-        assert!(why("readyz").contains("begins with a slash"));
-        assert!(why("/a b").contains("has no blanks"));
-        assert!(why("/readyz").contains("/nowhere/admin.sock: the process does not answer"));
-        assert!(answered("nonsense").unwrap_err().to_string().contains("no admin socket"));
+        let wrong = Arguments { page: "readyz".into(), ..arguments };
+        assert!(run(&wrong).unwrap_err().to_string().contains("write it as /pods"));
     }
 }

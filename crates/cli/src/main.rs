@@ -42,7 +42,10 @@ enum Command {
     Completions(manual::CompletionsArguments),
     /// Manual pages, one for each verb.
     Man(manual::ManArguments),
-    /// A page of a process' admin socket.
+    /// What the container runtime runs for each pod: asks the agent to capture it.
+    #[command(hide = true)]
+    Cni,
+    /// Prints a page of a process' admin socket.
     #[command(hide = true)]
     Admin(admin::Arguments),
     /// Programs of the box's default pods.
@@ -51,6 +54,10 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // A container runtime gives its plugins no arguments.
+    if std::env::args_os().len() == 1 && std::env::var_os("CNI_COMMAND").is_some() {
+        return ExitCode::from(u8::try_from(agent::plugin::run()).unwrap_or(1));
+    }
     let arguments = Arguments::parse();
     let log = arguments.log_format;
     let result = match arguments.command {
@@ -61,6 +68,7 @@ fn main() -> ExitCode {
         Command::Proxy(arguments) => process(log, || proxy::run(arguments)),
         Command::Completions(arguments) => manual::completions(&arguments, Arguments::command()),
         Command::Man(arguments) => manual::man(&arguments, Arguments::command()),
+        Command::Cni => Ok(agent::plugin::run()),
         Command::Admin(arguments) => admin::run(&arguments),
         Command::DemoApp(arguments) => app::run(&arguments),
     };

@@ -17,6 +17,7 @@ pub(crate) async fn add(plan: &PodPlan, namespace: &Path) -> anyhow::Result<()> 
         namespace: plan.namespace.clone(),
         name: plan.name.clone(),
         netns: namespace.to_owned(),
+        container: String::new(),
     });
     match ask(plan, request).await? {
         CniResult::Captured => Ok(()),
@@ -31,7 +32,8 @@ pub(crate) async fn add(plan: &PodPlan, namespace: &Path) -> anyhow::Result<()> 
 
 /// `CNI DEL`: never fails, as a pod that cannot be forgotten must still be removed.
 pub(crate) async fn remove(plan: &PodPlan) {
-    if let Err(error) = ask(plan, CniRequest::Del { pod: PodUid::from(plan.uid.as_str()) }).await {
+    let request = CniRequest::Del { pod: PodUid::from(plan.uid.as_str()), container: String::new() };
+    if let Err(error) = ask(plan, request).await {
         tracing::warn!(pod = plan.name, %error, "the agent was not told that a pod is gone");
     }
 }

@@ -16,10 +16,11 @@ use rustls::sign::SingleCertAndKey;
 use rustls::time_provider::TimeProvider;
 use rustls::version::TLS13;
 use rustls::{ClientConfig, ConfigBuilder, DigitallySignedStruct, DistinguishedName, Error, ServerConfig};
-use rustls::{ConfigSide, PeerMisbehaved, SignatureScheme, SupportedProtocolVersion, WantsVerifier};
+use rustls::{ConfigSide, PeerMisbehaved, RootCertStore, SignatureScheme, SupportedProtocolVersion, WantsVerifier};
 use rustls_pki_types::{CertificateDer, IpAddr, Ipv4Addr, ServerName, UnixTime};
 
 use crate::bundle::TrustBundle;
+use crate::pem::decode_certificates;
 use crate::refusal::into_rustls;
 pub use crate::refusal::{refusal, refusal_within};
 use crate::spiffe::SpiffeId;
@@ -31,6 +32,9 @@ pub const JUSTMTLS_1: &[u8] = b"justmtls/1";
 
 /// HTTP/2, the protocol with the control plane (RFC 9113, section 3.2).
 pub const H2: &[u8] = b"h2";
+
+/// HTTP/1.1, which the API server speaks, too (RFC 7301).
+pub const HTTP_1_1: &[u8] = b"http/1.1";
 
 const VERSIONS: &[&SupportedProtocolVersion] = &[&TLS13];
 
@@ -70,6 +74,24 @@ pub fn control_client_config(
         .with_custom_certificate_verifier(WorkloadVerifier::exactly(bundle, expected))
         .with_no_client_auth();
     finish_client(config, H2, false)
+}
+
+/// For a caller of the cluster's API server, which proves itself under the roots in `bundle_pem` by the name that it is
+/// called by, as any web server does. The caller proves itself by a token.
+///
+/// # Errors
+/// The roots are none; one sentence.
+pub fn api_client_config(bundle_pem: &str, time: Arc<dyn TimeProvider>) -> Result<Arc<ClientConfig>, String> {
+    let mut roots = RootCertStore::empty();
+    for root in decode_certificates(bundle_pem).ok_or("it is no list of certificates in PEM")? {
+        roots.add(root).map_err(|error| format!("a certificate in it is refused: {error}"))?;
+    }
+    if roots.is_empty() {
+        return Err("there is no certificate in it".into());
+    }
+    let config =
+        start(ClientConfig::builder_with_details(provider(), time)).with_root_certificates(roots).with_no_client_auth();
+    Ok(finish_client(config, HTTP_1_1, false))
 }
 
 /// For the control plane: shows its certificate and asks for none.

@@ -181,6 +181,13 @@ impl Channel {
     pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
         set_nonblocking(&self.fd, nonblocking)
     }
+
+    /// How long sending and receiving may block; then they fail with `WouldBlock`.
+    pub fn set_patience(&self, patience: std::time::Duration) -> io::Result<()> {
+        let socket = socket2::SockRef::from(&self.fd);
+        socket.set_read_timeout(Some(patience))?;
+        socket.set_write_timeout(Some(patience))
+    }
 }
 
 impl AsFd for Listener {

@@ -18,10 +18,14 @@ pub struct Connection {
 
 /// `SOCK_DIAG_BY_FAMILY`.
 const BY_FAMILY: u16 = 20;
+/// `SOCK_DESTROY`.
+const DESTROY: u16 = 21;
 /// `INET_DIAG_MARK`: told to who may administer the namespace's network.
 const MARK: u16 = 15;
 /// `struct inet_diag_req_v2` and `struct inet_diag_msg`.
 const REQUEST: usize = 56;
+/// What stands before `struct inet_diag_sockid` in a request.
+const HEAD: usize = 8;
 const ANSWER: usize = 72;
 /// Where `struct inet_diag_sockid` begins in the answer: two ports, two addresses of 16 bytes.
 const ID: usize = 4;
@@ -45,6 +49,37 @@ pub fn connections(socket: &mut Socket) -> Result<Vec<Connection>, Error> {
         }
     }
     Ok(all)
+}
+
+/// Ends those connections of the socket's namespace that `these` says, as if their program had aborted them: both ends see
+/// a reset. Returns how many.
+///
+/// # Errors
+/// The kernel lists none, or was built without the means to end them (`CONFIG_INET_DIAG_DESTROY`).
+pub fn destroy(socket: &mut Socket, these: impl Fn(&Connection) -> bool) -> Result<usize, Error> {
+    let mut ended = 0;
+    for family in [IpFamily::V4, IpFamily::V6] {
+        let answers = match socket.dump("list TCP connections", question(family)) {
+            Err(error) if family == IpFamily::V6 && error.errno() == Some(libc::ENOENT) => continue,
+            other => other?,
+        };
+        for Raw { body, .. } in answers {
+            if !connection(&body).is_some_and(|connection| these(&connection)) {
+                continue;
+            }
+            let mut order = question(family);
+            order.kind = DESTROY;
+            // The whole identity as the kernel told it, with its cookie: whoever has the ports next is not meant.
+            order.body[HEAD..].copy_from_slice(&body[ID..ID + REQUEST - HEAD]);
+            match socket.request("end a TCP connection", order, 0) {
+                Ok(()) => ended += 1,
+                // It has ended by itself.
+                Err(error) if error.errno() == Some(libc::ENOENT) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(ended)
 }
 
 fn question(family: IpFamily) -> Raw {

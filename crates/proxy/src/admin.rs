@@ -17,8 +17,8 @@ use axum::routing::get;
 use axum::{Json, Router};
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, UnixListener};
+use wire::bounded::Bounded;
 
-use crate::bounded::Bounded;
 use crate::certs::Authority;
 use crate::connections::{Connection, Security};
 use crate::cores::Cores;

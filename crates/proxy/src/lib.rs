@@ -17,7 +17,6 @@ mod access_log;
 mod admin;
 mod agent;
 mod batch;
-mod bounded;
 mod budgets;
 mod certs;
 mod clock;

@@ -31,8 +31,8 @@ pub struct Args {
     /// Name of the node that this proxy runs on.
     #[arg(long)]
     pub node: String,
-    /// Address of the control plane.
-    #[arg(long)]
+    /// Address of the control plane: IP, IP:PORT or [IPv6]:PORT.
+    #[arg(long, value_parser = wire::client::control_address)]
     pub control: SocketAddr,
     /// File with the trust bundle, in PEM. It is read again at each connection to the control plane.
     #[arg(long)]
@@ -69,6 +69,10 @@ pub struct Args {
     /// then is reset.
     #[arg(long, default_value_t = 30 * 60)]
     pub drain: u64,
+    /// Kubelet starts and ends this process: once another proxy has taken its place it waits for SIGTERM when its
+    /// connections have ended, as what ends before that is started again.
+    #[arg(long)]
+    pub kubernetes: bool,
 }
 
 /// How connections are logged.
@@ -244,12 +248,19 @@ async fn serve(args: Args, descriptors: u64) -> Result<()> {
                     drain = Some(Drain::begin(&node, Duration::from_secs(args.drain)));
                     pods.stop_accepting();
                     state.send_modify(|state| state.leaving = true);
-                    // The successor's.
-                    metrics.abort();
+                    // The successor's, where both are in one network namespace.
+                    if !args.kubernetes {
+                        metrics.abort();
+                    }
                     events.look = Some(Instant::now());
                 }
             }
-            Event::Look if drain.as_ref().is_some_and(|drain| drain.is_over(&cores)) => break EndedEarly::Drained,
+            Event::Look if drain.as_ref().is_some_and(|drain| drain.is_over(&cores)) => {
+                if !args.kubernetes || told_to_end {
+                    break EndedEarly::Drained;
+                }
+                end_connections(&node, &EndedEarly::Drained);
+            }
             Event::Look => {}
         }
     };
@@ -289,11 +300,14 @@ impl Drain {
     }
 }
 
+fn end_connections(node: &Node, why: &EndedEarly) {
+    node.connections.all().iter().for_each(|connection| connection.cut(why.clone()));
+}
+
 /// Ends what is open: each connection gets its reset and its line.
 async fn end(node: &Node, why: &EndedEarly) {
-    let open = node.connections.all();
-    tracing::info!(open = open.len(), reason = %why, "the proxy ends");
-    open.iter().for_each(|connection| connection.cut(why.clone()));
+    tracing::info!(open = node.connections.all().len(), reason = %why, "the proxy ends");
+    end_connections(node, why);
     let deadline = Instant::now() + FAREWELL;
     while !node.connections.all().is_empty() && Instant::now() < deadline {
         sleep(Duration::from_millis(10)).await;
@@ -334,6 +348,7 @@ fn config(args: &Args, cores: usize) -> serde_json::Value {
         "agent_uid": args.agent_uid,
         "node_addresses": args.node_addresses,
         "drain": args.drain,
+        "kubernetes": args.kubernetes,
         "admin": args.admin,
         "metrics": args.metrics,
         "cores": cores,

@@ -4,6 +4,7 @@
 //! is not made again behind the caller's back: whoever needs one connects anew, with the bundle and the token as the
 //! files have them then, and gives what it knows to the next stream.
 
+mod address;
 mod captures;
 mod connect;
 mod discovery;
@@ -22,6 +23,7 @@ use tonic::{Code, Request, Status};
 use crate::proto::istio::ca;
 use crate::proto::istio::ca::istio_certificate_service_client::IstioCertificateServiceClient;
 
+pub use address::control_address;
 pub use captures::Captures;
 pub use discovery::Discovery;
 

@@ -25,6 +25,11 @@ mod proto {
             tonic::include_proto!("istio.v1.auth");
         }
     }
+    pub mod runtime {
+        pub mod v1 {
+            tonic::include_proto!("runtime.v1");
+        }
+    }
     pub mod v1 {
         tonic::include_proto!("justmtls.v1");
     }
@@ -41,6 +46,10 @@ pub mod probe;
 pub mod discovery;
 
 pub mod pods;
+
+pub mod cri;
+
+pub mod bounded;
 
 pub mod client;
 

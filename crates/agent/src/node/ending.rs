@@ -22,13 +22,15 @@ const LONGEST: Duration = Duration::from_secs(1);
 
 impl Node {
     /// The runtime has its answer when the pod's connections have ended: then it takes the pod's network away.
-    pub(super) fn delete(&mut self, request: Request, pod: &PodUid) {
-        let ending = self.captures.get(pod).map(|captured| Ending::of(&lock(&captured.capture)));
-        let (answer, others) = self
+    pub(super) fn delete(&mut self, request: Request, pod: &PodUid, container: &str) {
+        let (answer, others): (Vec<_>, Vec<_>) = self
             .pods
-            .delete(request, pod)
+            .delete(request, pod, container)
             .into_iter()
             .partition(|it| matches!(it, Action::Answer(of, _) if *of == request));
+        // Where nothing goes nothing ends: the runtime means a sandbox that went before.
+        let captured = self.captures.get(pod).filter(|_| !others.is_empty());
+        let ending = captured.map(|captured| Ending::of(&lock(&captured.capture)));
         self.act(others);
         match ending.transpose() {
             Ok(None) => self.act(answer),

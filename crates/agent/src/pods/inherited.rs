@@ -39,8 +39,15 @@ impl Pods {
         }
         let name = format!("{}/{}", known.namespace, known.name);
         pod.known.get_or_insert(known);
-        pod.sandbox =
-            Some(Sandbox { namespace, name, waiting: Vec::new(), stage: Stage::Bare, inherited: true, stuck: false });
+        pod.sandbox = Some(Sandbox {
+            namespace,
+            name,
+            container: String::new(),
+            waiting: Vec::new(),
+            stage: Stage::Bare,
+            inherited: true,
+            stuck: false,
+        });
         self.advance(&uid, &mut actions);
         actions
     }

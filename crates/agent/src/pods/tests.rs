@@ -23,7 +23,13 @@ fn known(text: &str) -> NodePod {
 }
 
 fn cni(text: &str) -> CniAdd {
-    CniAdd { pod: uid(text), namespace: "shop".into(), name: text.into(), netns: "/run/netns/x".into() }
+    CniAdd {
+        pod: uid(text),
+        namespace: "shop".into(),
+        name: text.into(),
+        netns: "/run/netns/x".into(),
+        container: String::new(),
+    }
 }
 
 fn failure() -> Failure {
@@ -242,12 +248,43 @@ fn a_new_proxy_gets_all_pods_and_confirms_those_that_are_not_captured_yet() {
 fn deletion_closes_everything_and_always_succeeds() {
     let mut pods = captured("a");
     let deleted = |request| Action::Answer(request, CniResult::Deleted);
-    assert_eq!(pods.delete(2, &uid("a")), [Action::Withdraw(uid("a")), Action::Close(7), deleted(2)]);
+    assert_eq!(pods.delete(2, &uid("a"), ""), [Action::Withdraw(uid("a")), Action::Close(7), deleted(2)]);
     assert!(pods.captured().is_empty() && !pods.holds(7));
-    assert_eq!(pods.delete(3, &uid("a")), [deleted(3)]);
-    assert_eq!(pods.delete(4, &uid("never heard of")), [deleted(4)]);
+    assert_eq!(pods.delete(3, &uid("a"), ""), [deleted(3)]);
+    assert_eq!(pods.delete(4, &uid("never heard of"), ""), [deleted(4)]);
     assert!(pods.forget(&uid("a")).is_empty());
     assert!(pods.shown().is_empty());
+}
+
+#[test]
+fn an_old_sandbox_that_goes_takes_nothing_of_the_new_one() {
+    let mut pods = node();
+    pods.know(known("a"));
+    let sandbox = |name: &str| CniAdd { container: name.into(), ..cni("a") };
+    pods.add(1, &sandbox("new"), 7);
+    let deleted = |request| Action::Answer(request, CniResult::Deleted);
+    assert_eq!(pods.delete(2, &uid("a"), "old"), [deleted(2)]);
+    assert!(pods.holds(7));
+    is_failed(1, &pods.delete(3, &uid("a"), "new"), "deleted or replaced");
+    assert!(!pods.holds(7));
+}
+
+#[test]
+fn a_pod_that_runs_is_captured_where_nobody_has_told_of_it() {
+    let mut pods = node();
+    let running = |name: &str| Running { pod: uid(name), name: format!("shop/{name}"), container: "s".into() };
+    assert!(pods.find(&running("a"), 7).is_empty() && !pods.holds(7), "the control plane does not name it");
+    pods.know(known("a"));
+    pods.know(NodePod { capture: Err(Uncaptured::OptedOut), ..known("b") });
+    assert_eq!(pods.wanted(), [uid("a")].into());
+    assert_eq!(pods.find(&running("a"), 7), [prepare(known("a"), 7, 1)]);
+    assert!(pods.wanted().is_empty() && pods.holds(7));
+    assert!(pods.find(&running("a"), 8).is_empty() && !pods.holds(8), "it has one");
+    pods.know(known("c"));
+    assert!(matches!(pods.find(&running("c"), 7)[..], [Action::Report(_, Failure::Ambiguous { .. })]));
+    assert_eq!(pods.standing(), [uid("a")].into());
+    assert_eq!(pods.vanished(&uid("a")), [Action::Close(7)]);
+    assert_eq!(pods.wanted(), [uid("a"), uid("c")].into());
 }
 
 #[test]
@@ -262,7 +299,7 @@ fn a_result_for_a_sandbox_that_is_gone_is_thrown_away() {
     let mut pods = node();
     pods.know(known("a"));
     pods.add(1, &cni("a"), 7);
-    is_failed(1, &pods.delete(2, &uid("a")), "deleted or replaced");
+    is_failed(1, &pods.delete(2, &uid("a"), ""), "deleted or replaced");
     pods.add(3, &cni("a"), 8);
     assert_eq!(pods.prepared(&uid("a"), 1, Ok(Prepared::Bare)), (false, vec![]));
     assert!(pods.prepared(&uid("a"), 2, Ok(Prepared::Bare)).0);
@@ -413,7 +450,7 @@ impl Shell {
             }
             Step::Delete(pod) => {
                 self.unanswered.insert(number);
-                self.pods.delete(number, &uid(&name(pod)))
+                self.pods.delete(number, &uid(&name(pod)), "")
             }
             Step::Overdue(which) => {
                 let index = usize::from(which).checked_rem(self.unanswered.len());

@@ -10,6 +10,7 @@ mod lab;
 mod node;
 mod proxy;
 mod repair;
+mod runtime;
 mod succession;
 mod traffic;
 mod world;

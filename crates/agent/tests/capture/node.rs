@@ -322,7 +322,7 @@ fn the_runtime_hears_of_a_pods_end_when_its_connections_have_ended_and_waits_no_
                 (client, connection)
             };
             let delete = |name: &str| {
-                let answer = world.ask(CniRequest::Del { pod: PodUid::from(name) });
+                let answer = world.ask(CniRequest::Del { pod: PodUid::from(name), container: String::new() });
                 let Some((FromAgent::PodRemoved { .. }, _)) = proxy.hear() else { panic!("it is removed") };
                 answer
             };

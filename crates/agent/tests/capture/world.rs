@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use agent::Args;
+use agent::{Args, ClusterArgs};
 use linux::channel::{Channel, LARGEST_MESSAGE};
 use linux::netns::NetNs;
 use mesh::PodUid;
@@ -103,11 +103,17 @@ impl World {
 
     pub(crate) fn add(&self, name: &str, room: &Room) -> JoinHandle<CniResult> {
         let (pod, netns) = (PodUid::from(name), room.path.clone());
-        self.ask(CniRequest::Add(CniAdd { pod, namespace: "shop".into(), name: name.into(), netns }))
+        self.ask(CniRequest::Add(CniAdd {
+            pod,
+            namespace: "shop".into(),
+            name: name.into(),
+            netns,
+            container: String::new(),
+        }))
     }
 
     pub(crate) fn delete(&self, name: &str) {
-        let answer = self.ask(CniRequest::Del { pod: PodUid::from(name) }).join().unwrap();
+        let answer = self.ask(CniRequest::Del { pod: PodUid::from(name), container: String::new() }).join().unwrap();
         assert_eq!(answer, CniResult::Deleted);
     }
 
@@ -156,6 +162,8 @@ fn arguments(files: &Path, control: &Control) -> Args {
         admin: files.join("admin"),
         listener_owner: None,
         cni_wait: 20,
+        metrics: None,
+        cluster: ClusterArgs::default(),
     }
 }
 

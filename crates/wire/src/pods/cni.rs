@@ -17,6 +17,13 @@ pub enum CniRequest {
     Del {
         /// Which.
         pod: PodUid,
+        /// Which of its sandboxes, as in [`CniAdd`].
+        container: String,
+    },
+    /// Is the pod as it is to be?
+    Check {
+        /// Which.
+        pod: PodUid,
     },
     /// Another agent is to take this one's place. It is answered with messages of [`ToAgent`](super::ToAgent): what a
     /// proxy would hand over, and what the agent keeps.
@@ -37,8 +44,10 @@ pub struct CniAdd {
     pub namespace: String,
     /// metadata.name.
     pub name: String,
-    /// Path of the network namespace, as `CNI_NETNS`.
+    /// Path of the network namespace, as `CNI_NETNS`. Where a descriptor comes beside the message, that is the namespace.
     pub netns: PathBuf,
+    /// The runtime's name for the sandbox, as `CNI_CONTAINERID`; empty where it has none.
+    pub container: String,
 }
 
 /// The agent answers the container runtime.
@@ -64,8 +73,12 @@ impl CniRequest {
                 namespace: add.namespace.clone(),
                 name: add.name.clone(),
                 netns: add.netns.to_string_lossy().into_owned(),
+                container: add.container.clone(),
             }),
-            Self::Del { pod } => Request::Del(v1::CniDel { pod_uid: pod.to_string() }),
+            Self::Del { pod, container } => {
+                Request::Del(v1::CniDel { pod_uid: pod.to_string(), container: container.clone() })
+            }
+            Self::Check { pod } => Request::Check(v1::CniCheck { pod_uid: pod.to_string() }),
             Self::HandOver { version } => Request::HandOver(v1::HandOver { version: *version }),
             Self::Taken => Request::Taken(()),
         };
@@ -81,8 +94,10 @@ impl CniRequest {
                 namespace: text(add.namespace, "namespace")?,
                 name: text(add.name, "name")?,
                 netns: text(add.netns, "netns")?.into(),
+                container: add.container,
             })),
-            Request::Del(del) => Ok(Self::Del { pod: pod_uid(&del.pod_uid)? }),
+            Request::Del(del) => Ok(Self::Del { pod: pod_uid(&del.pod_uid)?, container: del.container }),
+            Request::Check(check) => Ok(Self::Check { pod: pod_uid(&check.pod_uid)? }),
             Request::HandOver(asked) => Ok(Self::HandOver { version: asked.version }),
             Request::Taken(()) => Ok(Self::Taken),
         }

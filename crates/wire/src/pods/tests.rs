@@ -15,8 +15,10 @@ fn every_message_survives_the_wire() {
             namespace: "shop".into(),
             name: "web".into(),
             netns: "/run/netns/web".into(),
+            container: "3f".into(),
         }),
-        CniRequest::Del { pod: pod.clone() },
+        CniRequest::Del { pod: pod.clone(), container: "3f".into() },
+        CniRequest::Check { pod: pod.clone() },
         CniRequest::HandOver { version: VERSION },
         CniRequest::Taken,
     ];

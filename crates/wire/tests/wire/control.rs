@@ -111,7 +111,7 @@ impl Running {
             let shutdown = async {
                 let _ = stopped.await;
             };
-            serve(listener, move || config.clone(), handler, shutdown).await
+            serve(listener, move || config.clone(), handler, shutdown, std::time::Duration::ZERO).await
         });
         Self { control, address, stop, task }
     }

@@ -1,5 +1,5 @@
 //! A listener for strangers: few connections at once, and each for a short time, so that whoever says nothing, or reads
-//! nothing, takes nothing from the data path, whose descriptors these are.
+//! nothing, takes nothing from the process, whose descriptors these are.
 
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
@@ -22,13 +22,14 @@ const LASTS: Duration = Duration::from_secs(10);
 
 /// The listener.
 #[derive(Debug)]
-pub(crate) struct Bounded {
+pub struct Bounded {
     listener: TcpListener,
     places: Arc<Semaphore>,
 }
 
 impl Bounded {
-    pub(crate) fn new(listener: TcpListener) -> Self {
+    /// A listener that lets few in at once.
+    pub fn new(listener: TcpListener) -> Self {
         Self { listener, places: Arc::new(Semaphore::new(AT_ONCE)) }
     }
 }
@@ -54,7 +55,7 @@ impl Listener for Bounded {
 
 /// A connection that ends by itself.
 #[derive(Debug)]
-pub(crate) struct Brief {
+pub struct Brief {
     tcp: TcpStream,
     end: Pin<Box<Sleep>>,
     _place: OwnedSemaphorePermit,

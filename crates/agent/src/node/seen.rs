@@ -1,0 +1,113 @@
+//! What is seen of the node: which pods the container runtime has, and how captures stand.
+
+use std::collections::BTreeSet;
+
+use linux::netns::NetNs;
+use mesh::PodUid;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::{Node, lock};
+use crate::pods::{Action, Running};
+use crate::process::Event;
+use crate::running::Seen;
+use crate::verify::Found;
+
+impl Node {
+    /// The pods of whose sandboxes nobody has told.
+    pub(crate) fn wanted(&self) -> watch::Receiver<BTreeSet<PodUid>> {
+        self.wanted.subscribe()
+    }
+
+    /// Whether pods that start are captured.
+    pub(crate) fn answers(&self) -> watch::Receiver<bool> {
+        self.answers.subscribe()
+    }
+
+    /// The container runtime says something.
+    pub(crate) fn seen(&mut self, seen: Seen) {
+        let actions = match seen {
+            Seen::Runtime(Ok(name)) => {
+                self.shown.metrics.runtime.set(1);
+                self.shown.journal.change("runtime-connected", "", &name);
+                return;
+            }
+            Seen::Runtime(Err(why)) => {
+                self.shown.metrics.runtime.set(0);
+                self.shown.journal.problem("runtime-unreachable", "", &why);
+                return;
+            }
+            Seen::Found { running, namespace, missed } => self.find(&running, namespace, missed),
+            Seen::Unfound(pod, why) => self.pods.unfound(&pod, why),
+            Seen::All(all) => {
+                let gone = self.missing.gone(&self.pods.standing(), &all, Instant::now());
+                gone.iter().flat_map(|pod| self.pods.vanished(pod)).collect()
+            }
+        };
+        self.act(actions);
+    }
+
+    fn find(&mut self, running: &Running, namespace: NetNs, missed: bool) -> Vec<Action> {
+        // Asked for when nobody had told of it; somebody may have since.
+        if !self.pods.wanted().contains(&running.pod) {
+            return Vec::new();
+        }
+        let inode = namespace.inode();
+        let actions = self.pods.find(running, inode);
+        if self.pods.holds(inode) {
+            self.namespaces.entry(inode).or_insert(namespace);
+            if missed && self.late.insert(running.pod.clone()) {
+                self.shown.metrics.missed.inc();
+                let sentence = format!(
+                    "the runtime started {} without asking the plugin, which was in place; its open connections are ended",
+                    running.name
+                );
+                self.shown.journal.problem("missed-add", running.pod.as_str(), &sentence);
+            }
+        }
+        actions
+    }
+
+    /// Ends what a pod has open from before its capture, where there should have been nothing.
+    pub(super) fn end_from_before(&self, pod: &PodUid) {
+        let Some(capture) = self.captures.get(pod).map(|captured| captured.capture.clone()) else { return };
+        let pod = pod.clone();
+        self.blocking(move || {
+            let found = match lock(&capture).end_from_before() {
+                Ok(connections) => Found::Ended(connections),
+                Err(error) => {
+                    Found::Failed { sentence: format!("its connections from before capture cannot be ended: {error}") }
+                }
+            };
+            Event::Found(vec![(pod, found)])
+        });
+    }
+
+    /// Something was found when captures were looked at.
+    pub(crate) fn found(&mut self, found: Vec<(PodUid, Found)>) {
+        for (pod, found) in found {
+            match found {
+                Found::Repaired { broken } => {
+                    self.shown.metrics.repairs.inc();
+                    self.shown.journal.problem("repaired", pod.as_str(), &broken);
+                }
+                Found::Strengthened => {
+                    let detail = "connections from before its capture have ended";
+                    self.shown.journal.change("guard-complete", pod.as_str(), detail);
+                }
+                Found::Ended(connections) => {
+                    self.shown.metrics.missed_connections.inc_by(connections as u64);
+                    let detail = format!("{connections} connections from before its late capture were ended");
+                    self.shown.journal.change("ended-from-before", pod.as_str(), &detail);
+                }
+                Found::Dropped(packets) => {
+                    self.shown.metrics.guard_drops.inc_by(packets);
+                }
+                Found::Failed { sentence } => {
+                    self.shown.metrics.repair_failures.inc();
+                    self.shown.journal.problem("repair-failed", pod.as_str(), &sentence);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Pods that run already, by the container runtime's word: found, checked, and let go when their sandboxes are gone.
+
+use std::collections::BTreeSet;
+
+use mesh::PodUid;
+use wire::pods::CniResult;
+
+use super::{Action, Pod, Pods, Sandbox, Stage, failed, name_of, note};
+use crate::failure::Failure;
+use crate::pods::Request;
+
+/// A pod whose sandbox the runtime has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Running {
+    /// metadata.uid.
+    pub(crate) pod: PodUid,
+    /// `namespace/name`.
+    pub(crate) name: String,
+    /// The runtime's name for the sandbox.
+    pub(crate) container: String,
+}
+
+impl Pods {
+    /// The pods that are to be captured, and of whose sandbox nothing is known.
+    pub(crate) fn wanted(&self) -> BTreeSet<PodUid> {
+        let wanted = |pod: &Pod| pod.sandbox.is_none() && pod.known.as_ref().is_some_and(|known| known.capture.is_ok());
+        self.pods.iter().filter(|(_, pod)| wanted(pod)).map(|(uid, _)| uid.clone()).collect()
+    }
+
+    /// The runtime has a pod's sandbox, in this namespace, and nobody waits for it. The namespace is to be held open if
+    /// [`Pods::holds`] says so afterwards.
+    pub(crate) fn find(&mut self, running: &Running, namespace: u64) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let uid = &running.pod;
+        let holder = self.holder(namespace).filter(|other| *other != uid).cloned();
+        let Some(pod) = self.pods.get_mut(uid) else { return actions };
+        if pod.known.is_none() || pod.sandbox.is_some() {
+            return actions;
+        }
+        if let Some(other) = holder {
+            let failure = Failure::Ambiguous { inode: namespace, other };
+            note(pod, uid, failure, &mut actions);
+            return actions;
+        }
+        pod.sandbox = Some(Sandbox {
+            namespace,
+            name: running.name.clone(),
+            container: running.container.clone(),
+            waiting: Vec::new(),
+            stage: Stage::Bare,
+            inherited: false,
+            stuck: false,
+        });
+        self.advance(uid, &mut actions);
+        actions
+    }
+
+    /// The runtime has a pod's sandbox, and its namespace cannot be found.
+    pub(crate) fn unfound(&mut self, uid: &PodUid, sentence: String) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if let Some(pod) = self.pods.get_mut(uid).filter(|pod| pod.sandbox.is_none()) {
+            note(pod, uid, Failure::NoNamespace(sentence), &mut actions);
+        }
+        actions
+    }
+
+    /// Whether a runtime that asks gets an answer other than that somebody is missing.
+    pub(crate) fn answers(&self) -> bool {
+        self.complete && self.proxy
+    }
+
+    /// The pods that have a sandbox here for which nobody waits.
+    pub(crate) fn standing(&self) -> BTreeSet<PodUid> {
+        let standing = |pod: &Pod| pod.sandbox.as_ref().is_some_and(|sandbox| sandbox.waiting.is_empty());
+        self.pods.iter().filter(|(_, pod)| standing(pod)).map(|(uid, _)| uid.clone()).collect()
+    }
+
+    /// The runtime has no sandbox of this pod any more, and nobody has said so (T42).
+    pub(crate) fn vanished(&mut self, uid: &PodUid) -> Vec<Action> {
+        let mut actions = Vec::new();
+        self.leave(uid, &mut actions);
+        actions
+    }
+
+    /// The runtime asks whether a pod is as it is to be.
+    pub(crate) fn check(&mut self, request: Request, uid: &PodUid) -> Vec<Action> {
+        let answer = match self.pods.get(uid).map(|pod| (&pod.known, &pod.sandbox)) {
+            Some((_, Some(Sandbox { stage: Stage::Captured, .. }))) => CniResult::Captured,
+            Some((Some(known), _)) if known.capture.is_err() => {
+                let why = known.capture.err().map(name_of);
+                CniResult::NotCaptured(why.map_or_else(String::new, |why| why.to_string()))
+            }
+            Some((known, Some(sandbox))) => {
+                let failure = if known.is_some() { Failure::NotReady } else { Failure::Unknown };
+                failed(&sandbox.name, &failure)
+            }
+            Some((_, None)) | None => failed(uid.as_str(), &Failure::SandboxGone),
+        };
+        vec![Action::Answer(request, answer)]
+    }
+
+    /// Whether the runtime means another sandbox of the pod than the one that is here: an old one, that goes when the pod
+    /// has a new one already.
+    pub(super) fn means_another(&self, uid: &PodUid, container: &str) -> bool {
+        let here = self.pods.get(uid).and_then(|pod| pod.sandbox.as_ref()).map_or("", |sandbox| &sandbox.container);
+        !here.is_empty() && !container.is_empty() && here != container
+    }
+
+    /// The runtime names a sandbox again by which it is known here.
+    pub(super) fn name_sandbox(&mut self, uid: &PodUid, container: &str) {
+        let sandbox = self.pods.get_mut(uid).and_then(|pod| pod.sandbox.as_mut());
+        if let Some(sandbox) = sandbox.filter(|_| !container.is_empty()) {
+            container.clone_into(&mut sandbox.container);
+        }
+    }
+}
