@@ -64,6 +64,12 @@ fn agent(source: Source<'_>) -> Value {
         "env": [field("NODE_NAME", "spec.nodeName"), field("POD_NAME", "metadata.name")],
         "ports": [{ "name": "agent-metrics", "containerPort": AGENT_METRICS_PORT, "protocol": "TCP" }],
         "readinessProbe": { "httpGet": { "path": "/readyz", "port": "agent-metrics" }, "periodSeconds": 2 },
+        // An agent that is started again takes over from the proxy: nobody notices. A proxy's end is noticed, so it has none.
+        "livenessProbe": {
+            "httpGet": { "path": "/livez", "port": "agent-metrics" },
+            "initialDelaySeconds": 30,
+            "failureThreshold": 6,
+        },
         "resources": requests(source, Key::AgentCpu, Key::AgentMemory),
         "securityContext": {
             "runAsUser": 0,
@@ -95,6 +101,7 @@ fn proxy(source: Source<'_>) -> Value {
         "imagePullPolicy": source.plain(Key::ImagePullPolicy),
         "args": [
             "proxy",
+            "--kubernetes",
             "--node=$(NODE_NAME)",
             "--control=$(JUSTMTLS_CONTROL_SERVICE_HOST)",
             "--bundle=/var/run/justmtls/trust/bundle.pem",
