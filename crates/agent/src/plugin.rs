@@ -14,6 +14,7 @@ pub(crate) mod records;
 mod tests;
 
 use std::io::{Read, Write};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use linux::netns::NetNs;
@@ -122,6 +123,14 @@ impl Pod {
     }
 }
 
+/// The addresses that the plugins before gave the pod, by their result; what is none is left out, and the agent looks whether
+/// the namespace has those that it hears of.
+fn addresses_in(result: &Value) -> Vec<IpAddr> {
+    let all = result["ips"].as_array().into_iter().flatten();
+    let texts = all.filter_map(|ip| ip["address"].as_str());
+    texts.filter_map(|text| text.split('/').next()?.parse().ok()).collect()
+}
+
 fn answer(
     environment: impl Fn(&str) -> Option<String>,
     input: impl Read,
@@ -217,7 +226,8 @@ impl<E: Fn(&str) -> Option<String>> Call<'_, E> {
         // Opened here, on the host, as the agent sees other paths.
         let namespace = NetNs::open(&netns).map_err(|error| Refusal::new(ENVIRONMENT, error.to_string()))?;
         let (uid, namespace_name, name) = (PodUid::from(pod.uid.as_str()), pod.namespace.clone(), pod.name.clone());
-        let add = CniAdd { pod: uid, namespace: namespace_name, name, netns, container };
+        let addresses = self.config.prev_result.as_ref().map_or_else(Vec::new, addresses_in);
+        let add = CniAdd { pod: uid, namespace: namespace_name, name, netns, container, addresses };
         let patience = if self.is_exempt(pod) { self.patience.brief() } else { self.patience };
         match ask::ask(&self.config.socket, &CniRequest::Add(add), Some(&namespace), patience) {
             Ok(CniResult::Captured | CniResult::NotCaptured(_)) => Ok(()),

@@ -13,6 +13,7 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
+use std::net::IpAddr;
 
 use mesh::{PodUid, Uncaptured};
 use wire::discovery::NodePod;
@@ -89,12 +90,24 @@ struct Sandbox {
     name: String,
     /// The runtime's name for it; empty where that is not known.
     container: String,
+    /// Its addresses, by the word of the plugins that gave it them; empty where the runtime did not say.
+    addresses: Vec<IpAddr>,
     waiting: Vec<Waiting>,
     stage: Stage,
     /// An agent before this one has captured it, or begun to.
     inherited: bool,
     /// It failed, and is left alone until something changes or [`Pods::retry`].
     stuck: bool,
+}
+
+impl Sandbox {
+    /// What the runtime said of its addresses goes before the control plane's word: that comes later, and after a reboot it is
+    /// of the sandbox before. Whether the namespace has them is looked at in either case (T26).
+    fn tell(&self, known: &mut NodePod) {
+        if !self.addresses.is_empty() {
+            known.addresses.clone_from(&self.addresses);
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -141,15 +154,18 @@ impl Pods {
     }
 
     /// The control plane says who a pod is.
-    pub(crate) fn know(&mut self, known: NodePod) -> Vec<Action> {
+    pub(crate) fn know(&mut self, mut known: NodePod) -> Vec<Action> {
         let mut actions = Vec::new();
         let uid = known.pod.clone();
         let pod = self.pods.entry(uid.clone()).or_default();
         pod.named = true;
+        if let Some(sandbox) = &pod.sandbox {
+            sandbox.tell(&mut known);
+        }
         let before = pod.known.replace(known.clone());
         if let (Some(before), Some(sandbox)) = (before, &mut pod.sandbox) {
             sandbox.stuck = false;
-            let same = before.identity == known.identity && before.addresses == known.addresses;
+            let same = before.identity == known.identity && same_addresses(&before.addresses, &known.addresses);
             // Once captured a pod stays so: peers go on tunnelling to it (T47).
             let given_up = known.capture.is_err() && !sandbox.inherited && !matches!(sandbox.stage, Stage::Captured);
             if !same || given_up {
@@ -194,15 +210,24 @@ impl Pods {
         if self.namespace_of(uid).is_some_and(|old| old != namespace) {
             self.leave(uid, &mut actions);
         }
-        let sandbox = self.pods.entry(uid.clone()).or_default().sandbox.get_or_insert_with(|| Sandbox {
+        let pod = self.pods.entry(uid.clone()).or_default();
+        let sandbox = pod.sandbox.get_or_insert_with(|| Sandbox {
             namespace,
             name: String::new(),
             container: String::new(),
+            addresses: Vec::new(),
             waiting: Vec::new(),
             stage: Stage::Bare,
             inherited: false,
             stuck: false,
         });
+        if !same_addresses(&sandbox.addresses, &add.addresses) {
+            withdraw(sandbox, uid, &mut actions);
+            sandbox.addresses.clone_from(&add.addresses);
+        }
+        if let Some(known) = &mut pod.known {
+            sandbox.tell(known);
+        }
         sandbox.name = name;
         sandbox.stuck = false;
         sandbox.waiting.push(Waiting { request, overdue: false });
@@ -454,6 +479,11 @@ impl Pods {
             self.pods.remove(uid);
         }
     }
+}
+
+/// In whatever order.
+fn same_addresses(one: &[IpAddr], other: &[IpAddr]) -> bool {
+    one.iter().collect::<BTreeSet<_>>() == other.iter().collect::<BTreeSet<_>>()
 }
 
 enum Decision {

@@ -18,6 +18,7 @@ pub(crate) async fn add(plan: &PodPlan, namespace: &Path) -> anyhow::Result<()> 
         name: plan.name.clone(),
         netns: namespace.to_owned(),
         container: String::new(),
+        addresses: Vec::new(),
     });
     match ask(plan, request).await? {
         CniResult::Captured => Ok(()),

@@ -282,14 +282,13 @@ impl PodAdded {
     }
 
     fn from_proto(pod: v1::PodAdded) -> Result<Self, BadMessage> {
-        let addresses = pod.addresses.iter().map(|a| a.parse()).collect::<Result<_, _>>();
         let gateways = pod.gateways.iter().map(|a| a.parse()).collect::<Result<_, _>>();
         let ports = pod.excluded_ports.iter().map(|port| u16::try_from(*port)).collect::<Result<_, _>>();
         Ok(Self {
             pod: pod_uid(&pod.pod_uid)?,
             name: text(pod.name, "name")?,
             identity: pod.identity.parse().map_err(|_| BadMessage::Field("identity"))?,
-            addresses: addresses.map_err(|_| BadMessage::Field("addresses"))?,
+            addresses: addresses(&pod.addresses)?,
             listeners: pod.listeners.iter().map(|number| listener(*number)).collect::<Result<_, _>>()?,
             excluded_ports: ports.map_err(|_| BadMessage::Field("excluded_ports"))?,
             probes: crate::probe::decode(&pod.probes).ok_or(BadMessage::Field("probes"))?,
@@ -303,6 +302,17 @@ fn decode<M: Message + Default>(bytes: &[u8]) -> Result<M, BadMessage> {
         return Err(BadMessage::TooLong(bytes.len()));
     }
     M::decode(bytes).map_err(|error| BadMessage::Undecodable(error.to_string()))
+}
+
+/// More addresses than any pod has mean that somebody talks nonsense.
+const MOST_ADDRESSES: usize = 64;
+
+fn addresses(texts: &[String]) -> Result<Vec<IpAddr>, BadMessage> {
+    let parsed = texts.iter().map(|text| text.parse().map_err(|_| BadMessage::Field("addresses")));
+    match texts.len() <= MOST_ADDRESSES {
+        true => parsed.collect(),
+        false => Err(BadMessage::Field("addresses")),
+    }
 }
 
 fn pod_uid(text: &str) -> Result<PodUid, BadMessage> {

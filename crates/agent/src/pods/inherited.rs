@@ -2,7 +2,7 @@
 
 use wire::discovery::NodePod;
 
-use super::{Action, Pod, Pods, Sandbox, Stage, Work};
+use super::{Action, Pod, Pods, Sandbox, Stage, Work, same_addresses};
 use crate::failure::Failure;
 
 impl Pods {
@@ -28,7 +28,10 @@ impl Pods {
         if pod.sandbox.is_some() {
             return actions;
         }
-        let same = |named: &NodePod| named.identity == known.identity && named.addresses == known.addresses;
+        let same = |named: &NodePod| {
+            let as_named = named.addresses.is_empty() || same_addresses(&named.addresses, &known.addresses);
+            named.identity == known.identity && as_named
+        };
         if !pod.known.as_ref().map_or(!complete, same) {
             // It is gone, or the control plane says otherwise who it is.
             actions.push(Action::Withdraw(uid.clone()));
@@ -38,11 +41,13 @@ impl Pods {
             return actions;
         }
         let name = format!("{}/{}", known.namespace, known.name);
-        pod.known.get_or_insert(known);
+        let addresses = known.addresses.clone();
+        pod.known.get_or_insert(known).addresses.clone_from(&addresses);
         pod.sandbox = Some(Sandbox {
             namespace,
             name,
             container: String::new(),
+            addresses,
             waiting: Vec::new(),
             stage: Stage::Bare,
             inherited: true,

@@ -46,6 +46,7 @@ impl Pods {
             namespace,
             name: running.name.clone(),
             container: running.container.clone(),
+            addresses: Vec::new(),
             waiting: Vec::new(),
             stage: Stage::Bare,
             inherited: false,

@@ -29,6 +29,7 @@ fn cni(text: &str) -> CniAdd {
         name: text.into(),
         netns: "/run/netns/x".into(),
         container: String::new(),
+        addresses: Vec::new(),
     }
 }
 
@@ -345,6 +346,33 @@ fn excluded_ports_change_without_a_new_capture() {
     let probes = mesh::Probes::new([mesh::Probe { port: 80, check: mesh::Check::Tcp }]).unwrap();
     assert_eq!(pods.know(NodePod { probes, ..changed }), [Action::Exclude(uid("a"), vec![22])]);
     assert_eq!(pods.captured(), [uid("a")].into());
+}
+
+#[test]
+fn what_the_runtime_says_of_addresses_goes_before_what_is_said_of_the_sandbox_before() {
+    let [new, old] = ["10.88.16.9", "10.88.16.5"].map(|text| vec![text.parse().unwrap()]);
+    let mut pods = Pods::default();
+    pods.proxy_connected();
+    pods.know(NodePod { addresses: Vec::new(), ..known("a") });
+    let actions = pods.add(1, &CniAdd { addresses: new.clone(), ..cni("a") }, 7);
+    let [Action::Prepare { pod, attempt, .. }] = &actions[..] else { panic!("{actions:?}") };
+    assert_eq!(pod.addresses, new);
+    let (keep, _) = pods.prepared(&PodUid::from("a"), *attempt, Ok(Prepared::Bare));
+    assert!(keep);
+    // A status of the sandbox before, then that of this one: nothing is taken back.
+    for said in [old.clone(), new.clone(), Vec::new()] {
+        let actions = pods.know(NodePod { addresses: said, ..known("a") });
+        assert!(actions.iter().all(|it| !matches!(it, Action::Withdraw(_) | Action::Prepare { .. })), "{actions:?}");
+    }
+    assert_eq!(pods.served()[0].addresses, new);
+    // The next sandbox has its own.
+    let actions = pods.add(2, &CniAdd { addresses: old.clone(), ..cni("a") }, 8);
+    assert!(actions.contains(&Action::Withdraw(PodUid::from("a"))), "{actions:?}");
+    let prepared = actions.iter().find_map(|it| match it {
+        Action::Prepare { pod, .. } => Some(pod.addresses.clone()),
+        _ => None,
+    });
+    assert_eq!(prepared, Some(old));
 }
 
 #[test]

@@ -109,6 +109,7 @@ impl World {
             name: name.into(),
             netns,
             container: String::new(),
+            addresses: Vec::new(),
         }))
     }
 

@@ -134,10 +134,10 @@ impl Index {
                 format!("has the same metadata.uid as {twin}, and neither is published; delete one of the two");
             problems.push(Problem::error(name.as_kind(Kind::Pod), message));
         }
-        // Without an address nobody can speak to it, and no network namespace can be shown to be its own (T26).
-        let is_known = twin.is_none() && !pod.addresses.is_empty();
-        let published = is_known.then(|| self.publish_pod(&pod, &mut problems));
+        let published = twin.is_none().then(|| self.publish_pod(&pod, &mut problems));
         let (workload, node_pod) = published.unzip();
+        // Its node's agent must know it before it has an address: the runtime waits for it meanwhile. Nobody else can speak to it.
+        let workload = workload.filter(|_| !pod.addresses.is_empty());
         self.note(Origin::Pod(name.clone()), problems);
         self.store_workload(uid, workload, touched);
         self.store_node_pod(pod.node, pod.uid, node_pod, touched);

@@ -100,7 +100,6 @@ fn a_pod_that_is_over_or_has_no_address_or_no_node_is_not_published() {
     for changed in [
         running.replace("phase: Running", "phase: Succeeded"),
         running.replace("phase: Running", "phase: Failed"),
-        running.replace("podIPs: [{ip: \"10.88.16.5\"}]", "podIPs: []"),
         running.replace("  nodeName: node-a\n", ""),
     ] {
         let mut index = index(&running);
@@ -108,6 +107,17 @@ fn a_pod_that_is_over_or_has_no_address_or_no_node_is_not_published() {
         apply(&mut index, &changed);
         assert!(index.views().workloads.is_empty() && index.views().node_pods.is_empty(), "{changed}");
     }
+}
+
+#[test]
+fn a_pod_without_an_address_is_known_to_its_own_node_alone() {
+    let placed = pod("shop", "web", "10.88.16.5", "", "").replace("podIPs: [{ip: \"10.88.16.5\"}]", "podIPs: []");
+    let mut index = index(&placed);
+    assert!(index.views().workloads.is_empty());
+    let known = &index.views().node_pods["node-a"][&PodUid::from("uid-shop-web")];
+    assert!(known.addresses.is_empty() && known.capture.is_ok());
+    apply(&mut index, &pod("shop", "web", "10.88.16.5", "", ""));
+    assert_eq!(workload(&index, "shop", "web").addresses.len(), 1);
 }
 
 #[test]

@@ -1,11 +1,12 @@
 //! Between the container runtime and the agent: a pod's programs wait until it is captured.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use mesh::PodUid;
 use prost::Message;
 
-use super::{BadMessage, decode, pod_uid, text};
+use super::{BadMessage, addresses, decode, pod_uid, text};
 use crate::proto::v1;
 
 /// The container runtime asks the agent, on the CNI socket.
@@ -48,6 +49,10 @@ pub struct CniAdd {
     pub netns: PathBuf,
     /// The runtime's name for the sandbox, as `CNI_CONTAINERID`; empty where it has none.
     pub container: String,
+    /// Its addresses: those that the plugins before gave it. Kubernetes knows them only when the sandbox is made, so nobody
+    /// else can say them now, and after a reboot its `status.podIPs` are those of the sandbox before. Empty where the runtime
+    /// does not say them.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// The agent answers the container runtime.
@@ -74,6 +79,7 @@ impl CniRequest {
                 name: add.name.clone(),
                 netns: add.netns.to_string_lossy().into_owned(),
                 container: add.container.clone(),
+                addresses: add.addresses.iter().map(ToString::to_string).collect(),
             }),
             Self::Del { pod, container } => {
                 Request::Del(v1::CniDel { pod_uid: pod.to_string(), container: container.clone() })
@@ -95,6 +101,7 @@ impl CniRequest {
                 name: text(add.name, "name")?,
                 netns: text(add.netns, "netns")?.into(),
                 container: add.container,
+                addresses: addresses(&add.addresses)?,
             })),
             Request::Del(del) => Ok(Self::Del { pod: pod_uid(&del.pod_uid)?, container: del.container }),
             Request::Check(check) => Ok(Self::Check { pod: pod_uid(&check.pod_uid)? }),

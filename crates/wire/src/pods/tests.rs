@@ -16,6 +16,7 @@ fn every_message_survives_the_wire() {
             name: "web".into(),
             netns: "/run/netns/web".into(),
             container: "3f".into(),
+            addresses: vec!["10.88.16.5".parse().unwrap(), "fd88:16::5".parse().unwrap()],
         }),
         CniRequest::Del { pod: pod.clone(), container: "3f".into() },
         CniRequest::Check { pod: pod.clone() },
