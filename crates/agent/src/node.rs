@@ -162,7 +162,7 @@ impl Node {
     /// A proxy says something; `number` is its link's.
     pub(crate) fn said(&mut self, number: u64, said: Said) {
         let actions = match said {
-            Said::Hello(link) => self.welcome(number, link),
+            Said::Hello(link, started) => self.welcome(number, link, started),
             Said::Gone => {
                 let change = self.proxies.gone(number);
                 self.changed(change, "it closed the connection")
@@ -260,7 +260,7 @@ impl Node {
     }
 
     /// A proxy that comes while none serves does so at once; another one when it is ready for every pod.
-    fn welcome(&mut self, number: u64, link: Link) -> Vec<Action> {
+    fn welcome(&mut self, number: u64, link: Link, started: Duration) -> Vec<Action> {
         let (kept, files) = match self.proxies.left() {
             Ok(left) => left.into_iter().unzip(),
             Err(error) => {
@@ -272,12 +272,18 @@ impl Node {
             return Vec::new();
         }
         if self.proxies.is_free() {
-            self.proxies.serve(number, link);
+            self.proxies.serve(number, link, started);
             self.serves("it serves");
             return self.pods.proxy_connected();
         }
+        // Of an upgrade: when the agent goes first, both proxies come to the new one, in whatever order.
+        if self.proxies.is_older(started) {
+            self.shown.journal.change("proxy-connected", "", "a newer one serves, and it drains");
+            self.proxies.drain(number, link);
+            return Vec::new();
+        }
         let served = self.pods.served();
-        if self.proxies.prepare(number, link, served.iter().map(|pod| pod.pod.clone()).collect()).is_err() {
+        if self.proxies.prepare(number, link, started, served.iter().map(|pod| pod.pod.clone()).collect()).is_err() {
             self.shown.journal.problem("proxy-refused", "", "another one is about to take over");
             return Vec::new();
         }

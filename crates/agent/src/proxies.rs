@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use mesh::PodUid;
 use wire::pods::{FromAgent, Kept};
@@ -20,6 +21,8 @@ pub(crate) type Left = HashMap<Kept, OwnedFd>;
 #[derive(Debug, Default)]
 pub(crate) struct Proxies {
     serving: Option<(u64, Link)>,
+    /// When the one that serves, or the newest one that did, has started.
+    newest: Duration,
     next: Option<Next>,
     leaving: HashMap<u64, Link>,
     left: Left,
@@ -28,6 +31,7 @@ pub(crate) struct Proxies {
 #[derive(Debug)]
 struct Next {
     number: u64,
+    started: Duration,
     link: Link,
     missing: BTreeSet<PodUid>,
     ready: BTreeSet<PodUid>,
@@ -52,20 +56,40 @@ impl Proxies {
     }
 
     /// It serves.
-    pub(crate) fn serve(&mut self, number: u64, link: Link) {
+    pub(crate) fn serve(&mut self, number: u64, link: Link, started: Duration) {
         self.serving = Some((number, link));
+        self.newest = started;
+    }
+
+    /// Whether a proxy that started then is older than the one that serves: it is not its successor, but the one before.
+    pub(crate) fn is_older(&self, started: Duration) -> bool {
+        self.serving.is_some() && started < self.newest
+    }
+
+    /// It serves what it has to its end, and gets sockets for that.
+    pub(crate) fn drain(&mut self, number: u64, link: Link) {
+        // One that does not read is not worth waiting for.
+        if link.send(&FromAgent::Drain, Vec::new()) {
+            self.leaving.insert(number, link);
+        }
     }
 
     /// It is to take the other's place, once it is ready for these pods.
     ///
     /// # Errors
     /// Another one is about to; the link is closed, with that word.
-    pub(crate) fn prepare(&mut self, number: u64, link: Link, missing: BTreeSet<PodUid>) -> Result<(), ()> {
+    pub(crate) fn prepare(
+        &mut self,
+        number: u64,
+        link: Link,
+        started: Duration,
+        missing: BTreeSet<PodUid>,
+    ) -> Result<(), ()> {
         if self.next.is_some() {
             link.send(&FromAgent::Refused("another proxy is about to take over".into()), Vec::new());
             return Err(());
         }
-        self.next = Some(Next { number, link, missing, ready: BTreeSet::new(), left: Left::new() });
+        self.next = Some(Next { number, started, link, missing, ready: BTreeSet::new(), left: Left::new() });
         Ok(())
     }
 
@@ -89,11 +113,9 @@ impl Proxies {
     pub(crate) fn succeed(&mut self) -> Change {
         let ready = |next: &Next| next.missing.is_empty() || self.serving.is_none();
         let Some(next) = self.next.take_if(|next| ready(next)) else { return Change::Nothing };
+        self.newest = next.started;
         if let Some((number, link)) = self.serving.replace((next.number, next.link)) {
-            // One that does not read is not worth waiting for.
-            if link.send(&FromAgent::Drain, Vec::new()) {
-                self.leaving.insert(number, link);
-            }
+            self.drain(number, link);
         }
         self.left.extend(next.left);
         Change::Succeeded(next.ready)
@@ -190,8 +212,8 @@ mod tests {
         let mut proxies = Proxies::default();
         let (old, mut old_hears) = link();
         let (new, _new_hears) = link();
-        proxies.serve(1, old);
-        proxies.prepare(2, new, pods(&["a", "b"])).unwrap();
+        proxies.serve(1, old, Duration::from_secs(1));
+        proxies.prepare(2, new, Duration::from_secs(2), pods(&["a", "b"])).unwrap();
         assert_eq!(proxies.ready(2, &PodUid::from("a")), Change::Nothing);
         assert_eq!(proxies.ready(1, &PodUid::from("b")), Change::Nothing, "the other one is not asked");
         assert!(proxies.is_serving(1) && old_hears.next().is_none());
@@ -204,14 +226,28 @@ mod tests {
     }
 
     #[test]
+    fn an_older_proxy_is_no_successor_and_drains_at_once() {
+        let mut proxies = Proxies::default();
+        assert!(!proxies.is_older(Duration::ZERO), "nobody serves");
+        let (new, mut new_hears) = link();
+        let (old, mut old_hears) = link();
+        proxies.serve(2, new, Duration::from_secs(2));
+        assert!(proxies.is_older(Duration::from_secs(1)) && !proxies.is_older(Duration::from_secs(3)));
+        proxies.drain(1, old);
+        assert_eq!((old_hears.next(), new_hears.next()), (Some(FromAgent::Drain), None));
+        assert!(proxies.is_serving(2) && proxies.sender(1).is_some(), "it still gets sockets");
+        assert_eq!(proxies.gone(1), Change::Nothing);
+    }
+
+    #[test]
     fn a_successor_that_goes_changes_nothing_and_a_second_one_is_refused_by_name() {
         let mut proxies = Proxies::default();
         let (old, _a) = link();
         let (new, _b) = link();
         let (third, mut third_hears) = link();
-        proxies.serve(1, old);
-        proxies.prepare(2, new, pods(&["a"])).unwrap();
-        assert!(proxies.prepare(3, third, pods(&["a"])).is_err());
+        proxies.serve(1, old, Duration::from_secs(1));
+        proxies.prepare(2, new, Duration::from_secs(2), pods(&["a"])).unwrap();
+        assert!(proxies.prepare(3, third, Duration::from_secs(3), pods(&["a"])).is_err());
         assert!(matches!(third_hears.next(), Some(FromAgent::Refused(why)) if why.contains("about to take over")));
         assert_eq!(proxies.gone(2), Change::Nothing);
         assert!(proxies.is_serving(1));
@@ -223,8 +259,8 @@ mod tests {
             let mut proxies = Proxies::default();
             let (old, _a) = link();
             let (new, _b) = link();
-            proxies.serve(1, old);
-            proxies.prepare(2, new, pods(&["a"])).unwrap();
+            proxies.serve(1, old, Duration::from_secs(1));
+            proxies.prepare(2, new, Duration::from_secs(2), pods(&["a"])).unwrap();
             let change = if leaves { proxies.leaving(1) } else { proxies.gone(1) };
             assert_eq!(change, Change::Succeeded(pods(&[])));
             assert!(proxies.is_serving(2));
@@ -232,8 +268,8 @@ mod tests {
         let mut proxies = Proxies::default();
         let (old, _a) = link();
         let (new, _b) = link();
-        proxies.serve(1, old);
-        proxies.prepare(2, new, pods(&["a"])).unwrap();
+        proxies.serve(1, old, Duration::from_secs(1));
+        proxies.prepare(2, new, Duration::from_secs(2), pods(&["a"])).unwrap();
         assert_eq!(proxies.forget(&PodUid::from("a")), Change::Succeeded(pods(&[])));
     }
 
@@ -244,9 +280,9 @@ mod tests {
         let mut proxies = Proxies::default();
         let (old, _a) = link();
         let (new, _b) = link();
-        proxies.serve(1, old);
+        proxies.serve(1, old, Duration::from_secs(1));
         proxies.keep(1, Kept::View, file(b"old"));
-        proxies.prepare(2, new, pods(&["a"])).unwrap();
+        proxies.prepare(2, new, Duration::from_secs(2), pods(&["a"])).unwrap();
         proxies.keep(2, Kept::View, file(b"new"));
         assert_eq!(kept(&proxies), b"old");
         proxies.gone(1);

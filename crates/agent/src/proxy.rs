@@ -32,8 +32,8 @@ const MOST_BATCHES: usize = 32;
 /// What the proxy of a link says.
 #[derive(Debug)]
 pub(crate) enum Said {
-    /// It said hello.
-    Hello(Link),
+    /// It said hello, and when it started.
+    Hello(Link, Duration),
     /// It is gone.
     Gone,
     /// It accepts on a pod's listeners, and has its certificate.
@@ -132,9 +132,9 @@ pub(crate) async fn serve(door: Door, events: mpsc::Sender<Event>) {
 
 async fn converse(number: u64, channel: AsyncFd<Channel>, events: mpsc::Sender<Event>, _place: OwnedSemaphorePermit) {
     let end = match timeout(HELLO, greet(&channel)).await {
-        Ok(Ok(())) => {
+        Ok(Ok(started)) => {
             let (link, mut outgoing, closed) = Link::new();
-            let hello = Event::Proxy(number, Said::Hello(link));
+            let hello = Event::Proxy(number, Said::Hello(link, started));
             if events.send(hello).await.is_err() {
                 return;
             }
@@ -161,10 +161,10 @@ async fn converse(number: u64, channel: AsyncFd<Channel>, events: mpsc::Sender<E
     tracing::warn!("the link to a proxy ended: {end}");
 }
 
-async fn greet(channel: &AsyncFd<Channel>) -> Result<(), End> {
+async fn greet(channel: &AsyncFd<Channel>) -> Result<Duration, End> {
     match receive(channel, &mut vec![0; MAX_MESSAGE]).await?.0 {
-        ToAgent::Hello { version: VERSION } => Ok(()),
-        ToAgent::Hello { version } => Err(End::Version(version)),
+        ToAgent::Hello { version: VERSION, started } => Ok(started),
+        ToAgent::Hello { version, .. } => Err(End::Version(version)),
         _ => Err(End::NoHello),
     }
 }

@@ -12,6 +12,7 @@ pub mod bpf;
 pub mod capture;
 pub mod changes;
 pub mod channel;
+pub mod clock;
 pub mod diag;
 pub mod links;
 pub mod netlink;

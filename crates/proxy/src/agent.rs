@@ -56,6 +56,8 @@ pub(crate) struct Told {
     pub(crate) pods: Box<dyn Fn() -> Vec<(PodAdded, Vec<OwnedFd>)> + Send + Sync>,
     /// What changes while the link is up.
     pub(crate) state: watch::Receiver<State>,
+    /// When this process started, since the machine did.
+    pub(crate) started: Duration,
 }
 
 /// What an agent must know of us at any time.
@@ -120,7 +122,7 @@ async fn converse(
     told: &mut Told,
 ) -> io::Error {
     let speak = async {
-        send(link, &ToAgent::Hello { version: VERSION }, &[]).await?;
+        send(link, &ToAgent::Hello { version: VERSION, started: told.started }, &[]).await?;
         for (pod, listeners) in (told.pods)() {
             let borrowed: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
             send(link, &ToAgent::Held(pod), &borrowed).await?;
@@ -286,7 +288,7 @@ mod tests {
                 })
                 .collect()
         });
-        let end = converse(&link, &said, &mut outgoing, &mut Told { pods, state }).await;
+        let end = converse(&link, &said, &mut outgoing, &mut Told { pods, state, started: Duration::ZERO }).await;
         drop(link);
         let mut all = Vec::new();
         while let Ok(said) = heard.try_recv() {
@@ -318,7 +320,7 @@ mod tests {
         let talk = talk(State::default(), vec![hello(), (FromAgent::Unknown, Vec::new()), added], 4).await;
         assert!([io::ErrorKind::UnexpectedEof, io::ErrorKind::BrokenPipe].contains(&talk.end.kind()), "{}", talk.end);
         let ready = ToAgent::PodReady { pod: PodUid::from("uid") };
-        let hello = ToAgent::Hello { version: VERSION };
+        let hello = ToAgent::Hello { version: VERSION, started: Duration::ZERO };
         assert_eq!(talk.told, [(hello, 0), (ToAgent::Held(held()), 1), (ToAgent::HeldAll, 0), (ready, 0)]);
         let [Said::Connected(left), Said::PodAdded(pod, listeners)] = &talk.heard[..] else {
             panic!("{:?}", talk.heard)

@@ -10,6 +10,7 @@ mod cni;
 mod tests;
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use identity::SpiffeId;
 use mesh::{PodUid, Probes};
@@ -155,6 +156,8 @@ pub enum ToAgent {
     Hello {
         /// [`VERSION`].
         version: u32,
+        /// When it started, since the machine did: which of two proxies is the newer one.
+        started: Duration,
     },
     /// The pod's listeners are accepted on and its certificate is held: its rules may be loaded.
     PodReady {
@@ -232,7 +235,10 @@ impl ToAgent {
     pub fn encode(&self) -> Vec<u8> {
         use v1::to_agent::Message as M;
         let message = match self {
-            Self::Hello { version } => M::Hello(v1::ProxyHello { version: *version }),
+            Self::Hello { version, started } => M::Hello(v1::ProxyHello {
+                version: *version,
+                started_milliseconds: u64::try_from(started.as_millis()).unwrap_or(u64::MAX),
+            }),
             Self::PodReady { pod } => M::PodReady(v1::PodReady { pod_uid: pod.to_string() }),
             Self::WantSockets { pod, kind, count } => M::WantSockets(v1::WantSockets {
                 pod_uid: pod.to_string(),
@@ -253,7 +259,10 @@ impl ToAgent {
         use v1::to_agent::Message as M;
         let Some(message) = decode::<v1::ToAgent>(bytes)?.message else { return Ok(Self::Unknown) };
         match message {
-            M::Hello(hello) => Ok(Self::Hello { version: hello.version }),
+            M::Hello(hello) => Ok(Self::Hello {
+                version: hello.version,
+                started: Duration::from_millis(hello.started_milliseconds),
+            }),
             M::PodReady(ready) => Ok(Self::PodReady { pod: pod_uid(&ready.pod_uid)? }),
             M::WantSockets(want) if (1..=MAX_SOCKETS).contains(&want.count) => {
                 Ok(Self::WantSockets { pod: pod_uid(&want.pod_uid)?, kind: socket_kind(want.kind)?, count: want.count })

@@ -88,6 +88,7 @@ fn added() -> CniAdd {
         name: "web".into(),
         netns: "/proc/thread-self/ns/net".into(),
         container: "3f".into(),
+        addresses: vec!["10.0.0.5".parse().unwrap()],
     }
 }
 

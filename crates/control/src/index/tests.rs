@@ -114,7 +114,7 @@ fn a_pod_without_an_address_is_known_to_its_own_node_alone() {
     let placed = pod("shop", "web", "10.88.16.5", "", "").replace("podIPs: [{ip: \"10.88.16.5\"}]", "podIPs: []");
     let mut index = index(&placed);
     assert!(index.views().workloads.is_empty());
-    let known = &index.views().node_pods["node-a"][&PodUid::from("uid-shop-web")];
+    let known = &index.views().node_pods["node-a"][&mesh::PodUid::from("uid-shop-web")];
     assert!(known.addresses.is_empty() && known.capture.is_ok());
     apply(&mut index, &pod("shop", "web", "10.88.16.5", "", ""));
     assert_eq!(workload(&index, "shop", "web").addresses.len(), 1);
