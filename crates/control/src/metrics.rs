@@ -18,7 +18,7 @@ pub(crate) struct Metrics {
     certificates: Family<Outcome, Counter>,
     refused_calls: Family<Outcome, Counter>,
     token_reviews: Family<Outcome, Counter>,
-    /// Lists of a whole kind that were asked for.
+    /// Whole lists of a kind that the API server gave.
     pub(crate) lists: Counter,
     pub(crate) changes: Counter,
     pub(crate) published: Counter,
@@ -81,7 +81,7 @@ impl Metrics {
             token_reviews.clone(),
         );
         let lists = Counter::default();
-        registry.counter("lists", "Lists of all objects of a kind that the API server was asked for", lists.clone());
+        registry.counter("lists", "Whole lists of a kind of object that the API server gave", lists.clone());
         let changes = Counter::default();
         registry.counter("object_changes", "Changes of objects taken in", changes.clone());
         let published = Counter::default();

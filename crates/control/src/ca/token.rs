@@ -45,7 +45,7 @@ impl Role {
 pub(crate) enum Unknown {
     /// It is not in the file.
     #[error("the token is not one that the control plane knows; give the node's own by --token")]
-    UnknownToken,
+    NotInFile,
     /// It is no service account's token.
     #[error("the token is no service account's; give the one that kubelet projects by --token")]
     Malformed,
@@ -77,7 +77,7 @@ impl Unknown {
     /// The name in logs and metrics.
     pub(crate) fn as_str(&self) -> &'static str {
         match self {
-            Self::UnknownToken => "unknown-token",
+            Self::NotInFile => "unknown-token",
             Self::Malformed => "malformed",
             Self::WrongAccount => "wrong-account",
             Self::WrongAudience => "wrong-audience",
@@ -101,7 +101,7 @@ impl Tokens {
     /// Who presents this token from there.
     pub(crate) async fn authenticate(&self, token: &str, from: IpAddr) -> Result<Caller, Unknown> {
         match self {
-            Self::File(tokens) => tokens.authenticate(token).ok_or(Unknown::UnknownToken),
+            Self::File(tokens) => tokens.authenticate(token).ok_or(Unknown::NotInFile),
             Self::Reviewed(reviews) => reviews.authenticate(token, from).await,
         }
     }

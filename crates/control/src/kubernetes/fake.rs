@@ -234,22 +234,22 @@ impl Fake {
             (method, Some(_)) => {
                 let path = path.strip_suffix("/status").unwrap_or(&path).to_owned();
                 let Some(there) = state.objects.get(&path).cloned() else { return status(404, "no such object") };
-                let version = match method {
-                    &Method::DELETE => &body["preconditions"]["resourceVersion"],
+                let version = match *method {
+                    Method::DELETE => &body["preconditions"]["resourceVersion"],
                     _ => &body["metadata"]["resourceVersion"],
                 };
                 if !version.is_null() && *version != there["metadata"]["resourceVersion"] {
                     return status(409, "it is another version");
                 }
                 state.writes += 1;
-                match method {
-                    &Method::PUT => whole(200, &self.store(&mut state, &path, body)),
-                    &Method::PATCH => {
+                match *method {
+                    Method::PUT => whole(200, &self.store(&mut state, &path, body)),
+                    Method::PATCH => {
                         let mut object = there;
                         object["status"] = body["status"].clone();
                         whole(200, &self.store(&mut state, &path, object))
                     }
-                    &Method::DELETE => {
+                    Method::DELETE => {
                         drop(state);
                         self.remove(&path);
                         whole(200, &there)

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use identity::tls;
 use mesh::PodUid;
@@ -111,7 +112,7 @@ impl Running {
             let shutdown = async {
                 let _ = stopped.await;
             };
-            serve(listener, move || config.clone(), handler, shutdown, std::time::Duration::ZERO).await
+            serve(listener, move || config.clone(), handler, shutdown, Duration::ZERO).await
         });
         Self { control, address, stop, task }
     }

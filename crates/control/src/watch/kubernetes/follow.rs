@@ -163,17 +163,22 @@ where
 
     /// All of the kind, and the version from which to watch.
     async fn list(&mut self) -> Result<String, (Option<String>, End)> {
-        self.metrics.lists.inc();
         if self.streams {
             match self.list_as_stream().await {
                 Err(End::Failure(Failure::Refused(because))) => {
                     debug!(kind = %self.kind, because, "lists come by pages: the API server does not stream them");
                     self.streams = false;
                 }
-                result => return result.map_err(|end| (None, end)),
+                result => return self.counted(result),
             }
         }
-        self.list_by_pages().await.map_err(|end| (None, end))
+        let result = self.list_by_pages().await;
+        self.counted(result)
+    }
+
+    fn counted(&self, listed: Result<String, End>) -> Result<String, (Option<String>, End)> {
+        self.metrics.lists.inc_by(u64::from(listed.is_ok()));
+        listed.map_err(|end| (None, end))
     }
 
     async fn list_as_stream(&mut self) -> Result<String, End> {
