@@ -18,6 +18,7 @@ use identity::tls;
 use rustls::pki_types::ServerName;
 use rustls::time_provider::DefaultTimeProvider;
 use serde::Deserialize;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -97,22 +98,32 @@ impl ApiServer {
         let tcp = TcpStream::connect((self.host, self.port)).await.map_err(|error| words(&error))?;
         let name = ServerName::IpAddress(self.host.into());
         let stream = TlsConnector::from(config).connect(name, tcp).await.map_err(|error| words(&error))?;
-        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| words(&error))?;
-        let connection = tokio::spawn(connection);
-        let mut bearer = HeaderValue::from_str(&format!("Bearer {}", token.trim())).map_err(|_| "the token is none")?;
-        bearer.set_sensitive(true);
-        let request = Request::get(path)
-            .header(HOST, "kubernetes.default.svc")
-            .header(ACCEPT, "application/json")
-            .header(AUTHORIZATION, bearer)
-            .body(Empty::<Bytes>::new())
-            .map_err(|error| words(&error))?;
-        let answer = sender.send_request(request).await.map_err(|error| words(&error))?;
-        let status = answer.status();
-        let body = Limited::new(answer.into_body(), LARGEST).collect().await.map_err(|error| words(error.as_ref()))?;
-        connection.abort();
-        Ok((status, body.to_bytes()))
+        converse(stream, path, &token).await
     }
+}
+
+/// One request on a connection that stands.
+async fn converse(
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    path: &str,
+    token: &str,
+) -> Result<(StatusCode, Bytes), String> {
+    let words = |error: &dyn std::error::Error| error.to_string();
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| words(&error))?;
+    let connection = tokio::spawn(connection);
+    let mut bearer = HeaderValue::from_str(&format!("Bearer {}", token.trim())).map_err(|_| "the token is none")?;
+    bearer.set_sensitive(true);
+    let request = Request::get(path)
+        .header(HOST, "kubernetes.default.svc")
+        .header(ACCEPT, "application/json")
+        .header(AUTHORIZATION, bearer)
+        .body(Empty::<Bytes>::new())
+        .map_err(|error| words(&error))?;
+    let answer = sender.send_request(request).await.map_err(|error| words(&error))?;
+    let status = answer.status();
+    let body = Limited::new(answer.into_body(), LARGEST).collect().await.map_err(|error| words(error.as_ref()))?;
+    connection.abort();
+    Ok((status, body.to_bytes()))
 }
 
 /// Only what the API server says of the object itself counts: that it does not let us ask says nothing of it.
@@ -171,60 +182,26 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_deleted_daemonset_is_heard_of_over_tls_and_a_stranger_is_not() {
-        let place = tempfile::tempdir().unwrap();
-        let (certificate, acceptor) = self::pki::api_server();
-        std::fs::write(place.path().join("token"), "the-token\n").unwrap();
-        std::fs::write(place.path().join("ca.crt"), &certificate).unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let serving = tokio::spawn(async move {
-            let mut heard = Vec::new();
-            for _ in 0..2 {
-                let Ok(mut tls) = acceptor.accept(listener.accept().await.unwrap().0).await else { continue };
+    async fn what_is_asked_is_the_daemonset_with_the_token_and_the_answer_is_bounded() {
+        let body = r#"{"metadata":{"deletionTimestamp":"2026-01-01T00:00:00Z"}}"#;
+        for (length, fits) in [(body.len(), true), (LARGEST + 1, false)] {
+            let (near, mut far) = tokio::io::duplex(1 << 16);
+            let serving = tokio::spawn(async move {
                 let mut buffer = [0; 2048];
-                let length = tls.read(&mut buffer).await.unwrap();
-                heard.push(String::from_utf8_lossy(&buffer[..length]).into_owned());
-                let body = r#"{"metadata":{"deletionTimestamp":"2026-01-01T00:00:00Z"}}"#;
-                let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
-                tls.write_all(answer.as_bytes()).await.unwrap();
+                let read = far.read(&mut buffer).await.unwrap();
+                let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{body:<length$}");
+                // Whoever has heard enough hangs up.
+                let _ = far.write_all(head.as_bytes()).await;
+                String::from_utf8_lossy(&buffer[..read]).to_lowercase()
+            });
+            let answer = converse(near, "/apis/apps/v1/namespaces/a/daemonsets/b", "the-token\n").await;
+            let asked = serving.await.unwrap();
+            assert!(asked.starts_with("get /apis/apps/v1/namespaces/a/daemonsets/b http/1.1\r\n"), "{asked}");
+            assert!(asked.contains("authorization: bearer the-token\r\n"), "{asked}");
+            match answer {
+                Ok((status, body)) if fits => assert_eq!(decide(status, &body), Fate::Goes),
+                other => assert!(!fits && other.is_err(), "{other:?}"),
             }
-            heard
-        });
-        assert_eq!(server(place.path(), port).fate("justmtls-system", "justmtls-node").await, Fate::Goes);
-        std::fs::write(place.path().join("ca.crt"), self::pki::api_server().0).unwrap();
-        let stranger = server(place.path(), port).fate("justmtls-system", "justmtls-node").await;
-        assert!(matches!(stranger, Fate::Unknown(_)), "{stranger:?}");
-        let heard = serving.await.unwrap();
-        assert_eq!(heard.len(), 1);
-        let asked = heard[0].to_lowercase();
-        assert!(asked.starts_with("get /apis/apps/v1/namespaces/justmtls-system/daemonsets/justmtls-node http/1.1"));
-        assert!(asked.contains("authorization: bearer the-token\r\n"));
-    }
-
-    mod pki {
-        use rcgen::{CertificateParams, KeyPair};
-        use rustls::ServerConfig;
-        use rustls::crypto::aws_lc_rs::default_provider;
-        use rustls::pki_types::PrivateKeyDer;
-        use tokio_rustls::TlsAcceptor;
-
-        use super::*;
-
-        /// A server that vouches for itself, and its certificate as PEM.
-        pub(super) fn api_server() -> (String, TlsAcceptor) {
-            let key = KeyPair::generate().unwrap();
-            let certificate = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap().self_signed(&key).unwrap();
-            let config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
-                .with_protocol_versions(&[&rustls::version::TLS13])
-                .unwrap()
-                .with_no_client_auth()
-                .with_single_cert(
-                    vec![certificate.der().clone()],
-                    PrivateKeyDer::try_from(key.serialize_der()).unwrap(),
-                )
-                .unwrap();
-            (certificate.pem(), TlsAcceptor::from(Arc::new(config)))
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The crate from outside: a small trust domain, its handshakes in memory, and those who try to get in.
 
+mod api_server;
 mod authority;
 mod bundles;
 mod estates;

@@ -13,7 +13,10 @@ use crate::proto::runtime::v1::runtime_service_server::{RuntimeService, RuntimeS
 
 /// What it has: sandboxes, each with its network namespace where it has one.
 #[derive(Debug, Clone, Default)]
-pub struct Double(Arc<Mutex<Vec<(Sandbox, Option<PathBuf>)>>>);
+pub struct Double(Arc<Mutex<Vec<Placed>>>);
+
+/// A sandbox, and where its network namespace is.
+type Placed = (Sandbox, Option<PathBuf>);
 
 impl Double {
     /// From here on these are its sandboxes.
@@ -30,7 +33,7 @@ impl Double {
         server.serve_with_incoming(UnixListenerStream::new(listener)).await
     }
 
-    fn all(&self) -> Vec<(Sandbox, Option<PathBuf>)> {
+    fn all(&self) -> Vec<Placed> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
