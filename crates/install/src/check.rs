@@ -24,8 +24,8 @@ pub struct Arguments {
     /// Look again until nothing fails.
     #[arg(long)]
     pub wait: bool,
-    /// How long, in seconds.
-    #[arg(long, default_value_t = 300, value_name = "SECONDS", requires = "wait")]
+    /// How long, as 90s or 5m.
+    #[arg(long, default_value_t = 300, value_name = "TIME", value_parser = crate::values::patience, requires = "wait")]
     pub timeout: u64,
     /// Pods of this namespace alone.
     #[arg(short, long)]

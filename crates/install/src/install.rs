@@ -29,8 +29,8 @@ pub struct Arguments {
     /// Do not wait until everything is ready.
     #[arg(long)]
     pub no_wait: bool,
-    /// How long to wait, in seconds.
-    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    /// How long to wait, as 90s or 5m.
+    #[arg(long, default_value_t = 300, value_name = "TIME", value_parser = crate::values::patience)]
     pub timeout: u64,
     /// Which cluster is meant.
     #[command(flatten)]

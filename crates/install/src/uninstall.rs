@@ -22,8 +22,8 @@ pub struct Arguments {
     /// Go on although pods of some nodes do not end: those nodes keep the CNI plugin.
     #[arg(long)]
     pub force: bool,
-    /// How long the pods of the nodes may take to end, in seconds. By default their drain time and two minutes.
-    #[arg(long, value_name = "SECONDS")]
+    /// How long the pods of the nodes may take to end, as 90s or 5m. By default their drain time and two minutes.
+    #[arg(long, value_name = "TIME", value_parser = crate::values::patience)]
     pub timeout: Option<u64>,
     /// Which cluster is meant.
     #[command(flatten)]

@@ -322,6 +322,15 @@ fn check(form: Form, text: &str) -> Result<(), String> {
     if fits { Ok(()) } else { Err(what) }
 }
 
+/// A time to wait as a command line says it: seconds, or a whole number with a unit as kubectl has it.
+///
+/// # Errors
+/// What to write instead.
+pub(crate) fn patience(text: &str) -> Result<u64, &'static str> {
+    const WRONG: &str = "write a whole number of seconds, or one with s, m, h or d behind it, such as 90s or 5m";
+    text.parse().ok().or_else(|| seconds(text)).filter(|seconds| *seconds <= 86_400).ok_or(WRONG)
+}
+
 /// The seconds of a whole number with a unit.
 fn seconds(text: &str) -> Option<u64> {
     let unit = match text.chars().next_back()? {
@@ -351,6 +360,14 @@ mod tests {
 
     fn words(words: &[&str]) -> Result<Values, WrongValue> {
         Values::from_words(&words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn a_time_to_wait_is_seconds_or_has_a_unit() {
+        assert_eq!((patience("40"), patience("40s"), patience("2m")), (Ok(40), Ok(40), Ok(120)));
+        for wrong in ["", "s", "2w", "-1", "1.5m", "25h"] {
+            assert!(patience(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -67,7 +67,7 @@ fn one_command_installs_and_the_table_shows_mtls() {
     edge(&cluster, "shop/client", "mtls", None);
     edge(&cluster, "outside/stranger", "plaintext", Some("opted-out"));
     let table = cluster.justmtls(&["coverage"]).run().ok();
-    assert!(table.lines().any(|line| line.contains("shop/client") && line.contains("shop/web") && line.contains("mTLS")), "{table}");
+    assert!(table.lines().any(|line| line.contains("shop/client") && line.contains("shop/web") && line.contains("mtls")), "{table}");
     let took = began.elapsed();
     println!("from the first command to the table: {took:.0?}\n{table}");
     assert!(took < FIVE_MINUTES, "{took:?}");

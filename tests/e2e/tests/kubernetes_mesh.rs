@@ -32,7 +32,7 @@ fn meanwhile(mut load: Loaded, what: impl FnOnce(&Loaded)) -> Report {
 }
 
 fn install(cluster: &Kubernetes) {
-    cluster.install(&[&format!("drain={}s", DRAIN.as_secs())]);
+    cluster.install(&[&format!("drain={}", DRAIN.as_secs())]);
 }
 
 /// One cluster for all of it: each part begins with what the last one left, which is a mesh that works.
@@ -60,7 +60,7 @@ fn nobody_notices_installation_restarts_kills_and_rollouts() {
     plaintext(&cluster, "outside/stranger", "shop/web", "opted-out");
 
     println!("a second installation");
-    let again = cluster.install(&[&format!("drain={}s", DRAIN.as_secs())]);
+    let again = cluster.install(&[&format!("drain={}", DRAIN.as_secs())]);
     assert!(again.contains("nothing changed"), "{again}");
 
     println!("rolling restart of everything");
