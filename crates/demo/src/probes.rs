@@ -85,7 +85,7 @@ fn port(container: &Container, wanted: &IntOrString) -> Option<u16> {
         IntOrString::Int(number) => *number,
         IntOrString::String(name) => {
             let named = container.ports.iter().flatten().find(|port| port.name.as_ref() == Some(name));
-            named.map(|port| port.container_port).or_else(|| name.parse().ok())?
+            named?.container_port
         }
     };
     u16::try_from(number).ok()

@@ -17,7 +17,10 @@ pub(super) fn read(spec: &core::PodSpec, object: &str, problems: &mut Vec<Proble
             Ok(probe) => read.push(probe),
             Err(Unreadable { container, what, why }) => problems.push(Problem::warning(
                 object,
-                format!("container {}: its {what} {why}; it is refused where plaintext is", quoted(&container)),
+                format!(
+                    "container {}: its {what} {why}; it is refused where plaintext is, until that is corrected",
+                    quoted(&container)
+                ),
             )),
         }
     }
@@ -89,11 +92,8 @@ fn port(container: &core::Container, port: &IntOrString) -> Result<u16, String> 
         IntOrString::Int(port) => number(*port),
         IntOrString::String(name) => {
             let named = container.ports.iter().flatten().find(|port| port.name.as_ref() == Some(name));
-            match (named, name.parse()) {
-                (Some(port), _) => number(port.container_port),
-                (None, Ok(port)) => number(port),
-                (None, Err(_)) => Err(format!("names the port {}, which the container does not have", quoted(name))),
-            }
+            let none = || format!("names the port {}, which the container does not have", quoted(name));
+            number(named.ok_or_else(none)?.container_port)
         }
     }
 }
@@ -138,7 +138,7 @@ mod tests {
       ports: [{ name: http, containerPort: 8080 }]
       livenessProbe: { httpGet: { path: /live?full=1, port: http, httpHeaders: [{ name: X-Probe, value: "yes" }] } }
       readinessProbe: { httpGet: { path: /ready, port: 8443, scheme: HTTPS } }
-      startupProbe: { tcpSocket: { port: "9000" } }
+      startupProbe: { tcpSocket: { port: 9000 } }
       lifecycle: { preStop: { httpGet: { path: drain, port: 8080 } }, postStart: { httpGet: { path: /live, port: 1 } } }
     - name: rpc
       image: rpc
@@ -181,7 +181,7 @@ mod tests {
         assert_eq!(probes, [Probe { port: 80, check: Check::Tcp }]);
         let [problem] = &problems[..] else { panic!("{problems:?}") };
         let text = problem.to_string();
-        assert!(text.contains("livenessProbe names the port \"nowhere\""), "{text}");
+        assert!(text.contains("livenessProbe names the port nowhere,"), "{text}");
     }
 
     #[test]
