@@ -189,9 +189,10 @@ mod tests {
             let serving = tokio::spawn(async move {
                 let mut buffer = [0; 2048];
                 let read = far.read(&mut buffer).await.unwrap();
-                let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{body:<length$}");
+                let rest = " ".repeat(length - body.len());
+                let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{body}{rest}");
                 // Whoever has heard enough hangs up.
-                let _ = far.write_all(head.as_bytes()).await;
+                let _ = far.write_all(answer.as_bytes()).await;
                 String::from_utf8_lossy(&buffer[..read]).to_lowercase()
             });
             let answer = converse(near, "/apis/apps/v1/namespaces/a/daemonsets/b", "the-token\n").await;

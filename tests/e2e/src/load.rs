@@ -259,6 +259,14 @@ impl Report {
         Duration::from_secs_f64(last? / 1e3).checked_sub(self.event?)
     }
 
+    /// The time from the event to the first failure of this work (`short`, `long` or `bulk`) after it.
+    #[must_use]
+    pub fn first_failure_after_event(&self, work: &str) -> Option<Duration> {
+        let all = self.last["failures"].as_array().into_iter().flatten().filter(|failure| failure["work"] == work);
+        let times = all.filter_map(|failure| Some(Duration::from_secs_f64(failure["at_ms"].as_f64()? / 1e3)));
+        times.filter_map(|time| time.checked_sub(self.event?)).min()
+    }
+
     /// Of `short`, `long` or `bulk`, in `before`, `during` or `after`.
     #[must_use]
     pub fn of_phase(&self, phase: &str, work: &str) -> Counts {

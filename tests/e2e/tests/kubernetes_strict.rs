@@ -146,9 +146,9 @@ fn wrong_people(cluster: &Kubernetes) {
         assert!(stranger.is_alive(), "{}", stranger.stderr());
     }
     // The right token on the wrong node: the node's name is the token's.
-    let before = refused(cluster, "wrong-node");
+    let before = refused(cluster, "not-allowed");
     let _stranger = presented(cluster, &worker, "another-node", &good);
-    eventually("a call for another node to be refused", PATIENCE, || refused(cluster, "wrong-node") > before);
+    eventually("a call for another node to be refused", PATIENCE, || refused(cluster, "not-allowed") > before);
 }
 
 /// A proxy that somebody starts on a node with a token of his.

@@ -75,16 +75,4 @@ impl Kubernetes {
         let exec = ["-n", OURS, "exec", &pod, "-c", container, "--", "/justmtls", "admin", &socket, page];
         serde_json::from_str(&self.kubectl(&exec).run().ok()).expect("pages are JSON")
     }
-
-    /// Waits until each node has a ready pod of the product beside one that ends, or in its place.
-    #[track_caller]
-    pub fn new_node_pods(&self) {
-        let set = ["-n", OURS, "daemonset", "justmtls-node"];
-        self.wait_for("every node to have a new pod of the product", &set, |set| {
-            let status = &set["status"];
-            status["observedGeneration"] == set["metadata"]["generation"]
-                && status["updatedNumberScheduled"] == status["desiredNumberScheduled"]
-                && status["numberReady"] == status["desiredNumberScheduled"]
-        });
-    }
 }
