@@ -41,7 +41,8 @@ impl Request {
 
     /// Reads the arguments after `test`. A word that names no group is a pattern.
     pub(crate) fn parse(arguments: &[String]) -> Result<Self> {
-        let mut request = Self { unit: false, e2e: false, kubernetes: false, required: false, ..Self::everything_required() };
+        let mut request =
+            Self { unit: false, e2e: false, kubernetes: false, required: false, ..Self::everything_required() };
         let mut arguments = arguments.iter();
         while let Some(argument) = arguments.next() {
             match argument.as_str() {

@@ -205,7 +205,8 @@ async fn serve(args: Args, descriptors: u64) -> Result<()> {
     };
     let state = watch::Sender::new(State::default());
     let held = pods.clone();
-    let told = Told { pods: Box::new(move || held.held()), state: state.subscribe(), started: linux::clock::since_boot() };
+    let told =
+        Told { pods: Box::new(move || held.held()), state: state.subscribe(), started: linux::clock::since_boot() };
     tokio::spawn(agent::keep(Place { path: args.agent_socket, uid: args.agent_uid }, said, outgoing, told));
     tokio::spawn(estate::keep(node.clone(), state.clone()));
     tokio::spawn({

@@ -259,10 +259,9 @@ impl ToAgent {
         use v1::to_agent::Message as M;
         let Some(message) = decode::<v1::ToAgent>(bytes)?.message else { return Ok(Self::Unknown) };
         match message {
-            M::Hello(hello) => Ok(Self::Hello {
-                version: hello.version,
-                started: Duration::from_millis(hello.started_milliseconds),
-            }),
+            M::Hello(hello) => {
+                Ok(Self::Hello { version: hello.version, started: Duration::from_millis(hello.started_milliseconds) })
+            }
             M::PodReady(ready) => Ok(Self::PodReady { pod: pod_uid(&ready.pod_uid)? }),
             M::WantSockets(want) if (1..=MAX_SOCKETS).contains(&want.count) => {
                 Ok(Self::WantSockets { pod: pod_uid(&want.pod_uid)?, kind: socket_kind(want.kind)?, count: want.count })

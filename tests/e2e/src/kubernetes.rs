@@ -104,7 +104,8 @@ impl Kubernetes {
         let all = nodes["items"].as_array().expect("nodes").iter();
         let (first, rest): (Vec<_>, Vec<_>) =
             all.partition(|node| node["metadata"]["labels"].get("node-role.kubernetes.io/control-plane").is_some());
-        let name = |nodes: Vec<&Value>| nodes.first().and_then(|node| node["metadata"]["name"].as_str()).map(str::to_owned);
+        let name =
+            |nodes: Vec<&Value>| nodes.first().and_then(|node| node["metadata"]["name"].as_str()).map(str::to_owned);
         [name(first).expect("a control-plane node"), name(rest).expect("a worker")]
     }
 

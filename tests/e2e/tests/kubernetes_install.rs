@@ -18,7 +18,8 @@ spec: { mtls: { mode: STRICT } }
 ";
 
 fn ask(cluster: &Kubernetes, from: &str) -> bool {
-    let ask = ["/justmtls", "demo-app", "load", "--count", "1", "--short", "1", "--patience", "4000", "--to", "web.shop:80"];
+    let ask =
+        ["/justmtls", "demo-app", "load", "--count", "1", "--short", "1", "--patience", "4000", "--to", "web.shop:80"];
     cluster.exec(from, &ask).run().success()
 }
 
@@ -28,9 +29,9 @@ fn edge(cluster: &Kubernetes, from: &str, security: &str, reason: Option<&str>) 
     wait_until(&format!("{from} → shop/web, {security}"), SOON, || {
         let asked = ask(cluster, from);
         let edges = cluster.edges(from, "shop/web");
-        let found = edges.iter().any(|edge| {
-            edge["security"] == security && reason.is_none_or(|reason| edge["reason"] == reason)
-        });
+        let found = edges
+            .iter()
+            .any(|edge| edge["security"] == security && reason.is_none_or(|reason| edge["reason"] == reason));
         if asked && found { Ok(()) } else { Err(format!("answered {asked}; {edges:?}")) }
     });
 }
@@ -67,7 +68,10 @@ fn one_command_installs_and_the_table_shows_mtls() {
     edge(&cluster, "shop/client", "mtls", None);
     edge(&cluster, "outside/stranger", "plaintext", Some("opted-out"));
     let table = cluster.justmtls(&["coverage"]).run().ok();
-    assert!(table.lines().any(|line| line.contains("shop/client") && line.contains("shop/web") && line.contains("mtls")), "{table}");
+    assert!(
+        table.lines().any(|line| line.contains("shop/client") && line.contains("shop/web") && line.contains("mtls")),
+        "{table}"
+    );
     let took = began.elapsed();
     println!("from the first command to the table: {took:.0?}\n{table}");
     assert!(took < FIVE_MINUTES, "{took:?}");
@@ -90,7 +94,15 @@ fn one_command_installs_and_the_table_shows_mtls() {
     eventually("permissive to be back", SOON, || ask(&cluster, "outside/stranger"));
 
     println!("an image that no node has");
-    let broken = cluster.justmtls(&["upgrade", "--set", "image=localhost/none:1", "--set", "imagePullPolicy=Never", "--timeout", "40s"]);
+    let broken = cluster.justmtls(&[
+        "upgrade",
+        "--set",
+        "image=localhost/none:1",
+        "--set",
+        "imagePullPolicy=Never",
+        "--timeout",
+        "40s",
+    ]);
     let said = broken.within(SOON).run();
     assert_eq!(said.status.code(), Some(1), "{said}");
     assert!(format!("{}{}", said.stdout, said.stderr).contains("localhost/none:1"), "{said}");

@@ -57,14 +57,19 @@ fn nodes_that_lose_power_come_back_without_a_byte_in_clear() {
     // Before strict, the tap sees what the stranger says in clear: so it would see it later (D26).
     let (twin, secret) = (format!("twin-{}", std::process::id()), format!("secret-{}", std::process::id()));
     let tap = LinkTap::start(&cluster, &first, &worker);
-    assert_eq!(cluster.load("outside/stranger", "web.shop:80").short(1).count(1).marker(&twin).run(PATIENCE).answered(), 1);
+    assert_eq!(
+        cluster.load("outside/stranger", "web.shop:80").short(1).count(1).marker(&twin).run(PATIENCE).answered(),
+        1
+    );
     eventually("the twin to pass", PATIENCE, || tap.saw(&twin));
     cluster.apply(STRICT);
     eventually("strict to be enforced", PATIENCE, || {
         let asked = ["/justmtls", "demo-app", "load", "--to", "web.shop:80", "--count", "1", "--short", "1"];
         !cluster.exec("outside/stranger", &asked).run().success()
     });
-    let load = |cluster: &Kubernetes| cluster.load("shop/client", "web.shop:80").short(2).count(50).marker(&secret).run(PATIENCE);
+    let load = |cluster: &Kubernetes| {
+        cluster.load("shop/client", "web.shop:80").short(2).count(50).marker(&secret).run(PATIENCE)
+    };
     load(&cluster).assert_nothing_failed();
 
     println!("the worker, whose primary CNI rewrites its configuration at boot");
@@ -81,9 +86,11 @@ fn nodes_that_lose_power_come_back_without_a_byte_in_clear() {
 
     println!("the worker, while our control plane is away");
     cluster.kubectl(&["-n", "justmtls-system", "scale", "deployment/justmtls-control", "--replicas=0"]).run().ok();
-    cluster.wait_for("no control plane", &["-n", "justmtls-system", "pods", "-l", "app.kubernetes.io/name=justmtls-control"], |pods| {
-        pods["items"] == serde_json::json!([])
-    });
+    cluster.wait_for(
+        "no control plane",
+        &["-n", "justmtls-system", "pods", "-l", "app.kubernetes.io/name=justmtls-control"],
+        |pods| pods["items"] == serde_json::json!([]),
+    );
     besieged(&cluster, "siege-without-control", || {
         cluster.crash(&worker);
         cluster.boot(&worker);

@@ -105,7 +105,9 @@ fn services(cluster: &Kubernetes) {
 }
 
 fn everyday(cluster: &Kubernetes) {
-    cluster.wait_for("the job to have asked", &["-n", "strict", "job", "asks-once"], |job| job["status"]["succeeded"] == 1);
+    cluster.wait_for("the job to have asked", &["-n", "strict", "job", "asks-once"], |job| {
+        job["status"]["succeeded"] == 1
+    });
     assert!(cluster.kubectl(&["-n", "strict", "logs", "job/asks-once"]).run().ok().contains("\"failed\":0"));
     // port-forward reaches a program on the pod's own loopback.
     let forward = ["-n", "strict", "port-forward", "deployment/probed", ":8080"];
@@ -179,7 +181,9 @@ fn refused(cluster: &Kubernetes, name: &str) -> u64 {
         let url = format!("http://{address}:15014/metrics");
         let page = cluster.on_node(&first, &["curl", "-sS", "--max-time", "5", &url]).run().ok();
         let wanted = format!("outcome=\"{name}\"");
-        let lines = page.lines().filter(|line| line.starts_with("justmtls_control_refused_calls_total") && line.contains(&wanted));
+        let lines = page
+            .lines()
+            .filter(|line| line.starts_with("justmtls_control_refused_calls_total") && line.contains(&wanted));
         lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum::<u64>()
     };
     pods.map(of).sum()

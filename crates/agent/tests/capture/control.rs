@@ -57,7 +57,9 @@ impl Control {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async move {
                 let listener = tokio::net::TcpListener::from_std(listener).unwrap();
-                serve(listener, move || config.clone(), handler, std::future::pending(), std::time::Duration::ZERO).await.unwrap();
+                serve(listener, move || config.clone(), handler, std::future::pending(), std::time::Duration::ZERO)
+                    .await
+                    .unwrap();
             });
         });
         control

@@ -48,7 +48,10 @@ fn every_message_survives_the_wire() {
     let kept = vec![Kept::View, Kept::Credentials];
     let mut down = vec![FromAgent::Hello { version: VERSION, kept }, FromAgent::PodAdded(added.clone())];
     down.extend([FromAgent::PodRemoved { pod: pod.clone() }, FromAgent::Refused("no".into()), FromAgent::Drain]);
-    let mut up = vec![ToAgent::Hello { version: VERSION, started: std::time::Duration::from_millis(71) }, ToAgent::PodReady { pod: pod.clone() }];
+    let mut up = vec![
+        ToAgent::Hello { version: VERSION, started: std::time::Duration::from_millis(71) },
+        ToAgent::PodReady { pod: pod.clone() },
+    ];
     up.extend([ToAgent::Held(added), ToAgent::HeldAll, ToAgent::Leaving]);
     up.extend([ToAgent::Keep(Kept::View), ToAgent::Keep(Kept::Credentials)]);
     for kind in SocketKind::ALL {
@@ -69,7 +72,8 @@ fn what_a_newer_version_adds_is_passed_over() {
     let newer = [0xc2, 0x3e, 0x03, b'n', b'e', b'w'];
     assert_eq!(FromAgent::decode(&newer), Ok(FromAgent::Unknown));
     assert_eq!(ToAgent::decode(&newer), Ok(ToAgent::Unknown));
-    let hello = [ToAgent::Hello { version: VERSION, started: std::time::Duration::ZERO }.encode(), newer.to_vec()].concat();
+    let hello =
+        [ToAgent::Hello { version: VERSION, started: std::time::Duration::ZERO }.encode(), newer.to_vec()].concat();
     assert_eq!(ToAgent::decode(&hello), Ok(ToAgent::Hello { version: VERSION, started: std::time::Duration::ZERO }));
     // The runtime gets no answer to what is not understood, and a pod that is not captured does not start.
     assert!(CniRequest::decode(&newer).is_err() && CniResult::decode(&newer).is_err());

@@ -16,7 +16,8 @@ impl Kubernetes {
     /// Process ids, as the node counts them, of the product's process of a kind (`agent`, `proxy` or `control`).
     #[track_caller]
     pub fn processes(&self, node: &str, kind: &str) -> Vec<u32> {
-        let script = "for p in /proc/[0-9]*; do printf '%s ' \"${p#/proc/}\"; tr '\\0' ' ' <$p/cmdline; echo; done 2>/dev/null";
+        let script =
+            "for p in /proc/[0-9]*; do printf '%s ' \"${p#/proc/}\"; tr '\\0' ' ' <$p/cmdline; echo; done 2>/dev/null";
         let all = self.on_node(node, &["sh", "-c", script]).run().ok();
         let command = format!("/justmtls {kind} ");
         all.lines()
