@@ -221,8 +221,11 @@ impl Pods {
             inherited: false,
             stuck: false,
         });
-        if !same_addresses(&sandbox.addresses, &add.addresses) {
-            withdraw(sandbox, uid, &mut actions);
+        if !add.addresses.is_empty() {
+            let before = pod.known.as_ref().map_or(&[][..], |known| &known.addresses);
+            if !same_addresses(before, &add.addresses) {
+                withdraw(sandbox, uid, &mut actions);
+            }
             sandbox.addresses.clone_from(&add.addresses);
         }
         if let Some(known) = &mut pod.known {
