@@ -31,7 +31,7 @@ pub struct Args {
     /// Name of the node that this proxy runs on.
     #[arg(long)]
     pub node: String,
-    /// Address of the control plane: IP, IP:PORT or [IPv6]:PORT.
+    /// Address of the control plane: IP, IP:PORT or `[IPv6]:PORT`.
     #[arg(long, value_parser = wire::client::control_address)]
     pub control: SocketAddr,
     /// File with the trust bundle, in PEM. It is read again at each connection to the control plane.

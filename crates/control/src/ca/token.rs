@@ -1,6 +1,6 @@
 //! Who calls: what a token stands for.
 //!
-//! In a cluster in a box a file says it ([`file`]); on Kubernetes the API server does ([`review`]). Whichever it is, a caller
+//! In a cluster in a box a file says it ([`mod@file`]); on Kubernetes the API server does ([`review`]). Whichever it is, a caller
 //! that it does not vouch for is nobody, and the node of one that it does is the token's, whatever the caller says.
 
 mod cache;
