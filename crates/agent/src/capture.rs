@@ -5,6 +5,8 @@
 //! the proxy takes the listeners, and only then [`Capture::begin`] loads the rules and arms the guard on the pod's
 //! interface. A rule that leads to a listener which nobody holds refuses connections; it never lets them pass in clear.
 
+mod leaving;
+
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -24,6 +26,8 @@ use linux::tc::{self, Filter};
 use crate::guard::{self, Strength};
 use crate::listeners::{INSIDE, Listeners};
 use crate::rules::{self, CapturePlan};
+
+pub(crate) use leaving::is_ours;
 
 /// The most sockets of one request: four requests fill a message of 253 descriptors.
 pub const LARGEST_BATCH: usize = 64;
@@ -137,6 +141,8 @@ pub struct Capture {
     changes: Option<[Changes; 2]>,
     /// Packets that the guard had dropped when it was last asked.
     dropped: u64,
+    /// Of a pod that leaves: the last look found no connection of the data path.
+    idle: bool,
 }
 
 /// Of the pod's namespace.
@@ -221,6 +227,7 @@ impl Capture {
     /// Takes over a pod from an agent before this one: its listeners, and the rules that lead to them, which keep their
     /// marks. Where the table is there it is looked at, and what is not as this agent makes it is made so in one
     /// transaction, and so the guard: at no time is the pod without them. Whether it was there says [`Capture::has_begun`].
+    /// The table of a pod that leaves stays that: it leaves.
     pub fn take_over(
         namespace: NetNs,
         mut plan: CapturePlan,
@@ -236,12 +243,16 @@ impl Capture {
             plan.marks.outer = outer;
         }
         let mut capture = Capture::with(namespace, plan, listeners, sockets)?;
-        if before.is_some() {
-            capture.standing = Some(Expected { rules: Rules::Whole, generation: None });
+        if let Some(before) = before {
+            let rules = if rules::is_draining(&before) { Rules::Draining } else { Rules::Whole };
+            capture.standing = Some(Expected { rules, generation: None });
             if let Standing::Broken(_) = capture.verify()? {
                 capture.repair()?;
             }
-            capture.set_on_guard()?;
+            // What a pod that leaves opens now passes it without a mark.
+            if rules == Rules::Whole {
+                capture.set_on_guard()?;
+            }
         }
         Ok(capture)
     }
@@ -275,6 +286,7 @@ impl Capture {
             guard: None,
             changes: Some(changes),
             dropped: 0,
+            idle: false,
         })
     }
 
@@ -430,33 +442,17 @@ impl Capture {
         both.excluded_out.extend(&ports);
         self.plan.excluded_in.clone_from(&ports);
         self.plan.excluded_out = ports;
-        if self.standing.is_none() {
-            return Ok(());
+        match &self.standing {
+            None => return Ok(()),
+            // A pod that leaves has no guard, and captures nothing anew.
+            Some(expected) if expected.rules == Rules::Draining => return self.load(Rules::Draining),
+            Some(_) => {}
         }
         // While the rules change the guard lets by what either of the two lets by.
         let strength = self.guarded().unwrap_or(Strength::Opening);
         self.set_guard(Guard::of(&both, strength)?)?;
         self.load(Rules::Whole)?;
         self.arm()
-    }
-
-    /// Captures no new connections from here on; those that were captured go on, and need the proxy
-    /// until they end. Then comes [`Capture::remove`].
-    pub fn drain(&mut self) -> Result<(), CaptureError> {
-        self.disarm()?;
-        self.load(Rules::Draining)
-    }
-
-    /// Takes everything out of the pod. Only when no captured connection is left, as the proxy knows: the next
-    /// bytes of one would leave in clear (T3).
-    pub fn remove(&mut self) -> Result<(), CaptureError> {
-        self.standing = None;
-        self.disarm()?;
-        nft::delete(&mut self.netfilter, rules::TABLE)?;
-        for family in &self.families {
-            self.delivery.remove(&mut self.route, *family)?;
-        }
-        Ok(())
     }
 
     /// Makes 1 to [`LARGEST_BATCH`] sockets of a kind in the pod, ready to be bound and connected.

@@ -42,6 +42,7 @@ pub(crate) async fn follow(
     settled: watch::Receiver<bool>,
     events: mpsc::Sender<Event>,
 ) {
+    let mut unsettled = settled.clone();
     let mut known = Known::default();
     let mut failures = 0_u32;
     loop {
@@ -52,10 +53,12 @@ pub(crate) async fn follow(
                     lost = discover(&connected, &mut known, &mut failures, &events) => lost,
                     lost = report(&connected, captured.clone(), settled.clone(), &events) => lost,
                 };
-                match lost {
-                    Ok(lost) if tell(&events, Heard::Lost).await.is_ok() => lost,
-                    Ok(_) | Err(Ended) => return,
+                let Ok(lost) = lost else { return };
+                // The next report is not made before all that came until here is taken in.
+                if tell(&events, Heard::Lost).await.is_err() || unsettled.wait_for(|settled| !settled).await.is_err() {
+                    return;
                 }
+                lost
             }
             Err(error) => error,
         };

@@ -82,6 +82,7 @@ impl Inherited {
             identity: added.identity,
             addresses: added.addresses,
             capture: Ok(()),
+            release: false,
             excluded_ports: added.excluded_ports,
             probes: added.probes,
         };

@@ -58,6 +58,8 @@ pub(crate) struct Metrics {
     pub(crate) pods: Gauge,
     /// Those that are captured.
     pub(crate) captured: Gauge,
+    /// Those that are let go, and still have connections from before.
+    pub(crate) leaving: Gauge,
     /// Those whose capture the control plane has confirmed.
     pub(crate) confirmed: Gauge,
     /// 1 while the discovery stream is up.
@@ -108,6 +110,7 @@ impl Default for Metrics {
             runtime: Gauge::default(),
             pods: Gauge::default(),
             captured: Gauge::default(),
+            leaving: Gauge::default(),
             confirmed: Gauge::default(),
             control_plane: Gauge::default(),
             proxy: Gauge::default(),
@@ -139,6 +142,8 @@ impl Metrics {
         all.gauge("runtime_connected", "1 while the container runtime answers", self.runtime.clone());
         all.gauge("pods", "Pods of this node", self.pods.clone());
         all.gauge("captured_pods", "Pods whose rules stand", self.captured.clone());
+        let help = "Pods that are let go, and still have connections that were captured";
+        all.gauge("leaving_pods", help, self.leaving.clone());
         let help = "Captured pods that the control plane has confirmed";
         all.gauge("confirmed_pods", help, self.confirmed.clone());
         all.gauge("control_plane_connected", "1 while the stream is up", self.control_plane.clone());

@@ -2,6 +2,7 @@
 //! [`Pods`] decides, and keeps slow work off the main thread.
 
 mod ending;
+mod leaving;
 mod seen;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -46,7 +47,9 @@ pub(crate) struct Node {
     proxies: Proxies,
     batches: Batches,
     captured: watch::Sender<BTreeSet<PodUid>>,
-    /// Whether it is known what an agent before this one had.
+    /// All that the control plane said before it was lost is taken in, and it is there again.
+    connected: bool,
+    /// Whether a report may be made.
     settled: watch::Sender<bool>,
     handed_over: bool,
     started: Instant,
@@ -87,6 +90,7 @@ impl Node {
             proxies: Proxies::default(),
             batches: Batches::new(),
             captured: watch::Sender::new(BTreeSet::new()),
+            connected: false,
             settled: watch::Sender::new(false),
             handed_over: false,
             started: Instant::now(),
@@ -107,7 +111,8 @@ impl Node {
     }
 
     /// Whether the captured pods are all that there are: until it is known what an agent before this one had, a report would
-    /// take back what peers rely on.
+    /// take back what peers rely on. And none is made while something that an earlier connection said is not taken in: it
+    /// may have released a pod.
     pub(crate) fn settled(&self) -> watch::Receiver<bool> {
         self.settled.subscribe()
     }
@@ -143,6 +148,11 @@ impl Node {
                 let connected = matches!(heard, Heard::Connected);
                 self.shown.metrics.control_plane.set(connected.into());
                 self.pods.control_plane(connected);
+                if !connected {
+                    self.settled.send_replace(false);
+                }
+                self.connected = connected;
+                self.publish();
                 return;
             }
             Heard::Complete => {
@@ -283,7 +293,8 @@ impl Node {
             return Vec::new();
         }
         let served = self.pods.served();
-        if self.proxies.prepare(number, link, started, served.iter().map(|pod| pod.pod.clone()).collect()).is_err() {
+        let awaited = served.iter().map(|pod| &pod.pod).filter(|pod| !self.pods.is_leaving(pod)).cloned().collect();
+        if self.proxies.prepare(number, link, started, awaited).is_err() {
             self.shown.journal.problem("proxy-refused", "", "another one is about to take over");
             return Vec::new();
         }
@@ -321,7 +332,11 @@ impl Node {
     pub(crate) fn prepared(&mut self, pod: &PodUid, attempt: u64, outcome: Result<Box<Capture>, Failure>) {
         let (made, outcome) = match outcome {
             Ok(capture) => {
-                let prepared = if capture.has_begun() { Prepared::Captured } else { Prepared::Bare };
+                let prepared = match (capture.has_begun(), capture.is_draining()) {
+                    (false, _) => Prepared::Bare,
+                    (true, false) => Prepared::Captured,
+                    (true, true) => Prepared::Leaving,
+                };
                 (Some(capture), Ok(prepared))
             }
             Err(failure) => (None, Err(failure)),
@@ -356,10 +371,9 @@ impl Node {
     pub(crate) fn look(&mut self) {
         self.looks += 1;
         let depth = if self.looks.is_multiple_of(verify::WHOLE) { Depth::Whole } else { Depth::Listeners };
-        let captured = self.captured.borrow().clone();
-        let captures = captured.into_iter().filter_map(|pod| {
-            let capture = self.captures.get(&pod)?.capture.clone();
-            Some((pod, capture))
+        let captures = self.pods.standing().filter_map(|pod| {
+            let capture = self.captures.get(pod)?.capture.clone();
+            Some((pod.clone(), capture))
         });
         let captures: Vec<_> = captures.collect();
         self.blocking(move || Event::Looked(verify::sweep(captures, depth)));
@@ -379,6 +393,7 @@ impl Node {
                 Action::Prepare { pod, namespace, attempt } => self.prepare(&pod, namespace, attempt),
                 Action::Offer(pod) => self.offer(&pod, None),
                 Action::Begin { pod, attempt } => self.begin(pod, attempt),
+                Action::Leave { pod, attempt } => self.leave(pod, attempt),
                 Action::Exclude(pod, ports) => self.exclude(&pod, ports),
                 Action::Withdraw(pod) => self.withdraw(&pod),
                 Action::Close(namespace) => drop(self.namespaces.remove(&namespace)),
@@ -421,7 +436,8 @@ impl Node {
     /// Hands a pod's listeners to one proxy, or to all that are to serve it.
     fn offer(&mut self, pod: &NodePod, to: Option<u64>) {
         let Some(captured) = self.captures.get(&pod.pod) else { return };
-        if to.is_none() {
+        // A pod that leaves has no use for another proxy's readiness, nor for a certificate.
+        if to.is_none() && !self.pods.is_leaving(&pod.pod) {
             self.proxies.expect(&pod.pod);
         }
         let mut unread = Vec::new();
@@ -547,7 +563,7 @@ impl Node {
     /// Tells the reporter and people how things are.
     fn publish(&self) {
         let known = self.handed_over && !self.pods.inheriting();
-        if !*self.settled.borrow() && (known || self.started.elapsed() > NO_PREDECESSOR) {
+        if self.connected && !*self.settled.borrow() && (known || self.started.elapsed() > NO_PREDECESSOR) {
             self.settled.send_replace(true);
         }
         let wanted = self.pods.wanted();
@@ -557,9 +573,13 @@ impl Node {
         }
         let captured = self.pods.captured();
         self.shown.metrics.captured.set(count(captured.len()));
+        self.shown.metrics.leaving.set(count(self.pods.standing().count()) - count(captured.len()));
         self.captured.send_if_modified(|before| {
             for pod in captured.difference(before) {
                 self.shown.journal.change("captured", pod.as_str(), "the rules were read back");
+            }
+            for pod in before.difference(&captured).filter(|pod| self.pods.is_leaving(pod)) {
+                self.shown.journal.change("leaving", pod.as_str(), "new connections are not captured any more");
             }
             let changed = *before != captured;
             *before = captured;

@@ -5,6 +5,7 @@
 //! (T4): what they lead to must be there, and must be able to prove who it is.
 
 mod inherited;
+mod leaving;
 mod running;
 mod shown;
 
@@ -21,6 +22,7 @@ use wire::pods::{CniAdd, CniResult};
 
 use crate::failure::Failure;
 
+use leaving::Leaving;
 pub(crate) use running::Running;
 pub(crate) use shown::Shown;
 
@@ -44,6 +46,13 @@ pub(crate) enum Action {
     /// Load the rules and read them back, then say so by [`Pods::begun`].
     Begin {
         /// Whose.
+        pod: PodUid,
+        /// What the answer must carry.
+        attempt: u64,
+    },
+    /// Capture nothing new, or take everything away where nothing captured is left; then say by [`Pods::left`] which it was.
+    Leave {
+        /// Which pod.
         pod: PodUid,
         /// What the answer must carry.
         attempt: u64,
@@ -123,6 +132,8 @@ pub(crate) enum Prepared {
     Bare,
     /// Those of the agent before, which were read and are right.
     Captured,
+    /// Those that capture nothing new: the agent before was letting the pod go.
+    Leaving,
 }
 
 #[derive(Debug)]
@@ -137,6 +148,8 @@ enum Stage {
     Beginning(Work),
     /// The rules were read back.
     Captured,
+    /// Nothing new is captured; what was goes on.
+    Leaving(Leaving),
 }
 
 /// Something that another thread does meanwhile.
@@ -145,6 +158,14 @@ struct Work {
     attempt: u64,
     /// Its result is not wanted any more. Nothing new begins in the same namespace before it has ended.
     cancelled: bool,
+    /// What stands, should it fail, are the rules of a pod that leaves.
+    leaving: bool,
+}
+
+impl Work {
+    fn new(attempt: u64) -> Self {
+        Self { attempt, cancelled: false, leaving: false }
+    }
 }
 
 impl Pods {
@@ -166,8 +187,8 @@ impl Pods {
         if let (Some(before), Some(sandbox)) = (before, &mut pod.sandbox) {
             sandbox.stuck = false;
             let same = before.identity == known.identity && same_addresses(&before.addresses, &known.addresses);
-            // Once captured a pod stays so: peers go on tunnelling to it (T47).
-            let given_up = known.capture.is_err() && !sandbox.inherited && !matches!(sandbox.stage, Stage::Captured);
+            // What is captured, or is about to be, stays so until it is released: peers may go on tunnelling to it (T47).
+            let given_up = known.capture.is_err() && !sandbox.inherited && !stands(&sandbox.stage);
             if !same || given_up {
                 withdraw(sandbox, &uid, &mut actions);
             } else if before.excluded_ports != known.excluded_ports || before.probes != known.probes {
@@ -175,7 +196,7 @@ impl Pods {
                     Stage::Bare => {}
                     Stage::Preparing(work) => work.cancelled = true,
                     Stage::Beginning(work) if work.cancelled => {}
-                    Stage::Offered { .. } | Stage::Beginning(_) | Stage::Captured => {
+                    Stage::Offered { .. } | Stage::Beginning(_) | Stage::Captured | Stage::Leaving(_) => {
                         actions.push(Action::Exclude(uid.clone(), known.excluded_ports));
                     }
                 }
@@ -285,8 +306,11 @@ impl Pods {
             _ if cancelled => {}
             Ok(prepared) => {
                 sandbox.stage = match prepared {
+                    // It had left, and only its proxy had not heard of it: what was made for it again goes the same way.
+                    Prepared::Bare if known.release => Stage::Leaving(Leaving::default()),
                     Prepared::Bare => Stage::Offered { ready: false },
                     Prepared::Captured => Stage::Captured,
+                    Prepared::Leaving => Stage::Leaving(Leaving::default()),
                 };
                 actions.push(Action::Offer(known.clone()));
             }
@@ -301,8 +325,8 @@ impl Pods {
         let mut actions = Vec::new();
         let Some(pod) = self.pods.get_mut(uid) else { return actions };
         let Some(sandbox) = &mut pod.sandbox else { return actions };
-        let cancelled = match &sandbox.stage {
-            Stage::Beginning(work) if work.attempt == attempt => work.cancelled,
+        let (cancelled, leaving) = match &sandbox.stage {
+            Stage::Beginning(work) if work.attempt == attempt => (work.cancelled, work.leaving),
             _ => return actions,
         };
         match outcome {
@@ -313,7 +337,10 @@ impl Pods {
             }
             Err(failure) => {
                 // What is made stays: it is closed, and the next try begins here.
-                sandbox.stage = Stage::Offered { ready: true };
+                sandbox.stage = match leaving {
+                    true => Stage::Leaving(Leaving { look: None, back: Some(true) }),
+                    false => Stage::Offered { ready: true },
+                };
                 sandbox.stuck = true;
                 note(pod, uid, failure.clone(), &mut actions);
                 answer_all(pod, &mut actions, |name| failed(name, &failure));
@@ -327,9 +354,7 @@ impl Pods {
     pub(crate) fn proxy_connected(&mut self) -> Vec<Action> {
         self.proxy = true;
         for sandbox in self.pods.values_mut().filter_map(|pod| pod.sandbox.as_mut()) {
-            if let Stage::Offered { ready } = &mut sandbox.stage {
-                *ready = false;
-            }
+            unready(&mut sandbox.stage);
         }
         self.served().into_iter().map(Action::Offer).collect()
     }
@@ -338,34 +363,33 @@ impl Pods {
     pub(crate) fn proxy_gone(&mut self) {
         self.proxy = false;
         for sandbox in self.pods.values_mut().filter_map(|pod| pod.sandbox.as_mut()) {
-            if let Stage::Offered { ready } = &mut sandbox.stage {
-                *ready = false;
-            }
+            unready(&mut sandbox.stage);
         }
     }
 
     /// The proxy accepts on a pod's listeners, and has its certificate.
     pub(crate) fn ready(&mut self, uid: &PodUid) -> Vec<Action> {
         let mut actions = Vec::new();
-        if let Some(Stage::Offered { ready }) =
-            self.pods.get_mut(uid).and_then(|pod| pod.sandbox.as_mut()).map(|sandbox| &mut sandbox.stage)
-        {
-            *ready = true;
-            self.advance(uid, &mut actions);
+        match self.pods.get_mut(uid).and_then(|pod| pod.sandbox.as_mut()).map(|sandbox| &mut sandbox.stage) {
+            Some(Stage::Offered { ready } | Stage::Leaving(Leaving { back: Some(ready), .. })) => *ready = true,
+            _ => return actions,
         }
+        self.advance(uid, &mut actions);
         actions
     }
 
-    /// Tries again what failed.
+    /// Tries again what failed, and looks again at pods that leave.
     pub(crate) fn retry(&mut self) -> Vec<Action> {
         let mut actions = Vec::new();
-        let mut stuck = Vec::new();
+        let mut again = Vec::new();
         for (uid, pod) in &mut self.pods {
-            if pod.sandbox.as_mut().is_some_and(|sandbox| mem::take(&mut sandbox.stuck)) {
-                stuck.push(uid.clone());
+            let Some(sandbox) = &mut pod.sandbox else { continue };
+            let leaves = matches!(&sandbox.stage, Stage::Leaving(_));
+            if mem::take(&mut sandbox.stuck) || leaves {
+                again.push(uid.clone());
             }
         }
-        for uid in stuck {
+        for uid in again {
             self.advance(&uid, &mut actions);
         }
         actions
@@ -412,16 +436,20 @@ impl Pods {
                     Decision::Capture => {
                         self.attempts += 1;
                         let (attempt, namespace) = (self.attempts, sandbox.namespace);
-                        sandbox.stage = Stage::Preparing(Work { attempt, cancelled: false });
+                        sandbox.stage = Stage::Preparing(Work::new(attempt));
                         actions.push(Action::Prepare { pod: known.clone(), namespace, attempt });
                     }
                 },
                 (_, Stage::Offered { ready: true }) => {
                     self.attempts += 1;
-                    sandbox.stage = Stage::Beginning(Work { attempt: self.attempts, cancelled: false });
+                    sandbox.stage = Stage::Beginning(Work::new(self.attempts));
                     actions.push(Action::Begin { pod: uid.clone(), attempt: self.attempts });
                 }
-                (_, Stage::Captured) => answer_all(pod, actions, |_| CniResult::Captured),
+                (_, Stage::Captured) => {
+                    answer_all(pod, actions, |_| CniResult::Captured);
+                    self.may_leave(uid, actions);
+                }
+                (_, Stage::Leaving(_)) => self.leaves(uid, actions),
                 (None, Stage::Bare) | (_, Stage::Preparing(_) | Stage::Offered { .. } | Stage::Beginning(_)) => {}
             }
         }
@@ -435,10 +463,11 @@ impl Pods {
         let Some(sandbox) = &mut pod.sandbox else { return };
         let failure = match (&pod.known, &sandbox.stage) {
             (_, Stage::Preparing(_) | Stage::Beginning(_) | Stage::Captured) => return,
-            (_, Stage::Offered { .. }) if !proxy => Failure::NoProxy,
-            (_, Stage::Offered { .. }) => Failure::NotReady,
-            (None, Stage::Bare) if !control_plane => Failure::NoControlPlane,
-            (None, Stage::Bare) => Failure::Unknown,
+            (_, Stage::Leaving(Leaving { look: Some(_), .. })) => return,
+            (_, Stage::Offered { .. } | Stage::Leaving(Leaving { back: Some(_), .. })) if !proxy => Failure::NoProxy,
+            (_, Stage::Offered { .. } | Stage::Leaving(Leaving { back: Some(_), .. })) => Failure::NotReady,
+            (None, Stage::Bare) | (_, Stage::Leaving(_)) if !control_plane => Failure::NoControlPlane,
+            (None, Stage::Bare) | (_, Stage::Leaving(_)) => Failure::Unknown,
             (Some(_), Stage::Bare) => Failure::NoAddress,
         };
         let overdue: Vec<Waiting> = sandbox.waiting.extract_if(.., |it| it.overdue).collect();
@@ -489,6 +518,18 @@ fn same_addresses(one: &[IpAddr], other: &[IpAddr]) -> bool {
     one.iter().collect::<BTreeSet<_>>() == other.iter().collect::<BTreeSet<_>>()
 }
 
+/// Whether there are rules that lead to the proxy, or may be.
+fn stands(stage: &Stage) -> bool {
+    matches!(stage, Stage::Beginning(_) | Stage::Captured | Stage::Leaving(_))
+}
+
+/// There is no proxy, or a new one: it has to say that it is ready.
+fn unready(stage: &mut Stage) {
+    if let Stage::Offered { ready } | Stage::Leaving(Leaving { back: Some(ready), .. }) = stage {
+        *ready = false;
+    }
+}
+
 enum Decision {
     Wait,
     Leave(Uncaptured),
@@ -502,7 +543,7 @@ fn decide(known: &NodePod, sandbox: &Sandbox) -> Decision {
         return Decision::Refuse(Failure::OtherName { runtime: sandbox.name.clone(), control: name });
     }
     match known.capture {
-        // Once captured a pod stays so, also from agent to agent (T47).
+        // Once captured a pod stays so until it is released, also from agent to agent (T47).
         Err(why) if !sandbox.inherited => Decision::Leave(why),
         _ if known.addresses.is_empty() => Decision::Wait,
         _ => Decision::Capture,
@@ -526,7 +567,12 @@ fn withdraw(sandbox: &mut Sandbox, uid: &PodUid, actions: &mut Vec<Action>) {
             work.cancelled = true;
             actions.push(Action::Withdraw(uid.clone()));
         }
-        Stage::Offered { .. } | Stage::Captured => {
+        Stage::Leaving(Leaving { look: Some(Work { cancelled: true, .. }), .. }) => {}
+        Stage::Leaving(Leaving { look: Some(work), .. }) => {
+            work.cancelled = true;
+            actions.push(Action::Withdraw(uid.clone()));
+        }
+        Stage::Offered { .. } | Stage::Captured | Stage::Leaving(_) => {
             sandbox.stage = Stage::Bare;
             actions.push(Action::Withdraw(uid.clone()));
         }

@@ -110,6 +110,8 @@ pub(crate) enum Event {
     Prepared(PodUid, u64, Result<Box<Capture>, Failure>),
     /// Rules of a pod were loaded, or not.
     Begun(PodUid, u64, Result<(), Failure>),
+    /// A pod that leaves was looked at. `true`: nothing of it is left.
+    Left(PodUid, u64, Result<bool, Failure>),
     /// The connections of a pod that the runtime deletes have ended, or were waited for long enough.
     Ended {
         /// The runtime's request.
@@ -265,6 +267,7 @@ async fn serve(args: Args) -> Result<()> {
             Event::Seen(seen) => node.seen(seen),
             Event::Prepared(pod, attempt, outcome) => node.prepared(&pod, attempt, outcome),
             Event::Begun(pod, attempt, outcome) => node.begun(&pod, attempt, outcome),
+            Event::Left(pod, attempt, outcome) => node.left(&pod, attempt, outcome),
             Event::Ended { request, pod, ended } => node.ended(request, &pod, ended),
             Event::Found(found) | Event::Looked(found) => node.found(found),
             Event::Look => node.look(),

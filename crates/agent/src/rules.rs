@@ -91,6 +91,12 @@ pub fn marks_of(table: &Normal) -> Option<Marks> {
     (marks.outer != marks.inner).then_some(marks)
 }
 
+/// Whether a table that is loaded is that of a pod which is let go ([`draining`]): a rule there never matches, and says so by a
+/// mark, in a chain that knows no marks otherwise.
+pub fn is_draining(table: &Normal) -> bool {
+    !table.marks("capture_in").is_empty()
+}
+
 /// What is captured in a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CapturePlan {

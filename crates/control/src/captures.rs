@@ -4,10 +4,10 @@
 //! captured: peers that know better would keep to what they know (T47), but whoever asks anew would speak to it in clear,
 //! and every node would be told of every pod twice.
 //!
-//! The record only grows while the process runs, line by line, and is on disk before anybody is told; the next start leaves
-//! out what is gone.
+//! The record grows line by line, and is on disk before anybody is told; it is written anew where a pod is captured no
+//! longer, and the next start leaves out what is gone.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -104,6 +104,25 @@ impl Captures {
         }
     }
 
+    /// Leaves out pods that peers are to speak TLS with no longer, on disk when this returns. `false`: that could not be written,
+    /// which is a problem, and to be tried again.
+    pub(crate) fn forget(&mut self, pods: &BTreeSet<(String, PodUid)>) -> bool {
+        if !pods.iter().any(|pair| self.known.contains(pair)) {
+            return true;
+        }
+        match self.retain(|pair| !pods.contains(pair)) {
+            Ok(()) => {
+                self.problem = None;
+                true
+            }
+            Err(error) => {
+                self.known.extend(pods.iter().cloned());
+                self.problem = Some(format!("pods that are not to be captured any more stay so, because {error}"));
+                false
+            }
+        }
+    }
+
     /// That it cannot be written, while that is so.
     pub(crate) fn problem(&self) -> Option<Problem> {
         self.problem.as_ref().map(|problem| Problem::error(self.path.display(), problem.clone()))
@@ -152,6 +171,24 @@ mod tests {
         captures.add([pair("three")]);
         assert!(captures.problem().is_none());
         assert_eq!(sorted(&Captures::open(directory.path()).unwrap()), ["node-a/three", "node-a/two"]);
+    }
+
+    #[test]
+    fn what_is_captured_no_longer_is_forgotten_for_good_and_can_be_added_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut captures = Captures::open(directory.path()).unwrap();
+        captures.add([pair("one"), pair("two")]);
+        assert!(captures.forget(&[pair("one"), pair("never")].into()));
+        assert_eq!(sorted(&Captures::open(directory.path()).unwrap()), ["node-a/two"]);
+        captures.add([pair("one")]);
+        assert_eq!(sorted(&Captures::open(directory.path()).unwrap()), ["node-a/one", "node-a/two"]);
+
+        // Where it cannot be written it is not forgotten, and said.
+        std::fs::create_dir(directory.path().join("captured.next")).unwrap();
+        assert!(!captures.forget(&[pair("two")].into()) && captures.problem().is_some());
+        std::fs::remove_dir(directory.path().join("captured.next")).unwrap();
+        assert!(captures.forget(&[pair("two")].into()) && captures.problem().is_none());
+        assert_eq!(sorted(&Captures::open(directory.path()).unwrap()), ["node-a/one"]);
     }
 
     #[test]

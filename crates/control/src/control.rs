@@ -33,7 +33,9 @@ use crate::ca::{Application, Certifier, Refused};
 use crate::clock::{Clock, jitter};
 use crate::index::{self, Index, Told};
 use crate::kubernetes::Failure;
+use crate::leaving::Leaving;
 use crate::metrics::Metrics;
+use crate::nodes::Nodes;
 use crate::probes::Probes;
 use crate::problem::Problem;
 use crate::publication::Publication;
@@ -85,7 +87,7 @@ pub(crate) enum Event {
         /// Told all of it.
         answer: oneshot::Sender<Dump>,
     },
-    /// It may be time for a new certificate of our own.
+    /// It may be time for a new certificate of our own, or to let go of pods that leave.
     LookAtClock,
     /// The process is to end.
     Terminate,
@@ -132,6 +134,9 @@ pub(crate) struct Control {
     publication: Arc<Publication>,
     certifier: Arc<Certifier>,
     record: Record,
+    leaving: Leaving,
+    nodes: Nodes,
+    started: Instant,
     /// What is shared with other replicas, where there are any.
     replica: Option<Replica>,
     probes: Probes,
@@ -172,6 +177,7 @@ impl Control {
         info!(address = %self.address, workloads = self.index.views().workloads.len(), "serving");
         loop {
             let look = self.looks_around.min(Instant::now() + self.until_renewal());
+            let look = self.leaving.next_look().map_or(look, |leaving| look.min(leaving));
             let event = select! {
                 event = self.events.recv() => event.unwrap_or(Event::Terminate),
                 ended = &mut self.serving => {
@@ -200,7 +206,10 @@ impl Control {
                 Event::Dump { answer } => {
                     let _ = answer.send(self.dump());
                 }
-                Event::LookAtClock => self.renew_own(),
+                Event::LookAtClock => {
+                    self.renew_own();
+                    self.let_go();
+                }
                 Event::Terminate => self.end(),
             }
             if Instant::now() >= self.looks_around {
@@ -253,7 +262,7 @@ impl Control {
     fn captured(&mut self, report: Report) {
         match &mut self.record {
             Record::Shared(shared) => {
-                shared.report(report);
+                shared.report(report, &self.index);
                 self.confirm();
             }
             Record::File(_) => self.publish_captured(report),
@@ -264,7 +273,7 @@ impl Control {
     /// Confirms the reports that every replica can read by now.
     fn confirm(&mut self) {
         let Record::Shared(shared) = &mut self.record else { return };
-        for report in shared.confirmed() {
+        for report in shared.confirmed(&self.index) {
             self.publish_captured(report);
         }
     }
@@ -290,18 +299,58 @@ impl Control {
     }
 
     fn publish(&mut self, touched: index::Touched) {
-        if let Record::File(captures) = &mut self.record {
-            let workloads = &self.index.views().workloads;
-            let touched_workloads = touched.iter().filter_map(|told| match told {
-                Told::Workload(uid) => workloads.get(uid),
-                _ => None,
-            });
-            // On disk before anybody is told.
-            let captured = touched_workloads.filter(|workload| workload.speaks == Speaks::JustMtls);
-            captures.add(captured.map(|workload| (workload.node.to_string(), workload.pod_uid.clone())));
+        let taken_back = self.index.taken_back();
+        match &mut self.record {
+            Record::File(captures) => {
+                let workloads = &self.index.views().workloads;
+                let touched_workloads = touched.iter().filter_map(|told| match told {
+                    Told::Workload(uid) => workloads.get(uid),
+                    _ => None,
+                });
+                // On disk before anybody is told.
+                let captured = touched_workloads.filter(|workload| workload.speaks == Speaks::JustMtls);
+                captures.add(captured.map(|workload| (workload.node.to_string(), workload.pod_uid.clone())));
+                captures.forget(&taken_back);
+            }
+            Record::Shared(shared) => {
+                let here = |place: &&(String, PodUid)| self.nodes.serves_agent_of(&place.0);
+                shared.take_out(taken_back.iter().filter(here));
+                shared.put_back(self.index.unrecorded().iter().filter(here));
+            }
         }
         self.metrics.published.inc_by(touched.len() as u64);
         self.publication.publish(self.index.views(), touched);
+        self.leaving.note(self.index.leaving(), self.publication.number());
+    }
+
+    /// Releases pods that leave, where all peers know it.
+    fn let_go(&mut self) {
+        // What is known here may not be all that decides it.
+        if self.leaving.next_look().is_none() || self.publication.withheld().is_some() {
+            return;
+        }
+        let lifetime = self.index.views().settings.view_lifetime;
+        let knows = |change| self.nodes.know(change, self.index.nodes(), self.started, lifetime);
+        let due = self.leaving.due(knows);
+        // A pod that the record still has would count as captured after a restart.
+        let due = match &mut self.record {
+            Record::File(captures) => {
+                let forgotten = captures.forget(&due);
+                due.into_iter().filter(|_| forgotten).collect()
+            }
+            Record::Shared(shared) => {
+                let here = due.into_iter().filter(|(node, _)| self.nodes.serves_agent_of(node)).collect();
+                shared.forget(here)
+            }
+        };
+        if due.is_empty() {
+            return;
+        }
+        for (node, pod) in &due {
+            info!(node, %pod, "released: its peers know that it is not captured any more");
+        }
+        let touched = self.index.release(due);
+        self.publish(touched);
     }
 
     /// Everything that is wrong, wherever it was found.

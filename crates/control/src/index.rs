@@ -13,6 +13,7 @@ mod dirty;
 mod endpoints;
 mod enrolment;
 mod facts;
+mod leaving;
 mod modes;
 mod network_rules;
 mod policy;
@@ -119,6 +120,13 @@ impl Index {
         Self { cluster, views, problems: BTreeMap::new() }
     }
 
+    /// The same where several replicas share a record: a pod counts as captured when [`Index::recorded`] names it.
+    pub(crate) fn with_record(trust_domain: TrustDomain) -> Self {
+        let mut index = Self::new(trust_domain);
+        index.cluster.by_record = true;
+        index
+    }
+
     /// What nodes are told.
     pub(crate) fn views(&self) -> &Views {
         &self.views
@@ -142,7 +150,7 @@ impl Index {
     /// Takes in what the agent of a node says to be captured now: the whole truth of that node.
     ///
     /// A node speaks for its own pods alone. A pod that is left out after it was captured keeps its capability while it
-    /// lives, so that peers fail instead of falling back to plaintext (T47).
+    /// lives and is not exempt, so that peers fail instead of falling back to plaintext (T47).
     pub(crate) fn captured(&mut self, node: &str, pods: BTreeSet<PodUid>) -> Touched {
         let old = self.cluster.reported.insert(node.to_owned(), pods);
         let new = &self.cluster.reported[node];
@@ -162,7 +170,11 @@ impl Index {
     /// of [`Index::captured`]'s part in T47 where there are several replicas.
     pub(crate) fn recorded(&mut self, node: &str, pods: BTreeSet<PodUid>) -> Touched {
         let old = self.cluster.recorded.insert(node.to_owned(), pods).unwrap_or_default();
+        let changed: BTreeSet<_> = self.cluster.recorded[node].symmetric_difference(&old).cloned().collect();
         let new: BTreeSet<_> = self.cluster.recorded[node].difference(&old).cloned().collect();
+        for pod in &new {
+            self.cluster.leaving.recorded(&(node.to_owned(), pod.clone()));
+        }
         // What is new in the record was reported just now, here or elsewhere.
         if let Some(reported) = self.cluster.reported.get_mut(node) {
             reported.extend(new.iter().cloned());
@@ -170,11 +182,11 @@ impl Index {
         if self.cluster.recorded[node].is_empty() {
             self.cluster.recorded.remove(node);
         }
-        self.pods_of_node(node, &new)
+        self.pods_of_node(node, &changed)
     }
 
     /// Takes in what a control plane before this one knew to be captured, before the first object: a pod that was published
-    /// as captured is never published as anything else (T47), also when the agent that said so is not back yet.
+    /// as captured is not published as anything else (T47) before it is exempt, also when the agent that said so is not back yet.
     pub(crate) fn remember(&mut self, captured: impl IntoIterator<Item = (String, PodUid)>) {
         self.cluster.remember(captured);
     }
@@ -226,7 +238,15 @@ impl Index {
     /// Whether a pod of this identity that may have a certificate runs on a node.
     pub(crate) fn runs_on(&self, node: &str, identity: &SpiffeId) -> bool {
         let pods = self.views.node_pods.get(node).into_iter().flat_map(BTreeMap::values);
-        pods.filter(|pod| pod.capture.is_ok()).any(|pod| pod.identity == *identity)
+        let reported = self.cluster.reported.get(node);
+        // One that leaves needs it as long as its connections are captured.
+        let is_reported = |pod: &NodePod| reported.is_some_and(|pods| pods.contains(&pod.pod));
+        // With replicas its agent may report to another one than its proxy asks.
+        let has_left = |pod: &NodePod| {
+            self.cluster.by_record && self.cluster.leaving.has_left(&(node.to_owned(), pod.pod.clone()))
+        };
+        let may = |pod: &&NodePod| pod.capture.is_ok() || is_reported(pod) || has_left(pod);
+        pods.filter(may).any(|pod| pod.identity == *identity)
     }
 
     /// The nodes of the cluster.

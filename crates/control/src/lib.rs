@@ -27,6 +27,7 @@ mod problem;
 mod captures;
 mod index;
 mod kubernetes;
+mod leaving;
 mod publication;
 mod watch;
 

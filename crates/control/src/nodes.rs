@@ -2,8 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use serde::Serialize;
+use tokio::time::Instant;
 use wire::discovery::Kind;
 
 use crate::ca::token::{Caller, Role};
@@ -31,10 +33,19 @@ pub(crate) struct Stream {
     role: &'static str,
     /// Whether it stands; otherwise it is the last one that the process had.
     open: bool,
+    #[serde(skip)]
+    ended: Option<Instant>,
     kinds: BTreeMap<&'static str, Progress>,
 }
 
 impl Stream {
+    /// Whether its node has taken in all workloads as they were after a change. A stream that the change did not concern says
+    /// so with its next heartbeat.
+    fn has_taken_in(&self, change: u64) -> bool {
+        let progress = self.kinds.get(Kind::Address.as_str());
+        progress.is_some_and(|progress| progress.acknowledged >= change && progress.refusal.is_none())
+    }
+
     /// Whether its node has taken in everything that it was told.
     fn is_current(&self) -> bool {
         let everything =
@@ -76,7 +87,7 @@ impl Nodes {
         open.last_id += 1;
         let number = open.last_id;
         let role = caller.role.as_str();
-        let stream = Stream { node: caller.node.clone(), role, open: true, kinds: BTreeMap::new() };
+        let stream = Stream { node: caller.node.clone(), role, open: true, ended: None, kinds: BTreeMap::new() };
         open.ended.remove(&(caller.node.clone(), role));
         open.streams.insert(number, stream);
         Some(Registered { nodes: self.clone(), id: number })
@@ -97,6 +108,32 @@ impl Nodes {
         let open = self.lock();
         let proxies = open.streams.values().filter(|stream| stream.role == Role::Proxy.as_str() && stream.is_current());
         proxies.map(|stream| stream.node.as_str()).collect::<BTreeSet<_>>().len()
+    }
+
+    /// Whether all proxies have taken in a change: those that are connected, those that were, and those of `nodes`. One that is
+    /// not connected cannot say so; it counts when it has been away for as long as a view lives (T4), from the time `since`
+    /// where it was never there.
+    pub(crate) fn know<'a>(
+        &self,
+        change: u64,
+        nodes: impl Iterator<Item = &'a str>,
+        since: Instant,
+        lifetime: Duration,
+    ) -> bool {
+        let open = self.lock();
+        let role = Role::Proxy.as_str();
+        let proxies = || open.streams.values().filter(|stream| stream.role == role);
+        let ended = || open.ended.values().filter(|stream| stream.role == role);
+        let mut never_there = nodes.filter(|node| !proxies().chain(ended()).any(|stream| stream.node == **node));
+        let long_ago = |moment: Instant| moment.elapsed() >= lifetime;
+        proxies().all(|stream| stream.has_taken_in(change))
+            && ended().all(|stream| stream.ended.is_some_and(long_ago))
+            && never_there.all(|_| long_ago(since))
+    }
+
+    /// Whether a node's agent is told here, and by no other replica, what to capture.
+    pub(crate) fn serves_agent_of(&self, node: &str) -> bool {
+        self.lock().streams.values().any(|stream| stream.node == node && stream.role == Role::Agent.as_str())
     }
 
     /// How many streams are open.
@@ -124,6 +161,7 @@ impl Drop for Registered {
         let mut open = self.nodes.lock();
         let Some(mut stream) = open.streams.remove(&self.id) else { return };
         stream.open = false;
+        stream.ended = Some(Instant::now());
         if !open.streams.values().any(|other| other.node == stream.node && other.role == stream.role) {
             open.ended.insert((stream.node.clone(), stream.role), stream);
         }
@@ -150,6 +188,32 @@ mod tests {
         assert_eq!((nodes.open(), nodes.current()), (0, 0));
         let _next = nodes.register(&proxy).unwrap();
         assert_eq!(nodes.all()["node-a"].len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn everybody_knows_a_change_who_has_taken_it_in_or_is_away_longer_than_a_view_lives() {
+        let nodes = Nodes::default();
+        let (since, lifetime) = (Instant::now(), Duration::from_secs(30));
+        let know = |change, names: &[&str]| nodes.know(change, names.iter().copied(), since, lifetime);
+        let proxy = nodes.register(&Caller { role: Role::Proxy, node: "node-a".to_owned() }).unwrap();
+        let agent = nodes.register(&Caller { role: Role::Agent, node: "node-b".to_owned() }).unwrap();
+        assert!(!know(3, &[]), "it has not been told anything");
+        proxy.note(Kind::Address, |progress| (progress.sent, progress.acknowledged) = (4, 3));
+        assert!(know(3, &["node-a"]) && !know(4, &["node-a"]));
+        assert!(!know(3, &["node-a", "node-b"]), "it may be on its way, with a view from before");
+        tokio::time::advance(lifetime).await;
+        assert!(know(3, &["node-a", "node-b"]));
+        drop(agent);
+        let successor = nodes.register(&Caller { role: Role::Proxy, node: "node-a".to_owned() }).unwrap();
+        assert!(!know(3, &["node-a"]), "both of a node have to know");
+        drop(successor);
+        assert!(know(3, &["node-a"]));
+        proxy.note(Kind::Address, |progress| progress.refusal = Some("no".to_owned()));
+        assert!(!know(3, &["node-a"]));
+        drop(proxy);
+        assert!(!know(3, &["node-a"]), "it may still use what it knew");
+        tokio::time::advance(lifetime).await;
+        assert!(know(3, &["node-a"]));
     }
 
     #[test]

@@ -38,7 +38,14 @@ impl Expectation {
 /// What to expect of a connection from `source` to `port` of `destination`.
 pub fn expect(view: &View, destination: &Workload, port: u16, source: IpAddr) -> Expectation {
     let mode = destination.modes.at(port);
-    let (wait, plaintext) = by_source(view, source);
+    let (wait, plaintext) = match by_source(view, source) {
+        // Whoever knows that this pod does not speak TLS any more, or not yet, dials it in clear, and whoever does not know yet
+        // begins with a hello: its rules stand from before it is published until after it is taken back (T4).
+        (_, PlaintextReason::Bypass) if destination.speaks == Speaks::Nothing => {
+            (UNKNOWN, destination.uncaptured.unwrap_or(Uncaptured::Pending).in_clear())
+        }
+        by_source => by_source,
+    };
     let (wait, plaintext) = match plaintext {
         // What the view says of who it is may be over: its hello is waited for, and its plaintext is called what it is.
         _ if !view.is_stale() => (wait, plaintext),

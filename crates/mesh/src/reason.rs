@@ -42,7 +42,7 @@ reasons! {
         Node = "node",
         /// The other end uses its node's network.
         HostNetwork = "host-network",
-        /// The other end's owner opted out of the mesh.
+        /// The other end's owner opted out of the mesh, or that of a pod whose rules still stand.
         OptedOut = "opted-out",
         /// The other end is in a namespace of the system.
         SystemNamespace = "system-namespace",

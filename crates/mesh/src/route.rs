@@ -166,13 +166,7 @@ fn to_workload(
     if workload.speaks == Speaks::JustMtls {
         return Route::Tunnel(Target { workload: workload.clone(), address: to, service: service.cloned() });
     }
-    let because = match workload.uncaptured {
-        Some(Uncaptured::OptedOut) => PlaintextReason::OptedOut,
-        Some(Uncaptured::HostNetwork) => PlaintextReason::HostNetwork,
-        Some(Uncaptured::SystemNamespace) => PlaintextReason::SystemNamespace,
-        Some(Uncaptured::NotAPod) => PlaintextReason::NotAPod,
-        Some(Uncaptured::Pending) | None => PlaintextReason::CapturePending,
-    };
+    let because = workload.uncaptured.unwrap_or(Uncaptured::Pending).in_clear();
     // T2: that its pod is outside of the mesh is the view's word alone, and that word has its time. Whoever asked for
     // strict, on either end, is not spoken for by a view that somebody may be keeping old.
     let strict_there = workload.modes.at(to.port()) == Mode::Strict;

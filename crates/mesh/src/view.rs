@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use crate::claims::Claims;
 use crate::{
-    AddressClass, MeshSettings, PodUid, Policy, PolicyName, Scope, Service, ServiceName, Speaks, Workload, WorkloadUid,
+    AddressClass, MeshSettings, PodUid, Policy, PolicyName, Scope, Service, ServiceName, Speaks, Uncaptured, Workload,
+    WorkloadUid,
 };
 
 /// One thing that the control plane says.
@@ -47,7 +48,7 @@ pub struct View {
     endpoints: HashMap<ServiceName, BTreeSet<WorkloadUid>>,
     policies: HashMap<PolicyName, Arc<Policy>>,
     settings: Option<MeshSettings>,
-    /// Pods whose capability was published: they never fall back to "speaks nothing" while they live (T47).
+    /// Pods whose capability was published: they never fall back to "speaks nothing" while they live and do not leave (T47).
     published: HashSet<PodUid>,
     /// Addresses that the control plane said to be nobody's.
     nobodys: HashSet<IpAddr>,
@@ -128,8 +129,12 @@ impl View {
             self.published.remove(&old.pod_uid);
         }
         if !workload.pod_uid.as_str().is_empty() {
+            let left = matches!(workload.uncaptured, Some(Uncaptured::OptedOut | Uncaptured::SystemNamespace));
             if workload.speaks == Speaks::JustMtls {
                 self.published.insert(workload.pod_uid.clone());
+            } else if left {
+                // Its owner lets it leave, and its rules stand until this is known here (T4).
+                self.published.remove(&workload.pod_uid);
             } else if self.published.contains(&workload.pod_uid) {
                 workload.speaks = Speaks::JustMtls;
                 workload.uncaptured = None;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use identity::SpiffeId;
 
-use crate::{PolicyName, ServiceName};
+use crate::{PlaintextReason, PolicyName, ServiceName};
 
 /// The name of a workload on the discovery stream: `cluster/group/kind/namespace/name`.
 ///
@@ -64,6 +64,19 @@ pub enum Uncaptured {
     Pending,
     /// Not a pod of this cluster: an endpoint that an EndpointSlice names by address alone.
     NotAPod,
+}
+
+impl Uncaptured {
+    /// The reason for plaintext that follows from it.
+    pub fn in_clear(self) -> PlaintextReason {
+        match self {
+            Self::OptedOut => PlaintextReason::OptedOut,
+            Self::HostNetwork => PlaintextReason::HostNetwork,
+            Self::SystemNamespace => PlaintextReason::SystemNamespace,
+            Self::Pending => PlaintextReason::CapturePending,
+            Self::NotAPod => PlaintextReason::NotAPod,
+        }
+    }
 }
 
 /// Whether a port accepts plaintext.

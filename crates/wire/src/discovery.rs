@@ -102,6 +102,9 @@ pub struct NodePod {
     pub addresses: Vec<IpAddr>,
     /// Whether the pod is to be captured, and why not. [`Uncaptured::Pending`] is no reason and never stands here.
     pub capture: Result<(), Uncaptured>,
+    /// A pod that is not to be captured any more is let go: peers know it, and dial it in clear (T4). Never where `capture` says
+    /// that it is to be captured.
+    pub release: bool,
     /// Ports that are never captured.
     pub excluded_ports: Vec<u16>,
     /// What the kubelet may ask of it where plaintext is refused.

@@ -3,17 +3,17 @@
 
 use std::time::Duration;
 
-use linux::diag::{self, Connection};
+use linux::diag;
 use linux::netlink::{Protocol, Socket};
 use mesh::PodUid;
 use tokio::time::{Instant, sleep};
 use wire::pods::CniResult;
 
 use super::{Node, lock};
-use crate::capture::{Capture, CaptureError};
+use crate::capture::{Capture, CaptureError, is_ours};
 use crate::pods::{Action, Request};
 use crate::process::Event;
-use crate::rules::{INBOUND_PORT, Marks, OUTBOUND_PORT};
+use crate::rules::Marks;
 
 /// The pause between two looks.
 const LOOK: Duration = Duration::from_millis(5);
@@ -82,7 +82,7 @@ impl Ending {
         loop {
             let look = tokio::task::spawn_blocking(move || {
                 let all = diag::connections(&mut self.socket);
-                (all.is_ok_and(|all| !all.iter().any(|it| self.is_ours(it))), self)
+                (all.is_ok_and(|all| !all.iter().any(|it| is_ours(self.marks, it))), self)
             });
             // A look that panicked has ended the watch.
             let Ok((ended, again)) = look.await else { return false };
@@ -92,10 +92,5 @@ impl Ending {
             self = again;
             sleep(LOOK).await;
         }
-    }
-
-    fn is_ours(&self, connection: &Connection) -> bool {
-        [self.marks.outer, self.marks.inner].contains(&connection.mark)
-            || [INBOUND_PORT, OUTBOUND_PORT].contains(&connection.local.port())
     }
 }

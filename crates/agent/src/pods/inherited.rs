@@ -69,7 +69,7 @@ impl Pods {
     pub(crate) fn served(&self) -> Vec<NodePod> {
         let served = |pod: &Pod| match &pod.sandbox.as_ref()?.stage {
             Stage::Bare | Stage::Preparing(_) | Stage::Beginning(Work { cancelled: true, .. }) => None,
-            Stage::Offered { .. } | Stage::Beginning(_) | Stage::Captured => pod.known.clone(),
+            Stage::Offered { .. } | Stage::Beginning(_) | Stage::Captured | Stage::Leaving(_) => pod.known.clone(),
         };
         self.pods.values().filter_map(served).collect()
     }

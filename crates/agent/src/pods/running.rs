@@ -71,9 +71,9 @@ impl Pods {
     }
 
     /// The pods that have a sandbox here for which nobody waits.
-    pub(crate) fn standing(&self) -> BTreeSet<PodUid> {
-        let standing = |pod: &Pod| pod.sandbox.as_ref().is_some_and(|sandbox| sandbox.waiting.is_empty());
-        self.pods.iter().filter(|(_, pod)| standing(pod)).map(|(uid, _)| uid.clone()).collect()
+    pub(crate) fn present(&self) -> BTreeSet<PodUid> {
+        let present = |pod: &Pod| pod.sandbox.as_ref().is_some_and(|sandbox| sandbox.waiting.is_empty());
+        self.pods.iter().filter(|(_, pod)| present(pod)).map(|(uid, _)| uid.clone()).collect()
     }
 
     /// The runtime has no sandbox of this pod any more, and nobody has said so (T42).

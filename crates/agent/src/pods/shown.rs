@@ -42,6 +42,7 @@ impl Shown {
                 Stage::Offered { .. } => "offered",
                 Stage::Beginning(_) => "beginning",
                 Stage::Captured => "captured",
+                Stage::Leaving(_) => "leaving",
             },
         };
         let name = known.map(|known| format!("{}/{}", known.namespace, known.name));

@@ -1,3 +1,5 @@
+mod leaving;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
@@ -17,6 +19,7 @@ fn known(text: &str) -> NodePod {
         identity: "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap(),
         addresses: vec!["10.88.16.5".parse().unwrap()],
         capture: Ok(()),
+        release: false,
         excluded_ports: Vec::new(),
         probes: mesh::Probes::default(),
     }
@@ -283,7 +286,7 @@ fn a_pod_that_runs_is_captured_where_nobody_has_told_of_it() {
     assert!(pods.find(&running("a"), 8).is_empty() && !pods.holds(8), "it has one");
     pods.know(known("c"));
     assert!(matches!(pods.find(&running("c"), 7)[..], [Action::Report(_, Failure::Ambiguous { .. })]));
-    assert_eq!(pods.standing(), [uid("a")].into());
+    assert_eq!(pods.present(), [uid("a")].into());
     assert_eq!(pods.vanished(&uid("a")), [Action::Close(7)]);
     assert_eq!(pods.wanted(), [uid("a"), uid("c")].into());
 }
@@ -383,15 +386,24 @@ fn other_addresses_are_another_capture() {
     assert!(pods.captured().is_empty());
 }
 
+/// What the control plane wants of a pod.
+#[derive(Clone, Copy, Debug)]
+enum Will {
+    Capture,
+    Exempt,
+    Release,
+}
+
 #[derive(Clone, Debug)]
 enum Step {
-    Know(u8, bool, bool),
+    Know(u8, Will, bool),
     Forget(u8),
     Add(u8, u8),
     Delete(u8),
     Overdue(u8),
     Prepared(u8, bool),
     Begun(u8, bool),
+    Left(u8, Option<bool>),
     Ready(u8),
     Proxy(bool),
     Retry,
@@ -399,14 +411,16 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     let pod = 0..3_u8;
+    let will = prop_oneof![3 => Just(Will::Capture), 1 => Just(Will::Exempt), 2 => Just(Will::Release)];
     prop_oneof![
-        4 => (pod.clone(), any::<bool>(), any::<bool>()).prop_map(|(pod, capture, ips)| Step::Know(pod, capture, ips)),
+        4 => (pod.clone(), will, any::<bool>()).prop_map(|(pod, will, ips)| Step::Know(pod, will, ips)),
         1 => pod.clone().prop_map(Step::Forget),
         4 => (pod.clone(), 0..4_u8).prop_map(|(pod, namespace)| Step::Add(pod, namespace)),
         1 => pod.clone().prop_map(Step::Delete),
         2 => any::<u8>().prop_map(Step::Overdue),
         6 => (any::<u8>(), any::<bool>()).prop_map(|(which, good)| Step::Prepared(which, good)),
         6 => (any::<u8>(), any::<bool>()).prop_map(|(which, good)| Step::Begun(which, good)),
+        4 => (any::<u8>(), any::<Option<bool>>()).prop_map(|(which, outcome)| Step::Left(which, outcome)),
         6 => pod.prop_map(Step::Ready),
         2 => any::<bool>().prop_map(Step::Proxy),
         1 => Just(Step::Retry),
@@ -419,6 +433,7 @@ struct Shell {
     pods: Pods,
     preparing: Vec<(PodUid, u64)>,
     beginning: Vec<(PodUid, u64)>,
+    leaving: Vec<(PodUid, u64)>,
     namespaces: BTreeSet<u64>,
     /// Captures that are there, and whether their proxy was told.
     captures: BTreeMap<PodUid, bool>,
@@ -427,6 +442,10 @@ struct Shell {
 }
 
 impl Shell {
+    fn is_busy(&self) -> bool {
+        !(self.preparing.is_empty() && self.beginning.is_empty() && self.leaving.is_empty())
+    }
+
     fn act(&mut self, actions: Vec<Action>) {
         for action in actions {
             match action {
@@ -440,6 +459,16 @@ impl Shell {
                 Action::Begin { pod, attempt } => {
                     assert!(self.captures[&pod] && self.ready.contains(&pod), "the proxy has the listeners");
                     self.beginning.push((pod, attempt));
+                }
+                Action::Leave { pod, attempt } => {
+                    assert!(self.captures.contains_key(&pod), "it was captured");
+                    let busy = |list: &[(PodUid, u64)]| list.iter().any(|(other, _)| *other == pod);
+                    assert!(!self.pods.captured().contains(&pod), "it is not reported");
+                    assert!(
+                        !busy(&self.leaving) || busy(&self.preparing),
+                        "one look at a time, but for an earlier sandbox's"
+                    );
+                    self.leaving.push((pod, attempt));
                 }
                 Action::Exclude(pod, _) => assert!(self.captures.contains_key(&pod)),
                 Action::Withdraw(pod) => {
@@ -461,9 +490,13 @@ impl Shell {
             Some(list.swap_remove(index))
         };
         let actions = match step {
-            Step::Know(pod, capture, ips) => {
+            Step::Know(pod, will, ips) => {
                 let mut pod = known(&name(pod));
-                pod.capture = if capture { Ok(()) } else { Err(Uncaptured::OptedOut) };
+                (pod.capture, pod.release) = match will {
+                    Will::Capture => (Ok(()), false),
+                    Will::Exempt => (Err(Uncaptured::OptedOut), false),
+                    Will::Release => (Err(Uncaptured::OptedOut), true),
+                };
                 pod.addresses.truncate(usize::from(ips));
                 self.pods.know(pod)
             }
@@ -503,6 +536,10 @@ impl Shell {
                 Some((pod, attempt)) => self.pods.begun(&pod, attempt, if good { Ok(()) } else { Err(failure()) }),
                 None => Vec::new(),
             },
+            Step::Left(which, outcome) => match taken(&mut self.leaving, which) {
+                Some((pod, attempt)) => self.pods.left(&pod, attempt, outcome.ok_or_else(failure)),
+                None => Vec::new(),
+            },
             Step::Ready(pod) => {
                 let pod = uid(&name(pod));
                 if self.captures.get(&pod) == Some(&true) {
@@ -535,16 +572,18 @@ proptest! {
         for step in steps {
             next(&mut shell, step);
         }
-        while !shell.preparing.is_empty() || !shell.beginning.is_empty() {
+        while shell.is_busy() {
             next(&mut shell, Step::Prepared(0, true));
             next(&mut shell, Step::Begun(0, true));
+            next(&mut shell, Step::Left(0, Some(true)));
         }
         while !shell.unanswered.is_empty() {
             let before = shell.unanswered.len();
             next(&mut shell, Step::Overdue(0));
-            while !shell.preparing.is_empty() || !shell.beginning.is_empty() {
+            while shell.is_busy() {
                 next(&mut shell, Step::Prepared(0, true));
                 next(&mut shell, Step::Begun(0, true));
+                next(&mut shell, Step::Left(0, Some(true)));
             }
             prop_assert!(shell.unanswered.len() < before, "an overdue request has its answer");
         }

@@ -62,7 +62,7 @@ impl Tap {
 }
 
 /// The ports of a segment from one to the other, as its header has them.
-fn ports(from: u16, to: u16) -> [u8; 4] {
+pub(crate) fn ports(from: u16, to: u16) -> [u8; 4] {
     let [a, b] = from.to_be_bytes();
     let [c, d] = to.to_be_bytes();
     [a, b, c, d]

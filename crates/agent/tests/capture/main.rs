@@ -7,6 +7,7 @@ mod frames;
 mod guard;
 mod keep;
 mod lab;
+mod leaving;
 mod node;
 mod proxy;
 mod repair;

@@ -177,6 +177,7 @@ pub(crate) fn pod(name: &str, addresses: [IpAddr; 2]) -> NodePod {
         identity: "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap(),
         addresses: addresses.into(),
         capture: Ok(()),
+        release: false,
         excluded_ports: Vec::new(),
         probes: mesh::Probes::default(),
     }

@@ -103,20 +103,44 @@ impl Shared {
         pods.is_empty() || record.is_some_and(|record| record.pods.is_superset(pods))
     }
 
-    /// Takes a report. It is written if it is news; the agent is told when the watch shows it.
-    pub(crate) fn report(&mut self, report: Report) {
-        if !self.names(&report.node, &report.pods) {
-            self.want(&report.node, Change { add: report.pods.clone(), ..Change::default() });
+    /// Takes a report. It is written if it is news; the agent is told when the watch shows it. Pods that are to leave are
+    /// reported as long as they have rules, and are not written.
+    pub(crate) fn report(&mut self, report: Report, index: &Index) {
+        let add = staying(&report, index);
+        if !self.names(&report.node, &add) {
+            self.want(&report.node, Change { add, ..Change::default() });
         }
         self.waiting.push(report);
     }
 
     /// The reports that the watch shows by now. An agent that is gone needs no answer.
-    pub(crate) fn confirmed(&mut self) -> Vec<Report> {
+    pub(crate) fn confirmed(&mut self, index: &Index) -> Vec<Report> {
         let waiting = std::mem::take(&mut self.waiting).into_iter().filter(|report| !report.published.is_closed());
-        let (confirmed, waiting) = waiting.partition(|report| self.names(&report.node, &report.pods));
+        let (confirmed, waiting) = waiting.partition(|report| self.names(&report.node, &staying(report, index)));
         self.waiting = waiting;
         confirmed
+    }
+
+    /// Takes out pods that peers are to speak TLS with no longer.
+    pub(crate) fn take_out<'a>(&mut self, pods: impl Iterator<Item = &'a (String, PodUid)>) {
+        for (node, pod) in pods {
+            self.want(node, Change { take_out: BTreeSet::from([pod.clone()]), ..Change::default() });
+        }
+    }
+
+    /// Names pods again that are to be captured after all.
+    pub(crate) fn put_back<'a>(&mut self, pods: impl Iterator<Item = &'a (String, PodUid)>) {
+        for (node, pod) in pods {
+            self.want(node, Change { add: BTreeSet::from([pod.clone()]), ..Change::default() });
+        }
+    }
+
+    /// Takes out pods that are to be released, and says which of them no replica reads any more.
+    pub(crate) fn forget(&mut self, pods: BTreeSet<(String, PodUid)>) -> BTreeSet<(String, PodUid)> {
+        let is_named = |(node, pod): &(String, PodUid)| self.names(node, &BTreeSet::from([pod.clone()]));
+        let (named, gone) = pods.into_iter().partition::<BTreeSet<_>, _>(is_named);
+        self.take_out(named.iter());
+        gone
     }
 
     fn want(&mut self, node: &str, change: Change) {
@@ -196,4 +220,9 @@ impl Shared {
     pub(crate) fn forget_missing(&mut self) {
         self.missing.clear();
     }
+}
+
+/// What a report names, without the pods that are to leave.
+fn staying(report: &Report, index: &Index) -> BTreeSet<PodUid> {
+    report.pods.iter().filter(|pod| !index.is_exempt(&report.node, pod)).cloned().collect()
 }

@@ -25,6 +25,7 @@ use crate::index::{self, Index};
 use crate::kubernetes::lease::Election;
 use crate::kubernetes::status::{self, Condition, Conditions, Statuses};
 use crate::kubernetes::{self, duties, pause, secret};
+use crate::leaving::Leaving;
 use crate::metrics::Metrics;
 use crate::nodes::Nodes;
 use crate::probes::Probes;
@@ -160,7 +161,7 @@ impl Control {
         let serving = tokio::spawn(served);
         let shown = Arc::new(Shown {
             events: sender.clone(),
-            nodes,
+            nodes: nodes.clone(),
             publication: publication.clone(),
             metrics: metrics.clone(),
         });
@@ -176,6 +177,9 @@ impl Control {
             publication,
             certifier,
             record,
+            leaving: Leaving::new(),
+            nodes,
+            started: Instant::now(),
             replica,
             probes,
             follows,
@@ -221,6 +225,7 @@ impl Beginning<'_> {
         if first.unlisted.is_empty() {
             captures.retain(|(node, uid)| index.has_pod(node, uid))?;
         }
+        captures.forget(&index.taken_back());
         Ok(Begun {
             source: Source::Folder(folder),
             first,
@@ -243,7 +248,7 @@ impl Beginning<'_> {
         let authority = self.authority(client, &trust_domain, leads.clone()).await?;
         let certifier = Arc::new(Certifier::new(authority, self.args.leaf_validity, self.clock.clone()));
 
-        let mut index = Index::new(trust_domain);
+        let mut index = Index::with_record(trust_domain);
         let mut shared = Shared::new(client, self.sender.clone());
         let mut source = Kubernetes::follow(client, self.metrics);
         let mut first = Batch::default();

@@ -1,6 +1,7 @@
 //! The whole control plane over real TLS and gRPC on loopback, with the client that nodes use.
 
 mod calls;
+mod leaving;
 mod replicas;
 mod restart;
 mod streams;

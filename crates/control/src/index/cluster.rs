@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use identity::TrustDomain;
-use mesh::PodUid;
+use mesh::{PodUid, Uncaptured};
 
 use super::facts::{Name, Namespace, Node, Pod, Service, Slice};
+use super::leaving::{Leaving, Place, Seen};
 use super::modes::PeerAuthentications;
 use super::policy::AuthorizationPolicy;
 use super::settings::Settings;
@@ -29,8 +30,12 @@ pub(crate) struct Cluster {
     pub(crate) reported: BTreeMap<String, BTreeSet<PodUid>>,
     /// By node, what is written down of it.
     pub(crate) recorded: BTreeMap<String, BTreeSet<PodUid>>,
-    /// Pods whose capture was reported once; none leaves while it lives (T47).
-    captured: BTreeSet<(String, PodUid)>,
+    /// Whether what is written down decides, and not what this process was told.
+    pub(crate) by_record: bool,
+    /// Pods that peers speak TLS with: their capture was reported once, and they are not exempt (T47).
+    captured: BTreeSet<Place>,
+    /// How pods that are captured and exempt leave.
+    pub(crate) leaving: Leaving,
     /// Pods by their UIDs.
     uids: BTreeMap<PodUid, BTreeSet<Name>>,
     /// Pods by their own addresses.
@@ -58,7 +63,9 @@ impl Cluster {
             authorization_policies: BTreeMap::new(),
             reported: BTreeMap::new(),
             recorded: BTreeMap::new(),
+            by_record: false,
             captured: BTreeSet::new(),
+            leaving: Leaving::default(),
             uids: BTreeMap::new(),
             owners: BTreeMap::new(),
             on_host: BTreeMap::new(),
@@ -93,7 +100,9 @@ impl Cluster {
         if let Some(old) = &old {
             let namesakes = self.pods_with(&old.uid).filter_map(|name| self.pods.get(name));
             if namesakes.filter(|pod| pod.node == old.node).count() == 0 {
-                self.captured.remove(&(old.node.clone(), old.uid.clone()));
+                let place = (old.node.clone(), old.uid.clone());
+                self.captured.remove(&place);
+                self.leaving.forget(&place);
             }
         }
         old
@@ -133,9 +142,27 @@ impl Cluster {
         self.pods.range(Name::all_of(namespace)).map(|(_, pod)| pod)
     }
 
-    /// Takes note that the pod's node has said that it is captured.
-    pub(crate) fn set_captured(&mut self, pod: &Pod) {
-        self.captured.insert((pod.node.clone(), pod.uid.clone()));
+    /// Whether the pod's node says that it is captured.
+    pub(crate) fn is_reported(&self, pod: &Pod) -> bool {
+        !pod.host_network && self.reported.get(&pod.node).is_some_and(|pods| pods.contains(&pod.uid))
+    }
+
+    /// Whether it is written down that the pod is captured.
+    fn is_recorded(&self, pod: &Pod) -> bool {
+        !pod.host_network && self.recorded.get(&pod.node).is_some_and(|pods| pods.contains(&pod.uid))
+    }
+
+    /// Takes note of whether a pod is exempt. Once it is known to be captured, it is so until it is gone or exempt; what is exempt
+    /// and captured leaves.
+    pub(crate) fn enrol(&mut self, pod: &Pod, exempt: Option<Uncaptured>) {
+        let place = (pod.node.clone(), pod.uid.clone());
+        let reported = self.is_reported(pod);
+        // Replicas must not know different things: what one was told counts when all can read it.
+        let known = if self.by_record { self.is_recorded(pod) } else { reported };
+        let was = exempt.is_some() && self.captured.remove(&place);
+        if self.leaving.settle(&place, &Seen { exempt, was, reported, known }) {
+            self.captured.insert(place);
+        }
     }
 
     /// Takes note of what nodes have said before.
@@ -152,7 +179,10 @@ impl Cluster {
     #[cfg(test)]
     pub(crate) fn copy_captures(&mut self, other: &Self) {
         self.reported = other.reported.clone();
+        self.recorded = other.recorded.clone();
+        self.by_record = other.by_record;
         self.captured = other.captured.clone();
+        self.leaving = other.leaving.clone();
     }
 
     /// The pods that say to have a UID: one, unless somebody copied an object.

@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use manifests::Kind;
-use mesh::{Endpoint, EndpointPort, PodUid, Speaks, Uncaptured, Workload, WorkloadUid};
+use mesh::{Endpoint, EndpointPort, Modes, PodUid, Speaks, Uncaptured, Workload, WorkloadUid};
 use wire::discovery::NodePod;
 
 use super::cluster::Cluster;
 use super::endpoints::{self, service_name};
-use super::facts::{Name, Pod};
+use super::facts::{Name, Namespace, Pod};
 use super::policy::policy_name;
 use super::{Index, Origin, Told, Touched, Views, enrolment, network_rules};
 use crate::ROOT_NAMESPACE;
@@ -127,14 +127,18 @@ impl Index {
             self.store_workload(uid, None, touched);
             return;
         };
-        self.ratchet(&pod);
+        let namespace = self.cluster.namespaces.get(&name.namespace).cloned().unwrap_or_default();
+        let modes = self.cluster.peer_authentications.resolve(&name.namespace, &pod.labels);
+        let captured = self.cluster.is_captured(&pod);
+        let exempt = enrolment::exemption(&pod, &namespace, &modes, captured, &mut problems);
+        self.cluster.enrol(&pod, exempt);
         let twin = self.cluster.pods_with(&pod.uid).find(|other| *other != name);
         if let Some(twin) = twin {
             let message =
                 format!("has the same metadata.uid as {twin}, and neither is published; delete one of the two");
             problems.push(Problem::error(name.as_kind(Kind::Pod), message));
         }
-        let published = twin.is_none().then(|| self.publish_pod(&pod, &mut problems));
+        let published = twin.is_none().then(|| self.publish_pod(&pod, &namespace, modes, exempt, &mut problems));
         let (workload, node_pod) = published.unzip();
         // Its node's agent must know it before it has an address: the runtime waits for it meanwhile. Nobody else can speak to it.
         let workload = workload.filter(|_| !pod.addresses.is_empty());
@@ -160,20 +164,16 @@ impl Index {
         }
     }
 
-    /// Once its node has said that a pod is captured, it is so until it is gone.
-    fn ratchet(&mut self, pod: &Pod) {
-        let said = [self.cluster.reported.get(&pod.node), self.cluster.recorded.get(&pod.node)];
-        if !pod.host_network && said.into_iter().flatten().any(|pods| pods.contains(&pod.uid)) {
-            self.cluster.set_captured(pod);
-        }
-    }
-
-    fn publish_pod(&self, pod: &Pod, problems: &mut Vec<Problem>) -> (Workload, NodePod) {
+    fn publish_pod(
+        &self,
+        pod: &Pod,
+        namespace: &Namespace,
+        modes: Modes,
+        exempt: Option<Uncaptured>,
+        problems: &mut Vec<Problem>,
+    ) -> (Workload, NodePod) {
         let cluster = &self.cluster;
-        let namespace = cluster.namespaces.get(&pod.name.namespace).cloned().unwrap_or_default();
-        let modes = cluster.peer_authentications.resolve(&pod.name.namespace, &pod.labels);
         let captured = cluster.is_captured(pod);
-        let exempt = enrolment::exemption(pod, &namespace, &modes, captured, problems);
         if captured && cluster.reported.get(&pod.node).is_some_and(|reported| !reported.contains(&pod.uid)) {
             let message = format!(
                 "was captured, and the agent of {} does not report it any more; peers go on with mTLS to it and fail if \
@@ -207,13 +207,15 @@ impl Index {
             ),
             policies: selecting.map(|policy| policy.policy.name.clone()).collect(),
         };
+        let released = cluster.leaving.released(&(pod.node.clone(), pod.uid.clone()));
         let node_pod = NodePod {
             pod: pod.uid.clone(),
             namespace: pod.name.namespace.clone(),
             name: pod.name.name.clone(),
             identity: pod.identity.clone(),
             addresses: pod.addresses.clone(),
-            capture: exempt.map_or(Ok(()), Err),
+            capture: exempt.or(released).map_or(Ok(()), Err),
+            release: released.is_some(),
             excluded_ports: cluster.settings.excluded_ports(),
             probes: pod.probes.clone(),
         };

@@ -12,8 +12,7 @@ const SYSTEM_NAMESPACES: [&str; 4] = ["kube-system", "kube-public", "kube-node-l
 
 /// Why a pod is not to be captured; `None` where it is.
 ///
-/// `captured` says that it is captured already. That is never taken back while the pod lives: peers would go on
-/// tunnelling to it, and what its programs sent meanwhile would be in clear (T4, T47).
+/// `captured` says that it is captured already: what is strict and captured is never let go.
 pub(crate) fn exemption(
     pod: &Pod,
     namespace: &Namespace,
@@ -26,16 +25,17 @@ pub(crate) fn exemption(
     }
     let object = || pod.name.as_kind(Kind::Pod);
     let wanted = wanted_exemption(pod, namespace, problems)?;
-    if captured {
-        let message = "is captured and stays so while it lives, although it is exempt by its labels now; restart it";
-        problems.push(Problem::warning(object(), message));
-        return None;
-    }
     let is_strict = modes.default == Mode::Strict || modes.ports.values().any(|mode| *mode == Mode::Strict);
     match wanted {
         Uncaptured::OptedOut if is_strict => {
             let message = "opts out by justmtls.dev/mode: off, and a STRICT PeerAuthentication selects it: strict \
                            wins and it is captured; make its ports PERMISSIVE, or remove the label";
+            problems.push(Problem::warning(object(), message));
+            None
+        }
+        Uncaptured::SystemNamespace if is_strict && captured => {
+            let message = "is STRICT by a PeerAuthentication and captured, and stays so although it is in a system \
+                           namespace and no label justmtls.dev/mode: on says so any more; make its ports PERMISSIVE to let it go";
             problems.push(Problem::warning(object(), message));
             None
         }

@@ -2,6 +2,7 @@
 
 mod endpoints;
 mod enrolment;
+mod leaving;
 mod modes;
 mod order;
 mod policies;

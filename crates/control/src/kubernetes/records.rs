@@ -4,7 +4,8 @@
 //! index is told by that, and only then the agent has its confirmation. So nothing is published that a restart would forget
 //! (T47), and no replica knows of a capture that another one does not.
 //!
-//! Reports only add. What is gone is taken out by the leader, when its pods have been missing for a while.
+//! Reports only add. What is gone is taken out by the leader, when its pods have been missing for a while; what is to leave by
+//! the replica that serves its node's agent, before it is released.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -42,7 +43,7 @@ pub(crate) struct Record {
 pub(crate) struct Change {
     /// Pods that it is to name.
     pub(crate) add: BTreeSet<PodUid>,
-    /// Pods that are gone.
+    /// Pods that are gone, or leave.
     pub(crate) take_out: BTreeSet<PodUid>,
     /// The node is gone: without pods its record goes, too.
     pub(crate) node_is_gone: bool,

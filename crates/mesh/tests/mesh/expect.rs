@@ -46,6 +46,21 @@ fn a_permissive_port_waits_by_what_its_client_may_be() {
 }
 
 #[test]
+fn who_dials_a_pod_that_leaves_or_joins_in_clear_is_called_by_that_pods_reason_and_its_hello_is_waited_for() {
+    let view = world();
+    let seen = |why: Uncaptured, source: &str| {
+        let expected = expect(&view, &uncaptured(pod("server", 1), why), 80, ip(source));
+        (expected.wait.as_millis(), expected.plaintext)
+    };
+    assert_eq!(seen(Uncaptured::OptedOut, "10.0.0.2"), (300, Plain::OptedOut));
+    assert_eq!(seen(Uncaptured::SystemNamespace, "10.0.0.2"), (300, Plain::SystemNamespace));
+    assert_eq!(seen(Uncaptured::Pending, "fd00::2"), (300, Plain::CapturePending));
+    // Who is not in the mesh itself is what it always is.
+    assert_eq!(seen(Uncaptured::OptedOut, "10.0.0.5"), (50, Plain::SystemNamespace));
+    assert_eq!(seen(Uncaptured::OptedOut, "203.0.113.9"), (0, Plain::Outside));
+}
+
+#[test]
 fn a_strict_port_waits_for_everybodys_hello_and_keeps_the_name() {
     let view = world();
     let server = with_modes(pod("server", 1), Mode::Permissive, 443);

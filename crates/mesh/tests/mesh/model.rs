@@ -24,6 +24,9 @@ impl Model {
         if workload.speaks == Speaks::JustMtls {
             self.published.push(workload.pod_uid.clone());
         }
+        if [Some(Uncaptured::OptedOut), Some(Uncaptured::SystemNamespace)].contains(&workload.uncaptured) {
+            self.published.retain(|pod| *pod != workload.pod_uid);
+        }
         if self.published.contains(&workload.pod_uid) {
             (workload.speaks, workload.uncaptured) = (Speaks::JustMtls, None);
         }

@@ -91,12 +91,27 @@ fn a_pod_that_was_made_again_under_its_name_is_another_one() {
 #[test]
 fn a_pod_that_was_published_as_captured_never_falls_back_while_it_lives() {
     let mut view = view([pod("web", 1)], []);
-    for why in [Uncaptured::Pending, Uncaptured::OptedOut, Uncaptured::SystemNamespace] {
+    for why in [Uncaptured::Pending, Uncaptured::HostNetwork, Uncaptured::NotAPod] {
         apply(&mut view, uncaptured(serving(pod("web", 1), "web", 80, 80), why));
         let held = view.workload_at(ip("10.0.0.1")).unwrap();
         assert_eq!((held.speaks, held.uncaptured), (Speaks::JustMtls, None), "{why:?}");
         // All else of the change counts.
         assert_eq!(held.endpoints.len(), 1);
+    }
+}
+
+#[test]
+fn a_pod_that_leaves_is_spoken_to_in_clear_until_it_is_captured_again() {
+    for why in [Uncaptured::OptedOut, Uncaptured::SystemNamespace] {
+        let mut view = view([pod("web", 1)], []);
+        for why in [why, Uncaptured::Pending] {
+            apply(&mut view, uncaptured(pod("web", 1), why));
+            let held = view.workload_at(ip("10.0.0.1")).unwrap();
+            assert_eq!((held.speaks, held.uncaptured), (Speaks::Nothing, Some(why)));
+        }
+        apply(&mut view, pod("web", 1));
+        apply(&mut view, uncaptured(pod("web", 1), Uncaptured::Pending));
+        assert_eq!(view.workload_at(ip("10.0.0.1")).unwrap().speaks, Speaks::JustMtls);
     }
 }
 

@@ -76,6 +76,7 @@ pub(super) fn encode_node_pod(pod: &NodePod) -> Vec<u8> {
         uncaptured: encode_uncaptured(pod.capture.err().unwrap_or(Uncaptured::Pending)).into(),
         excluded_ports: pod.excluded_ports.iter().map(|port| u32::from(*port)).collect(),
         probes: crate::probe::encode(&pod.probes),
+        release: pod.release,
     };
     message.encode_to_vec()
 }
@@ -106,6 +107,7 @@ pub(super) fn decode_node_pod(content: &[u8]) -> Result<Resource, Fault> {
         name: message.name,
         addresses: addresses.collect::<Result<_, _>>()?,
         capture,
+        release: message.release && capture.is_err(),
         excluded_ports: excluded.collect::<Result<_, _>>()?,
         probes: crate::probe::decode(&message.probes).ok_or(Fault::UnknownValue { field: "probes" })?,
     }))

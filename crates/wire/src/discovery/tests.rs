@@ -171,16 +171,19 @@ fn settings() -> impl Strategy<Value = MeshSettings> {
 fn node_pod() -> impl Strategy<Value = NodePod> {
     let why_not = uncaptured().prop_filter("pending is no reason", |why| *why != Uncaptured::Pending);
     let lists = (prop::collection::vec(any::<std::net::IpAddr>(), 0..3), prop::collection::vec(port(), 0..3));
-    (NAME, id(), prop::option::of(why_not), lists).prop_map(|(name, identity, why_not, lists)| NodePod {
-        pod: PodUid::from(format!("uid-{name}").as_str()),
-        namespace: identity.namespace().to_owned(),
-        name,
-        identity,
-        addresses: lists.0,
-        capture: why_not.map_or(Ok(()), Err),
-        excluded_ports: lists.1,
-        probes: crate::probe::tests::probes(),
-    })
+    (NAME, id(), prop::option::of(why_not), any::<bool>(), lists).prop_map(
+        |(name, identity, why_not, release, lists)| NodePod {
+            pod: PodUid::from(format!("uid-{name}").as_str()),
+            namespace: identity.namespace().to_owned(),
+            name,
+            identity,
+            addresses: lists.0,
+            release: release && why_not.is_some(),
+            capture: why_not.map_or(Ok(()), Err),
+            excluded_ports: lists.1,
+            probes: crate::probe::tests::probes(),
+        },
+    )
 }
 
 fn resource() -> impl Strategy<Value = Resource> {
@@ -202,6 +205,7 @@ fn pod(name: &str) -> Resource {
         identity: "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap(),
         addresses: vec![],
         capture: Ok(()),
+        release: false,
         excluded_ports: vec![],
         probes: Probes::default(),
     })

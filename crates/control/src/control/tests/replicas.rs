@@ -97,7 +97,7 @@ impl Cluster {
 
     async fn proxy(&self, replica: &Replica) -> Watched {
         let connected = self.client(replica, Role::Proxy, "node-a", "node-a").await.connect().await.unwrap();
-        Watched::open(&connected, PROXY_KINDS, Known::default()).await
+        Watched::open(&connected, WITH_HEARTBEAT, Known::default()).await
     }
 }
 
@@ -206,4 +206,67 @@ async fn a_policy_that_cannot_be_enforced_says_so_in_its_status_until_it_can() {
     until(|| ours().filter(|(count, ours)| *count == 1 && ours.is_none())).await;
     assert!(cluster.fake.writes() <= writes + 2, "a status is written where it changes");
     replica.stop().await;
+}
+
+/// Opts the pod's namespace out, or in again.
+fn label(fake: &Fake, mode: &str) {
+    fake.put("/api/v1/namespaces/shop", json!({ "metadata": { "labels": { "justmtls.dev/mode": mode } } }));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_leaves_at_both_replicas_is_released_by_the_one_with_its_agent_and_comes_back_by_the_record() {
+    let cluster = Cluster::new();
+    let settings = "/api/v1/namespaces/justmtls-system/configmaps/justmtls";
+    cluster.fake.put(settings, json!({ "metadata": {}, "data": { "viewLifetime": "1s" } }));
+    let (one, two) = (cluster.replica("one").await, cluster.replica("two").await);
+    let agent_link = cluster.client(&two, Role::Agent, "node-a", "node-a").await.connect().await.unwrap();
+    let (captured, watched) = tokio::sync::watch::channel(BTreeSet::from([PodUid::from("uid-web")]));
+    let mut reports = agent_link.report_captures(watched).await.unwrap();
+    timeout(LONG, reports.next()).await.expect("no confirmation").unwrap();
+    let mut agent = Watched::open(&agent_link, &[Kind::NodePod], Known::default()).await;
+    let (mut at_one, mut at_two) = (cluster.proxy(&one).await, cluster.proxy(&two).await);
+    timeout(LONG, at_one.until(|watched| speaks(watched) == Some(Speaks::JustMtls))).await.expect("it is not told");
+    let recorded = || cluster.fake.get(RECORD).unwrap()["data"]["pods"] == "uid-web\n";
+    assert!(recorded());
+
+    // Taken back before its release, it is captured again when the record names it.
+    label(&cluster.fake, "off");
+    timeout(LONG, at_one.until(|watched| speaks(watched) == Some(Speaks::Nothing))).await.expect("it is not told");
+    timeout(LONG, at_two.until(|watched| speaks(watched) == Some(Speaks::Nothing))).await.expect("it is not told");
+    until(|| (!recorded()).then_some(())).await;
+    label(&cluster.fake, "on");
+    timeout(LONG, at_one.until(|watched| speaks(watched) == Some(Speaks::JustMtls))).await.expect("it is not told");
+    timeout(LONG, at_two.until(|watched| speaks(watched) == Some(Speaks::JustMtls))).await.expect("it is not told");
+    assert!(recorded());
+
+    // A report of something else does not bring it back into the record.
+    label(&cluster.fake, "off");
+    until(|| (!recorded()).then_some(())).await;
+    captured.send_replace(["uid-web", "uid-new"].map(PodUid::from).into());
+    timeout(LONG, reports.next()).await.expect("no confirmation").unwrap();
+    assert_eq!(cluster.fake.get(RECORD).unwrap()["data"]["pods"], "uid-new\n");
+    let reading = [at_one, at_two].map(super::leaving::keep_reading);
+    let is_released = |agent: &Watched| agent.node_pods[&PodUid::from("uid-web")].release;
+    timeout(LONG, agent.until(is_released)).await.expect("it is not released");
+
+    // Let go by its agent, and captured again.
+    captured.send_replace(["uid-new"].map(PodUid::from).into());
+    timeout(LONG, reports.next()).await.expect("no confirmation").unwrap();
+    label(&cluster.fake, "on");
+    timeout(
+        LONG,
+        agent.until(|agent| agent.node_pods[&PodUid::from("uid-web")].capture.is_ok() && !is_released(agent)),
+    )
+    .await
+    .expect("it is not told");
+    assert_eq!(speaks(&cluster.proxy(&one).await), Some(Speaks::Nothing), "its agent has not said so");
+    captured.send_replace(["uid-web", "uid-new"].map(PodUid::from).into());
+    timeout(LONG, reports.next()).await.expect("no confirmation").unwrap();
+    let mut again = cluster.proxy(&one).await;
+    timeout(LONG, again.until(|watched| speaks(watched) == Some(Speaks::JustMtls))).await.expect("it is not told");
+    for reading in reading {
+        reading.abort();
+    }
+    one.stop().await;
+    two.stop().await;
 }

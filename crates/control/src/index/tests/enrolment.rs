@@ -119,17 +119,12 @@ fn a_capture_reported_before_the_pod_is_known_counts_when_it_comes() {
 }
 
 #[test]
-fn a_captured_pod_stays_so_while_it_lives_whatever_is_reported_or_labelled() {
+fn a_captured_pod_stays_so_while_it_lives_and_is_enrolled_whatever_is_reported() {
     let mut index = index(&pod("shop", "web", "10.88.16.5", "", ""));
     captured(&mut index, "node-a", &["uid-shop-web"]);
     assert!(captured(&mut index, "node-a", &[]).is_empty());
     assert_eq!(workload(&index, "shop", "web").speaks, Speaks::JustMtls);
     assert_problem(&index, "Pod shop/web", "does not report it any more");
-
-    apply(&mut index, &namespace("shop", NS_OFF));
-    assert_eq!(workload(&index, "shop", "web").speaks, Speaks::JustMtls);
-    assert_eq!(index.views().node_pods["node-a"].values().next().unwrap().capture, Ok(()));
-    assert_problem(&index, "Pod shop/web", "stays so while it lives");
 
     delete(&mut index, "Pod", "shop", "web");
     assert_no_problems(&index);

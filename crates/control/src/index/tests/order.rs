@@ -88,6 +88,8 @@ enum Step {
     Apply(usize),
     Delete(usize),
     Report(&'static str, Vec<&'static str>),
+    /// Whoever leaves is let go.
+    Release,
 }
 
 fn step(states: usize) -> impl Strategy<Value = Step> {
@@ -96,6 +98,7 @@ fn step(states: usize) -> impl Strategy<Value = Step> {
         6 => (0..states).prop_map(Step::Apply),
         2 => (0..states).prop_map(Step::Delete),
         1 => (prop::sample::select(vec!["node-a", "node-b"]), uids).prop_map(|(node, uids)| Step::Report(node, uids)),
+        1 => Just(Step::Release),
     ]
 }
 
@@ -104,10 +107,14 @@ fn run(index: &mut Index, states: &[Object], step: &Step) -> Touched {
         Step::Apply(state) => index.apply(Change::Applied(states[*state].clone())),
         Step::Delete(state) => index.apply(Change::Deleted(states[*state].key())),
         Step::Report(node, uids) => captured(index, node, uids),
+        Step::Release => {
+            let leaving = index.leaving().clone();
+            index.release(leaving)
+        }
     }
 }
 
-/// The views of these objects, computed with everything dirty, and what was ever captured taken over.
+/// The views of these objects, computed with everything dirty, and what was captured and released taken over.
 fn from_scratch(objects: &BTreeMap<ObjectKey, Object>, of: &Index) -> Index {
     let mut index = Index::new("cluster.local".parse().unwrap());
     for object in objects.values() {
@@ -161,7 +168,7 @@ proptest! {
                 Step::Delete(state) => {
                     objects.remove(&states[*state].key());
                 }
-                Step::Report(..) => {}
+                Step::Report(..) | Step::Release => {}
             }
             let touched = run(&mut index, &states, step);
             let after = from_scratch(&objects, &index);

@@ -280,6 +280,30 @@ fn a_pod_that_is_not_to_be_captured_has_a_reason() {
 }
 
 #[test]
+fn a_pod_that_is_to_be_captured_is_never_released() {
+    let pod = |capture| {
+        let uncaptured = v1::Uncaptured::OptedOut.into();
+        let (pod_uid, namespace, service_account) = ("u".to_owned(), "shop".to_owned(), "web".to_owned());
+        let trust_domain = "cluster.local".to_owned();
+        let pod = v1::NodePod {
+            pod_uid,
+            namespace,
+            service_account,
+            trust_domain,
+            capture,
+            uncaptured,
+            release: true,
+            ..Default::default()
+        };
+        match decode(Kind::NodePod, &on_the_wire(Kind::NodePod, "u", pod.encode_to_vec())) {
+            Ok(Resource::NodePod(pod)) => pod.release,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(pod(false) && !pod(true));
+}
+
+#[test]
 fn content_of_another_type_than_its_stream_is_refused() {
     let resource = Published::new(&pod("u")).to_proto();
     let refused = decode(Kind::Settings, &resource).unwrap_err();

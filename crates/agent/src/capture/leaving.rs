@@ -1,0 +1,64 @@
+//! A pod that is let go while it runs (T4): first nothing new is captured, and when the last captured connection has ended the
+//! rules go.
+
+use linux::diag;
+use linux::netlink::{Protocol, Socket};
+use linux::nft;
+
+use super::{Capture, CaptureError, Rules, Standing};
+use crate::rules::{self, INBOUND_PORT, Marks, OUTBOUND_PORT};
+
+impl Capture {
+    /// Whether new connections are not captured any more.
+    pub fn is_draining(&self) -> bool {
+        self.standing.as_ref().is_some_and(|expected| expected.rules == Rules::Draining)
+    }
+
+    /// Captures no new connections from here on; those that were captured go on, and need the proxy
+    /// until they end. Then comes [`Capture::remove`], or [`Capture::begin`] again.
+    pub fn drain(&mut self) -> Result<(), CaptureError> {
+        self.idle = false;
+        self.disarm()?;
+        self.load(Rules::Draining)
+    }
+
+    /// One step of letting the pod go: first [`Capture::drain`], then a look each time, and [`Capture::remove`] when two looks in
+    /// a row found no connection of the data path. One look could come while a connection is between the rule that captured
+    /// it and its socket. Whether everything is gone.
+    pub fn leave(&mut self) -> Result<bool, CaptureError> {
+        if !self.is_draining() {
+            self.drain()?;
+            return Ok(false);
+        }
+        if let Standing::Broken(_) = self.verify()? {
+            self.repair()?;
+            return Ok(false);
+        }
+        let mut socket = self.namespace.enter(|| Socket::open(Protocol::SocketDiagnosis))??;
+        let marks = self.plan.marks;
+        let idle = !diag::connections(&mut socket)?.iter().any(|it| is_ours(marks, it));
+        if std::mem::replace(&mut self.idle, idle) && idle {
+            self.remove()?;
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    /// Takes everything out of the pod. Only when no captured connection is left: the next bytes of one would leave in
+    /// clear (T3).
+    pub fn remove(&mut self) -> Result<(), CaptureError> {
+        self.standing = None;
+        self.disarm()?;
+        nft::delete(&mut self.netfilter, rules::TABLE)?;
+        for family in &self.families {
+            self.delivery.remove(&mut self.route, *family)?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether a connection is of the data path: the proxy's to the wire or to a program, or one that waits for it.
+pub(crate) fn is_ours(marks: Marks, connection: &diag::Connection) -> bool {
+    [marks.outer, marks.inner].contains(&connection.mark)
+        || [INBOUND_PORT, OUTBOUND_PORT].contains(&connection.local.port())
+}

@@ -1,0 +1,203 @@
+//! Pods that are let go while they run.
+
+use std::io::ErrorKind;
+use std::net::Shutdown;
+
+use agent::capture::{Capture, Standing};
+use agent::guard::Strength;
+use agent::rules;
+use linux::netlink::{Protocol, Socket as Netlink};
+use linux::netns::NetNs;
+use linux::nft;
+use mesh::{PodUid, Uncaptured};
+use wire::discovery::NodePod;
+use wire::pods::{FromAgent, ToAgent};
+
+use crate::armed::{Tap, ports};
+use crate::lab::{A, App, B, Client, Lab, eventually, plan, prepared, with_privilege};
+use crate::proxy::Proxy;
+use crate::world::{Room, World, pod};
+
+fn table(namespace: &NetNs) -> Option<nft::Normal> {
+    let mut netfilter = namespace.enter(|| Netlink::open(Protocol::Netfilter)).unwrap().unwrap();
+    let mut found = None;
+    // A table that goes while it is read is none that could be read.
+    eventually("the rules can be read", || nft::read(&mut netfilter, rules::TABLE).map(|it| found = it).is_ok());
+    found
+}
+
+fn is_draining(namespace: &NetNs) -> bool {
+    table(namespace).is_some_and(|table| rules::is_draining(&table))
+}
+
+#[test]
+fn a_pod_that_leaves_step_by_step_says_nothing_captured_in_clear_and_can_come_back() {
+    with_privilege(a_pod_that_leaves_step_by_step_says_nothing_captured_in_clear_and_can_come_back, || {
+        let lab = Lab::new();
+        let a = Proxy::start(prepared(&lab.a, plan(A))).begin();
+        let app = App::anywhere(&lab.b, 0, 8080);
+        let mut captured = Client::connect(&lab.a, B[0], 8080).unwrap();
+        captured.seen().unwrap();
+        let own = ports(captured.local_port(), 8080);
+        let leave = |capture: &mut Capture| capture.leave().unwrap();
+        let tap = Tap::on(&lab, "a");
+        for _ in 0..3 {
+            assert!(!leave(&mut a.capture.lock().unwrap()), "a connection is left");
+            captured.echo().unwrap();
+        }
+        let count = a.seen().len();
+        let mut direct = Client::connect(&lab.a, B[0], 8080).unwrap();
+        direct.seen().unwrap();
+        assert_eq!(a.seen().len(), count, "new ones are direct");
+        // Ports that are excluded meanwhile do not bring the capture back.
+        a.capture.lock().unwrap().exclude([9100].into()).unwrap();
+        assert!(a.capture.lock().unwrap().is_draining());
+        captured.echo().unwrap();
+        assert_eq!(tap.seen(&own), 0, "a segment of a captured connection left untranslated");
+        direct.say("marker\n").unwrap();
+        assert_eq!(direct.line().unwrap(), "marker");
+        assert!(tap.seen(b"marker") > 0, "the tap sees what passes");
+
+        // Back again, in one batch: both go on, new ones are captured.
+        a.capture.lock().unwrap().begin().unwrap();
+        assert_eq!(a.capture.lock().unwrap().guarded(), Some(Strength::Opening), "a connection is from before");
+        for client in [&mut captured, &mut direct] {
+            client.echo().unwrap();
+        }
+        Client::connect(&lab.a, B[0], 8080).unwrap().seen().unwrap();
+        assert_eq!(a.seen().len(), count + 1);
+
+        // And away, when the last one has ended and not before.
+        assert!(!leave(&mut a.capture.lock().unwrap()));
+        assert!(!leave(&mut a.capture.lock().unwrap()) && !leave(&mut a.capture.lock().unwrap()));
+        captured.echo().unwrap();
+        assert_eq!(tap.seen(&own), 0);
+        captured.stream.get_ref().shutdown(Shutdown::Write).unwrap();
+        assert_eq!(captured.end(), ErrorKind::UnexpectedEof);
+        eventually("the proxy's connections end", || a.live() == 0);
+        let mut looks = 0;
+        eventually("everything is gone", || {
+            looks += 1;
+            leave(&mut a.capture.lock().unwrap())
+        });
+        assert!(looks >= 2, "one look is not enough");
+        assert_eq!(table(&lab.a), None);
+        direct.echo().unwrap();
+        drop(app);
+    });
+}
+
+#[test]
+fn another_agent_that_finds_a_pod_leaving_lets_it_go_on_leaving() {
+    with_privilege(another_agent_that_finds_a_pod_leaving_lets_it_go_on_leaving, || {
+        let lab = Lab::new();
+        let a = Proxy::start(prepared(&lab.a, plan(A))).begin();
+        let _app = App::anywhere(&lab.b, 0, 8080);
+        let mut captured = Client::connect(&lab.a, B[0], 8080).unwrap();
+        captured.seen().unwrap();
+        a.capture.lock().unwrap().drain().unwrap();
+        let listeners = a.capture.lock().unwrap().listeners();
+        let marks = a.capture.lock().unwrap().plan().marks;
+        let mut next = Capture::take_over(lab.a.try_clone().unwrap(), plan(A), listeners.clone()).unwrap();
+        assert!(next.is_draining() && next.guarded().is_none());
+        assert_eq!((next.plan().marks, next.verify().unwrap()), (marks, Standing::Intact));
+        let count = a.seen().len();
+        Client::connect(&lab.a, B[0], 8080).unwrap().seen().unwrap();
+        assert_eq!(a.seen().len(), count, "it is not captured again");
+        captured.echo().unwrap();
+        // The twin: a pod that is captured stays so.
+        next.begin().unwrap();
+        let next = Capture::take_over(lab.a.try_clone().unwrap(), plan(A), listeners).unwrap();
+        assert!(next.has_begun() && !next.is_draining());
+        captured.echo().unwrap();
+    });
+}
+
+fn exempt() -> NodePod {
+    NodePod { capture: Err(Uncaptured::OptedOut), ..pod("a", A) }
+}
+
+fn released() -> NodePod {
+    NodePod { release: true, ..exempt() }
+}
+
+#[test]
+fn an_agent_lets_a_pod_go_when_it_is_released_and_its_last_connection_has_ended() {
+    with_privilege(an_agent_lets_a_pod_go_when_it_is_released_and_its_last_connection_has_ended, || {
+        let world = World::new(|_| ());
+        world.control.publish([pod("a", A)]);
+        let proxy = world.proxy();
+        world.capture(&proxy, "a", &Room::of(&world.lab.a));
+        eventually("it is reported", || world.control.captured() == [PodUid::from("a")].into());
+        let before = table(&world.lab.a);
+        let _app = App::anywhere(&world.lab.b, 0, 8080);
+        // It waits for a proxy that does not accept.
+        let captured = Client::connect(&world.lab.a, B[0], 8080).unwrap();
+        world.control.publish([exempt()]);
+        eventually("the agent knows", || world.page("/pods").contains(r#""not_captured":"opted-out""#));
+        assert!(world.page("/pods").contains(r#""state":"captured""#) && table(&world.lab.a) == before);
+        assert_eq!(world.control.captured(), [PodUid::from("a")].into(), "peers may not know yet");
+
+        world.control.publish([released()]);
+        eventually("nothing new is captured", || is_draining(&world.lab.a));
+        eventually("it is not reported", || world.control.captured().is_empty());
+        let mut direct = Client::connect(&world.lab.a, B[0], 8080).unwrap();
+        direct.seen().unwrap();
+        let shown = world.page("/metrics");
+        assert!(shown.contains("justmtls_agent_leaving_pods 1") && shown.contains("justmtls_agent_captured_pods 0"));
+        // It comes back, and leaves again.
+        world.control.publish([pod("a", A)]);
+        let (added, listeners) = proxy.added();
+        assert!(is_draining(&world.lab.a), "not before its proxy is ready");
+        proxy.say(&ToAgent::PodReady { pod: added.pod });
+        eventually("its rules are those from before", || table(&world.lab.a) == before);
+        eventually("it is reported again", || world.control.captured() == [PodUid::from("a")].into());
+        world.control.publish([released()]);
+        eventually("nothing new is captured", || is_draining(&world.lab.a));
+        drop(captured);
+        drop(accept(&listeners));
+        eventually("its rules are gone", || table(&world.lab.a).is_none());
+        assert_eq!(proxy.hear().unwrap().0, FromAgent::PodRemoved { pod: PodUid::from("a") });
+        direct.echo().unwrap();
+        eventually("it is said", || world.page("/events").contains(r#""event":"left""#));
+        assert!(world.page("/pods").contains(r#""state":"not-captured""#));
+        drop(listeners);
+        world.control.publish([pod("a", A)]);
+        let (added, _listeners) = proxy.added();
+        proxy.say(&ToAgent::PodReady { pod: added.pod });
+        eventually("it is captured again", || world.control.captured() == [PodUid::from("a")].into());
+    });
+}
+
+/// Accepts what waits on the outbound listener for IPv4.
+fn accept(listeners: &[std::os::fd::OwnedFd]) -> std::net::TcpStream {
+    let listener = std::net::TcpListener::from(listeners[0].try_clone().unwrap());
+    listener.set_nonblocking(false).unwrap();
+    listener.accept().unwrap().0
+}
+
+#[test]
+fn a_pod_that_leaves_is_not_captured_again_by_the_next_agent() {
+    with_privilege(a_pod_that_leaves_is_not_captured_again_by_the_next_agent, || {
+        let world = World::new(|_| ());
+        world.control.publish([pod("a", A)]);
+        let proxy = world.proxy();
+        world.capture(&proxy, "a", &Room::of(&world.lab.a));
+        let _app = App::anywhere(&world.lab.b, 0, 8080);
+        let captured = Client::connect(&world.lab.a, B[0], 8080).unwrap();
+        world.control.publish([released()]);
+        eventually("nothing new is captured", || is_draining(&world.lab.a));
+        let before = table(&world.lab.a);
+
+        let _second = world.another_agent();
+        assert!(proxy.hear().is_none(), "the first agent has ended");
+        let proxy = world.proxy();
+        let (_, listeners) = proxy.added();
+        eventually("it goes on leaving", || world.page("/pods").contains(r#""state":"leaving""#));
+        assert_eq!(table(&world.lab.a), before, "the rules are those that were there");
+        Client::connect(&world.lab.a, B[0], 8080).unwrap().seen().unwrap();
+        drop((captured, accept(&listeners)));
+        eventually("its rules are gone", || table(&world.lab.a).is_none());
+        assert!(world.control.captured().is_empty());
+    });
+}

@@ -1,0 +1,90 @@
+//! When a captured pod that is to be captured no longer may be let go (T4).
+//!
+//! Its peers are told first. As long as one of them may not know, the pod's rules stand and its proxy takes both tunnels and
+//! plaintext; once they are gone, a tunnel would reach a program that cannot read it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use mesh::PodUid;
+use tokio::time::Instant;
+
+/// The pause between telling peers and letting go, at least: nodes that another replica serves are told by that one, by its own
+/// watch of the same objects, and what they answer is not seen here. It also covers what a peer had decided just before.
+const AT_LEAST: Duration = Duration::from_secs(5);
+/// The pause between two looks at what nodes have acknowledged.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// Those that wait.
+#[derive(Debug)]
+pub(crate) struct Leaving {
+    pods: BTreeMap<(String, PodUid), Told>,
+    next_look: Instant,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Told {
+    /// The change that told peers, or a later one.
+    change: u64,
+    at: Instant,
+}
+
+impl Leaving {
+    /// Nobody.
+    pub(crate) fn new() -> Self {
+        Self { pods: BTreeMap::new(), next_look: Instant::now() }
+    }
+
+    /// Takes note of who is to leave. `change` is the last one that was published.
+    pub(crate) fn note(&mut self, leaving: &BTreeSet<(String, PodUid)>, change: u64) {
+        self.pods.retain(|pod, _| leaving.contains(pod));
+        for pod in leaving {
+            self.pods.entry(pod.clone()).or_insert_with(|| Told { change, at: Instant::now() });
+        }
+    }
+
+    /// When to look at who may be let go; `None` while nobody leaves.
+    pub(crate) fn next_look(&self) -> Option<Instant> {
+        (!self.pods.is_empty()).then_some(self.next_look)
+    }
+
+    /// Those that may be let go now. `known` says whether all peers have taken in a change.
+    pub(crate) fn due(&mut self, known: impl Fn(u64) -> bool) -> BTreeSet<(String, PodUid)> {
+        self.next_look = Instant::now() + LOOK;
+        let changes: BTreeSet<u64> =
+            self.pods.values().map(|told| told.change).filter(|change| known(*change)).collect();
+        let due = self.pods.iter().filter(|(_, told)| told.at.elapsed() >= AT_LEAST && changes.contains(&told.change));
+        due.map(|(pod, _)| pod.clone()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    fn pods(names: &[&str]) -> BTreeSet<(String, PodUid)> {
+        names.iter().map(|name| ("node-a".to_owned(), PodUid::from(*name))).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_is_let_go_when_all_know_and_never_before_its_time() {
+        let mut leaving = Leaving::new();
+        assert!(leaving.next_look().is_none());
+        leaving.note(&pods(&["a"]), 3);
+        assert!(leaving.next_look().is_some());
+        assert!(leaving.due(|_| true).is_empty(), "nodes of other replicas may not know");
+        advance(AT_LEAST).await;
+        leaving.note(&pods(&["a", "b"]), 4);
+        assert!(leaving.due(|_| false).is_empty());
+        assert_eq!(leaving.due(|change| change <= 3), pods(&["a"]));
+        advance(AT_LEAST).await;
+        assert_eq!(leaving.due(|change| change <= 3), pods(&["a"]), "the other one was told later");
+        // Who stays after all begins anew the next time.
+        leaving.note(&pods(&[]), 5);
+        assert!(leaving.next_look().is_none());
+        leaving.note(&pods(&["a"]), 6);
+        assert!(leaving.due(|_| true).is_empty());
+    }
+}
