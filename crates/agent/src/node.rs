@@ -4,6 +4,7 @@
 mod ending;
 mod leaving;
 mod seen;
+mod sockets;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
@@ -15,10 +16,10 @@ use mesh::PodUid;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Duration, Instant};
 use wire::discovery::NodePod;
-use wire::pods::{CniResult, FromAgent, SocketKind, ToAgent, VERSION};
+use wire::pods::{CniResult, FromAgent, ToAgent, VERSION};
 
 use crate::admin::Shown;
-use crate::capture::{Capture, SocketKind as Made};
+use crate::capture::Capture;
 use crate::cni::Asked;
 use crate::discovery::Heard;
 use crate::estate::{self, Inherited};
@@ -515,41 +516,6 @@ impl Node {
         }
     }
 
-    fn make_sockets(&mut self, number: u64, pod: PodUid, kind: SocketKind, count: usize) {
-        let Some(link) = self.proxies.sender(number) else { return };
-        let turn = self.batches.turn(&pod, kind);
-        let capture = self.captures.get(&pod).map(|captured| captured.capture.clone());
-        let (capture, mut turn) = match (capture, turn) {
-            (Some(capture), Some(turn)) => (capture, turn),
-            (capture, _) => {
-                let error = match capture {
-                    None => "this node captures no such pod",
-                    Some(_) => "the last batch of that kind is still on its way",
-                };
-                if !link.send(&FromAgent::Sockets { pod, kind, error: error.into() }, Vec::new(), None) {
-                    self.give_up(vec![number]);
-                }
-                return;
-            }
-        };
-        let shown = self.shown.clone();
-        tokio::spawn(async move {
-            turn.wait().await;
-            let made = tokio::task::spawn_blocking(move || lock(&capture).sockets(of(kind), count)).await;
-            let (sockets, error) = match made {
-                Ok(Ok(sockets)) => (sockets, String::new()),
-                Ok(Err(error)) => (Vec::new(), error.to_string()),
-                Err(panic) => (Vec::new(), panic.to_string()),
-            };
-            match error.is_empty() {
-                true => shown.metrics.made(kind, sockets.len()),
-                false => shown.metrics.not_made(kind),
-            }
-            // Where it does not read, its next request finds that out.
-            link.send(&FromAgent::Sockets { pod, kind, error }, sockets, Some(turn));
-        });
-    }
-
     /// Runs what may block on a thread for that; its result is an event.
     fn blocking(&self, work: impl FnOnce() -> Event + Send + 'static) {
         let events = self.events.clone();
@@ -597,13 +563,4 @@ fn lock(capture: &Mutex<Capture>) -> MutexGuard<'_, Capture> {
 
 fn count(number: usize) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
-}
-
-fn of(kind: SocketKind) -> Made {
-    match kind {
-        SocketKind::OuterV4 => Made::OutV4,
-        SocketKind::OuterV6 => Made::OutV6,
-        SocketKind::InnerV4 => Made::InV4,
-        SocketKind::InnerV6 => Made::InV6,
-    }
 }

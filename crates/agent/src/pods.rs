@@ -4,6 +4,7 @@
 //! where its network namespace is, the proxy that it holds the listeners and a certificate. The rules are loaded last
 //! (T4): what they lead to must be there, and must be able to prove who it is.
 
+mod answers;
 mod inherited;
 mod leaving;
 mod running;
@@ -22,6 +23,8 @@ use wire::pods::{CniAdd, CniResult};
 
 use crate::failure::Failure;
 
+pub(crate) use answers::failed;
+use answers::{answer_all, name_of, note};
 use leaving::Leaving;
 pub(crate) use running::Running;
 pub(crate) use shown::Shown;
@@ -576,37 +579,5 @@ fn withdraw(sandbox: &mut Sandbox, uid: &PodUid, actions: &mut Vec<Action>) {
             sandbox.stage = Stage::Bare;
             actions.push(Action::Withdraw(uid.clone()));
         }
-    }
-}
-
-fn answer_all(pod: &mut Pod, actions: &mut Vec<Action>, answer: impl Fn(&str) -> CniResult) {
-    let Some(sandbox) = &mut pod.sandbox else { return };
-    let answer = answer(&sandbox.name);
-    actions.extend(sandbox.waiting.drain(..).map(|it| Action::Answer(it.request, answer.clone())));
-}
-
-/// Remembers a failure, and reports it where it is another than the last one: what is tried again every second must not
-/// be said every second.
-fn note(pod: &mut Pod, uid: &PodUid, failure: Failure, actions: &mut Vec<Action>) {
-    if pod.failure.as_ref() != Some(&failure) {
-        actions.push(Action::Report(uid.clone(), failure.clone()));
-        pod.failure = Some(failure);
-    }
-}
-
-/// The answer to the runtime: one sentence with the pod's name.
-pub(crate) fn failed(name: &str, failure: &Failure) -> CniResult {
-    CniResult::Failed(format!("pod {name} is not captured: {failure}"))
-}
-
-/// The name of a reason, as everywhere.
-fn name_of(why: Uncaptured) -> mesh::PlaintextReason {
-    use mesh::PlaintextReason as Reason;
-    match why {
-        Uncaptured::OptedOut => Reason::OptedOut,
-        Uncaptured::HostNetwork => Reason::HostNetwork,
-        Uncaptured::SystemNamespace => Reason::SystemNamespace,
-        Uncaptured::NotAPod => Reason::NotAPod,
-        Uncaptured::Pending => Reason::CapturePending,
     }
 }

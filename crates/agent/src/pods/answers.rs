@@ -1,0 +1,40 @@
+//! What the runtime and people are told of a pod.
+
+use mesh::{PodUid, Uncaptured};
+use wire::pods::CniResult;
+
+use super::{Action, Pod};
+use crate::failure::Failure;
+
+/// Answers everybody who waits for a pod.
+pub(super) fn answer_all(pod: &mut Pod, actions: &mut Vec<Action>, answer: impl Fn(&str) -> CniResult) {
+    let Some(sandbox) = &mut pod.sandbox else { return };
+    let answer = answer(&sandbox.name);
+    actions.extend(sandbox.waiting.drain(..).map(|it| Action::Answer(it.request, answer.clone())));
+}
+
+/// Remembers a failure, and reports it where it is another than the last one: what is tried again every second must not
+/// be said every second.
+pub(super) fn note(pod: &mut Pod, uid: &PodUid, failure: Failure, actions: &mut Vec<Action>) {
+    if pod.failure.as_ref() != Some(&failure) {
+        actions.push(Action::Report(uid.clone(), failure.clone()));
+        pod.failure = Some(failure);
+    }
+}
+
+/// The answer to the runtime: one sentence with the pod's name.
+pub(crate) fn failed(name: &str, failure: &Failure) -> CniResult {
+    CniResult::Failed(format!("pod {name} is not captured: {failure}"))
+}
+
+/// The name of a reason, as everywhere.
+pub(super) fn name_of(why: Uncaptured) -> mesh::PlaintextReason {
+    use mesh::PlaintextReason as Reason;
+    match why {
+        Uncaptured::OptedOut => Reason::OptedOut,
+        Uncaptured::HostNetwork => Reason::HostNetwork,
+        Uncaptured::SystemNamespace => Reason::SystemNamespace,
+        Uncaptured::NotAPod => Reason::NotAPod,
+        Uncaptured::Pending => Reason::CapturePending,
+    }
+}
