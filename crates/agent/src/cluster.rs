@@ -101,7 +101,7 @@ impl Args {
     }
 
     /// The agent ends. Where nobody comes after it the plugin is taken out, as it would keep every pod of the node waiting.
-    pub(crate) async fn leave(&self, keeper: &Keeper) {
+    pub(crate) async fn leave(&self, keeper: &Keeper, sockets: [&PathBuf; 3]) {
         let Some(daemonset) = &self.daemonset else { return };
         let fate = match ApiServer::of_pod() {
             Ok(server) => server.fate(&daemonset.namespace, &daemonset.name).await,
@@ -110,7 +110,10 @@ impl Args {
         match fate {
             Fate::Stays => tracing::info!("the plugin stays for the next agent"),
             Fate::Goes => match keeper.remove() {
-                Ok(()) => tracing::info!("the DaemonSet is deleted, and the plugin taken out of the node"),
+                Ok(()) => {
+                    clear(sockets);
+                    tracing::info!("the DaemonSet is deleted, and the plugin taken out of the node");
+                }
                 Err(why) => tracing::error!(why, "the DaemonSet is deleted, and the plugin could not be taken out"),
             },
             Fate::Unknown(why) => tracing::warn!(
@@ -118,6 +121,16 @@ impl Args {
                 "whether another agent comes is not known; the plugin stays, and pods of this node wait for an agent"
             ),
         }
+    }
+}
+
+/// Takes away the sockets, and the folders that are empty then. What somebody else keeps there, or a mount, stays.
+fn clear(sockets: [&PathBuf; 3]) {
+    for socket in sockets {
+        let _ = fs::remove_file(socket);
+    }
+    for folder in sockets.iter().filter_map(|socket| socket.parent()) {
+        let _ = fs::remove_dir(folder);
     }
 }
 
@@ -165,6 +178,20 @@ mod tests {
         all.extend(["--proxy-socket", &proxy, "--proxy-uid", "2147", "--cni-socket", &cni, "--admin", &admin]);
         all.extend(more);
         Line::try_parse_from(all).map(|line| line.args).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_is_ours_goes_and_what_is_anothers_stays() {
+        let place = tempfile::tempdir().unwrap();
+        let sockets = ["cni.sock", "proxy/agent.sock", "agent/a.sock"].map(|name| place.path().join(name));
+        for socket in &sockets {
+            fs::create_dir_all(socket.parent().unwrap()).unwrap();
+            fs::write(socket, "").unwrap();
+        }
+        fs::write(place.path().join("agent/anothers"), "").unwrap();
+        clear(sockets.each_ref());
+        let left = |folder: &str| fs::read_dir(place.path().join(folder)).unwrap().count();
+        assert_eq!((left(""), left("agent")), (1, 1));
     }
 
     #[test]

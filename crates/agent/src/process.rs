@@ -290,7 +290,7 @@ async fn serve(args: Args) -> Result<()> {
             wake.terminate.recv().await;
         }
     } else if let Some(keeper) = &keeper {
-        args.cluster.leave(keeper).await;
+        args.cluster.leave(keeper, [&args.cni_socket, &args.proxy_socket, &args.admin]).await;
     }
     if on_kubernetes {
         // Named after this pod, and nobody else's.

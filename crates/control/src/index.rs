@@ -371,7 +371,11 @@ impl Index {
 
     fn set_settings(&mut self, config: Option<&ConfigMap>, problems: &mut Vec<Problem>, dirty: &mut Dirty) {
         let settings = self.cluster.settings.read(config, self.cluster.trust_domain(), problems);
-        if settings.excluded_ports() != self.cluster.settings.excluded_ports() {
+        let before = &self.cluster.settings;
+        if settings.excluded_ports() != before.excluded_ports()
+            || settings.leaving() != before.leaving()
+            || settings.enforces() != before.enforces()
+        {
             dirty.pods.extend(self.cluster.pods.keys().cloned());
         }
         self.cluster.settings = settings;

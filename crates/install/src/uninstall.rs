@@ -1,5 +1,6 @@
-//! `justmtls uninstall`: the nodes first, so that each agent takes its CNI plugin out; then the rest, by name.
+//! `justmtls uninstall`: every pod leaves the mesh, then the nodes go, so that each agent takes its CNI plugin out; then the rest, by name.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
@@ -7,7 +8,8 @@ use serde_json::Value;
 
 use crate::cluster::{Cluster, Place, path};
 use crate::install::{is_ours, recorded};
-use crate::objects::{AUTHORITY, CONTROL, NAMESPACE, NODE, PART_OF, SETTINGS, TRUST_BUNDLE, all, definitions};
+use crate::objects::{AUTHORITY, CONTROL, NAMESPACE, NODE, Object, PART_OF, SETTINGS, TRUST_BUNDLE, all, definitions};
+use crate::pages::{self, NodePages, Process};
 use crate::source::Source;
 use crate::table::printable;
 use crate::values::{Key, Values};
@@ -29,6 +31,10 @@ pub struct Arguments {
     #[command(flatten)]
     pub place: Place,
 }
+
+/// How long pods may take to leave beyond the drain time, in seconds: everybody is told, and each replica waits a while for
+/// nodes that it does not see.
+const LEAVE: u64 = 60;
 
 /// How often is looked.
 const LOOK: Duration = Duration::from_millis(500);
@@ -59,6 +65,7 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
         None => Values::default(),
     };
     let mut stays = Vec::new();
+    work.farewell(arguments, &values, &mut stays).await?;
     let mut gone = work.nodes(arguments, &values, &mut stays).await?;
     gone += work.ours().await?;
     gone += work.definitions(&mut stays).await?;
@@ -90,6 +97,98 @@ impl Work {
             anstream::println!("{title}: {}", if self.dry_run { "would be deleted" } else { "deleted" });
         }
         Ok(usize::from(there))
+    }
+
+    /// Every captured pod leaves the mesh, in order and while it runs: its peers are told first, then its rules go. What it has
+    /// open goes on for as long as the drain time.
+    async fn farewell(&self, arguments: &Arguments, values: &Values, stays: &mut Vec<String>) -> anyhow::Result<()> {
+        let place = format!("/api/v1/namespaces/{NAMESPACE}/configmaps/{SETTINGS}");
+        if self.cluster.get(&place).await?.is_none() || self.standing().await?.is_empty() {
+            return Ok(());
+        }
+        if self.dry_run {
+            anstream::println!("every captured pod would leave the mesh first");
+            return Ok(());
+        }
+        let objects = all(Source::Values(values));
+        let Some(mut settings) = objects.into_iter().find(|object| object.kind() == "ConfigMap") else {
+            bail!("the settings are no object of ours; report this");
+        };
+        // Who leaves first must not be refused by who leaves later.
+        let patience = Instant::now() + Duration::from_secs(LEAVE);
+        self.tell(&mut settings, "announced").await?;
+        while !self.nothing_is_enforced().await? && Instant::now() < patience {
+            tokio::time::sleep(LOOK).await;
+        }
+        self.tell(&mut settings, "begun").await?;
+        let drain: u64 = values.get(Key::Drain).parse().unwrap_or(0);
+        let mut until = Instant::now() + Duration::from_secs(drain + LEAVE);
+        let (mut said, mut drains) = (usize::MAX, false);
+        loop {
+            let standing = self.standing().await?;
+            let pods: usize = standing.values().flatten().map(Vec::len).sum();
+            if standing.is_empty() {
+                return Ok(());
+            }
+            // Only what is open holds these.
+            if !drains && standing.values().all(|pods| pods.iter().flatten().all(|pod| pod.leaving)) {
+                drains = true;
+                until = until.min(Instant::now() + Duration::from_secs(drain));
+            }
+            if pods != said {
+                anstream::eprintln!("waiting until {pods} pods have left the mesh");
+                said = pods;
+            }
+            if Instant::now() >= until {
+                let silent: Vec<_> =
+                    standing.iter().filter(|(_, pods)| pods.is_none()).map(|(node, _)| printable(node)).collect();
+                if !silent.is_empty() && !arguments.force {
+                    bail!(
+                        "the agents of {} do not say whether their pods have left the mesh, and pods that have not are cut off when \
+                         nobody serves them; bring those nodes back and run the command again, or go on without them by --force",
+                        silent.join(", ")
+                    );
+                }
+                let names = standing.values().flatten().flatten().map(|pod| printable(&pod.name)).collect::<Vec<_>>();
+                stays.push(format!(
+                    "rules in the network namespaces of pods that have not left{}: they go when the pods are made anew",
+                    if names.is_empty() { String::new() } else { format!(" ({})", names.join(", ")) }
+                ));
+                return Ok(());
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    async fn tell(&self, settings: &mut Object, leaving: &str) -> anyhow::Result<()> {
+        settings.value["data"]["leaving"] = leaving.into();
+        let told = self.cluster.apply(settings, false, true).await;
+        told.map(drop).map_err(|error| self.cluster.explain(error, "telling every pod to leave"))
+    }
+
+    /// Whether every proxy knows that plaintext is refused nowhere any more.
+    async fn nothing_is_enforced(&self) -> anyhow::Result<bool> {
+        let pages = pages::of_nodes(&self.cluster, &[(Process::Proxy, "/workloads")]).await?;
+        let permissive = |workload: &Value| {
+            let ports = workload["port_modes"].as_object();
+            workload["mode"] == "permissive" && ports.is_none_or(|ports| ports.is_empty())
+        };
+        let known = |pages: &NodePages| {
+            let workloads = pages.page(Process::Proxy, "/workloads")["workloads"].as_array();
+            workloads.is_some_and(|workloads| workloads.iter().all(permissive))
+        };
+        Ok(pages.values().all(known))
+    }
+
+    /// By node, the pods that have rules of ours; `None` where its agent does not say. Nodes without any are left out.
+    async fn standing(&self) -> anyhow::Result<BTreeMap<String, Option<Vec<Standing>>>> {
+        let pages = pages::of_nodes(&self.cluster, &[(Process::Agent, "/pods")]).await?;
+        let of_node = |pages: &NodePages| {
+            let pods = pages.page(Process::Agent, "/pods").as_array()?;
+            Some(pods.iter().filter_map(Standing::read).collect::<Vec<_>>())
+        };
+        let all = pages.iter().map(|(node, pages)| (node.clone(), of_node(pages)));
+        Ok(all.filter(|(_, pods)| pods.as_ref().is_none_or(|pods| !pods.is_empty())).collect())
     }
 
     /// The DaemonSet, and its pods: an agent whose DaemonSet is being deleted takes out what it put onto its node.
@@ -216,6 +315,23 @@ impl Work {
     }
 }
 
+/// A pod with rules of ours.
+#[derive(PartialEq, Eq, Debug)]
+struct Standing {
+    /// `namespace/name`.
+    name: String,
+    /// It captures nothing new, and what was captured is still open.
+    leaving: bool,
+}
+
+impl Standing {
+    /// What an agent shows of a pod, where it has rules or is about to load some.
+    fn read(pod: &Value) -> Option<Self> {
+        let state = pod["state"].as_str().filter(|state| ["beginning", "captured", "leaving"].contains(state))?;
+        Some(Self { name: pod["name"].as_str().unwrap_or_default().to_owned(), leaving: state == "leaving" })
+    }
+}
+
 /// Why a definition stays, if it does.
 fn who_keeps(definition: &Value, used: &[Value]) -> Option<String> {
     if !is_ours(definition) {
@@ -247,6 +363,13 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_pod_has_rules_while_it_is_captured_and_until_it_has_left() {
+        let read = |state: &str| Standing::read(&json!({ "name": "shop/web", "state": state })).map(|pod| pod.leaving);
+        assert_eq!(["captured", "beginning", "leaving"].map(read), [Some(false), Some(false), Some(true)]);
+        assert_eq!(["not-captured", "waiting"].map(read), [None, None]);
+    }
 
     #[test]
     fn a_definition_goes_only_where_it_is_ours_and_unused() {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use manifests::Kind;
-use mesh::{Endpoint, EndpointPort, Modes, PodUid, Speaks, Uncaptured, Workload, WorkloadUid};
+use mesh::{Endpoint, EndpointPort, Mode, Modes, PodUid, Speaks, Uncaptured, Workload, WorkloadUid};
 use wire::discovery::NodePod;
 
 use super::cluster::Cluster;
@@ -128,9 +128,15 @@ impl Index {
             return;
         };
         let namespace = self.cluster.namespaces.get(&name.namespace).cloned().unwrap_or_default();
-        let modes = self.cluster.peer_authentications.resolve(&name.namespace, &pod.labels);
+        let leaving = self.cluster.settings.leaving();
+        // Who is uninstalled must not refuse those that have left already.
+        let modes = match !self.cluster.settings.enforces() {
+            true => Modes { default: Mode::Permissive, ports: BTreeMap::new() },
+            false => self.cluster.peer_authentications.resolve(&name.namespace, &pod.labels),
+        };
         let captured = self.cluster.is_captured(&pod);
         let exempt = enrolment::exemption(&pod, &namespace, &modes, captured, &mut problems);
+        let exempt = exempt.or(leaving.then_some(Uncaptured::OptedOut));
         self.cluster.enrol(&pod, exempt);
         let twin = self.cluster.pods_with(&pod.uid).find(|other| *other != name);
         if let Some(twin) = twin {
@@ -185,7 +191,8 @@ impl Index {
         let addresses = published_addresses(cluster, pod, problems);
         let endpoints = addresses.iter().flat_map(|address| self.views.endpoints_at(cluster, *address)).collect();
         let selecting = cluster.authorization_policies.values();
-        let selecting = selecting.filter(|policy| policy.selects(&pod.name.namespace, &pod.labels));
+        let enforced = cluster.settings.enforces();
+        let selecting = selecting.filter(|policy| enforced && policy.selects(&pod.name.namespace, &pod.labels));
         let network_policies = cluster.network_policies.range(Name::all_of(&pod.name.namespace));
         let workload = Workload {
             uid: pod_workload_uid(&pod.name),

@@ -23,7 +23,10 @@ const VIEW_LIFETIME: &str = "viewLifetime";
 const WHOLE_MESH: &str = "wholeMeshUpTo";
 /// How long proxies drain: for whoever installs them.
 const DRAIN: &str = "drain";
-const ALL: [&str; 8] = [TRUST_DOMAIN, INSIDE, MIXED, SERVICES, EXCLUDED_PORTS, VIEW_LIFETIME, WHOLE_MESH, DRAIN];
+/// That every pod is to leave: the product is about to be uninstalled.
+const LEAVING: &str = "leaving";
+const ALL: [&str; 9] =
+    [TRUST_DOMAIN, INSIDE, MIXED, SERVICES, EXCLUDED_PORTS, VIEW_LIFETIME, WHOLE_MESH, DRAIN, LEAVING];
 
 /// Up to how many workloads everybody is told of all, where the ConfigMap does not say: some megabytes for each proxy.
 const DEFAULT_WHOLE_MESH: usize = 5_000;
@@ -44,6 +47,18 @@ pub(crate) struct Settings {
     excluded_ports: BTreeSet<u16>,
     view_lifetime: Option<Duration>,
     whole_mesh_up_to: Option<usize>,
+    leaving: Leaving,
+}
+
+/// Whether the product is about to be uninstalled.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum Leaving {
+    #[default]
+    No,
+    /// Nothing is enforced any more, so that those who leave first are not refused by those who do later.
+    Announced,
+    /// Every pod is to leave.
+    Begun,
 }
 
 /// Whether an object is the one with the settings.
@@ -99,12 +114,23 @@ impl Settings {
             excluded_ports: list(data, EXCLUDED_PORTS, &self.excluded_ports, problems),
             view_lifetime: view_lifetime(data, self.view_lifetime, problems),
             whole_mesh_up_to: whole_mesh(data, self.whole_mesh_up_to, problems),
+            leaving: leaving(data, self.leaving, problems),
         }
     }
 
     /// Up to how many workloads everybody is told of the whole mesh.
     pub(crate) fn whole_mesh_up_to(&self) -> usize {
         self.whole_mesh_up_to.unwrap_or(DEFAULT_WHOLE_MESH)
+    }
+
+    /// Whether every pod is to leave the mesh.
+    pub(crate) fn leaving(&self) -> bool {
+        self.leaving == Leaving::Begun
+    }
+
+    /// Whether modes and policies are enforced.
+    pub(crate) fn enforces(&self) -> bool {
+        self.leaving == Leaving::No
     }
 
     /// Ports that are never captured, ascending.
@@ -164,6 +190,22 @@ fn whole_mesh(data: &BTreeMap<String, String>, last: Option<usize>, problems: &m
         problems.push(Problem::error(object(), message));
     }
     read.or(last)
+}
+
+fn leaving(data: &BTreeMap<String, String>, last: Leaving, problems: &mut Vec<Problem>) -> Leaving {
+    match data.get(LEAVING).map(|text| text.trim()) {
+        None | Some("no") => Leaving::No,
+        Some("announced") => Leaving::Announced,
+        Some("begun") => Leaving::Begun,
+        Some(other) => {
+            let message = format!(
+                "field data.{LEAVING}: {} is none of no, announced and begun; the last good value of the field stays",
+                quoted(other)
+            );
+            problems.push(Problem::error(object(), message));
+            last
+        }
+    }
 }
 
 /// A list with commas or white space between its entries.

@@ -121,3 +121,33 @@ fn what_an_earlier_control_plane_knew_to_be_captured_leaves_when_its_agent_is_ba
     assert!(index.leaving().is_empty());
     assert_no_problems(&index);
 }
+
+#[test]
+fn when_the_product_is_to_go_every_pod_leaves_also_under_strict_and_nothing_is_enforced() {
+    let settings = |leaving: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: ConfigMap\nmetadata: {{namespace: justmtls-system, name: justmtls}}\ndata: {{leaving: \"{leaving}\"}}\n"
+        )
+    };
+    let mut index = captured_web();
+    apply(&mut index, &peer_authentication("shop", "strict", "{mtls: {mode: STRICT}}"));
+    assert_eq!(workload(&index, "shop", "web").modes.default, mesh::Mode::Strict);
+    apply(&mut index, &settings("announced"));
+    let web = workload(&index, "shop", "web");
+    assert_eq!((web.speaks, web.modes.default), (Speaks::JustMtls, mesh::Mode::Permissive));
+    apply(&mut index, &settings("begun"));
+    let web = workload(&index, "shop", "web");
+    assert_eq!((web.speaks, web.uncaptured), (Speaks::Nothing, Some(Uncaptured::OptedOut)));
+    assert_eq!(web.modes.default, mesh::Mode::Permissive);
+    assert_eq!(index.leaving(), &[place()].into());
+    apply(&mut index, &settings("maybe"));
+    assert_problem(
+        &index,
+        "ConfigMap justmtls-system/justmtls",
+        "leaving: \"maybe\" is none of no, announced and begun",
+    );
+    assert_eq!(workload(&index, "shop", "web").speaks, Speaks::Nothing, "the last good value stays");
+    apply(&mut index, &settings("no"));
+    let web = workload(&index, "shop", "web");
+    assert_eq!((web.speaks, web.modes.default), (Speaks::JustMtls, mesh::Mode::Strict));
+}

@@ -7,6 +7,8 @@ use std::time::Duration;
 use e2e::{Cluster, ENOUGH, Family, PATIENCE, PORT, Server, Wiretap, needs, text, tls_records, wait_until};
 
 /// A client and a server on two nodes, each in a namespace of its own.
+/// Of some ten thousand short connections.
+const MOST_HUNG: usize = 3;
 const MESH: &str = "apiVersion: v1\nkind: Namespace\nmetadata: {name: front}\n---\n\
     apiVersion: v1\nkind: Namespace\nmetadata: {name: back}\n---\n\
     apiVersion: v1\nkind: Pod\nmetadata: {name: client, namespace: front, labels: {app: client}}\n\
@@ -54,7 +56,7 @@ impl Leaver<'_> {
     fn wait_state(&self, wanted: &str) {
         wait_until(&format!("the agent to say that the pod is {wanted}"), 2 * PATIENCE, || {
             let shown = self.cluster.admin(self.agent, "/pods");
-            let mut all = shown["pods"].as_array().into_iter().flatten();
+            let mut all = shown.as_array().into_iter().flatten();
             let state = all.find(|it| text(it, "name") == self.pod).map(|it| text(it, "state"));
             if state == Some(wanted) { Ok(()) } else { Err(format!("{shown:#}")) }
         });
@@ -111,8 +113,9 @@ fn leaves_and_comes_back(namespace: &str, pod: &str, agent: &str) {
     let report = load.finish();
     println!("{namespace}: {report}");
     report.assert_spans_the_event();
-    report.assert_nothing_failed();
-    assert_eq!(report.long().0, LONG);
+    // SPECIFICATION names the limit: what opens in the moment in which the rules change may hang.
+    report.assert_only_hung(MOST_HUNG);
+    assert_eq!(report.long(), (LONG, 0, LONG), "{report}");
 
     // With the last connection the rules go; and they come back.
     leaver.wait_state("not-captured");

@@ -1,0 +1,66 @@
+//! On a real Kubernetes: what is uninstalled leaves nothing, on nodes and in pods neither, and pods go on without a restart.
+
+#![forbid(unsafe_code)]
+
+use e2e::{ENOUGH, Kubernetes, SHOP, needs};
+
+/// What a node has that we could leave behind: files, processes, mounts, links, and rules in every pod's network.
+const STATE: &str = r#"
+ls /etc/cni/net.d /opt/cni/bin; find /run/justmtls -mindepth 1 2>/dev/null
+grep -c justmtls /proc/self/mountinfo
+for p in /proc/[0-9]*/exe; do readlink $p | grep justmtls; done 2>/dev/null | sort -u
+for n in /run/netns/*; do
+    nsenter --net="$n" sh -c 'nft list tables; ip rule | grep ^1000:; ip -6 rule | grep ^1000:; tc qdisc show | grep clsact' | sed "s/^/in a pod: /"
+done
+"#;
+
+const STRICT: &str = "
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: { name: default, namespace: shop }
+spec: { mtls: { mode: STRICT } }
+";
+
+#[test]
+fn what_is_uninstalled_leaves_nothing_and_pods_go_on() {
+    needs!("root", "go", "containerd", "runc", "nft", "tc");
+    let cluster = Kubernetes::up("rem");
+    cluster.apply(SHOP);
+    cluster.wait_ready("shop");
+    let nodes = cluster.nodes();
+    // Pods of the product run on the same image, whose program is `justmtls`, too: what is compared is theirs and not the shop's.
+    let state = |node: &String| cluster.on_node(node, &["sh", "-c", STATE]).run().ok();
+    let before = nodes.each_ref().map(state);
+
+    cluster.install(&["drain=10"]);
+    for pod in ["shop/client", "shop/web"] {
+        cluster.wait_captured(pod);
+    }
+    cluster.apply(STRICT);
+    let installed = nodes.each_ref().map(state);
+    for state in &installed {
+        assert!(state.contains("00-justmtls.conflist") && state.contains("in a pod: table inet justmtls"), "{state}");
+    }
+    let ask = || {
+        cluster.load("shop/client", "web.shop:80").short(2).count(ENOUGH).run(e2e::PATIENCE * 6).assert_nothing_failed()
+    };
+    ask();
+    // Somebody's own object keeps its definition.
+    let said = cluster.justmtls(&["uninstall"]).within(std::time::Duration::from_secs(300)).run().ok();
+    println!("{said}");
+    assert!(said.contains("justmtls is uninstalled") && said.contains("peerauthentications"), "{said}");
+    // In clear from now on, also what was strict, and without a restart.
+    ask();
+
+    for (node, before) in nodes.iter().zip(&before) {
+        e2e::wait_until(&format!("node {node} to be as before"), e2e::PATIENCE * 3, || {
+            let now = state(node);
+            if now == *before { Ok(()) } else { Err(format!("before:\n{before}\nnow:\n{now}")) }
+        });
+    }
+    let ours = cluster.kubectl(&["get", "clusterrole,clusterrolebinding,namespace", "-o", "name"]).run().ok();
+    assert!(!ours.contains("justmtls"), "{ours}");
+    cluster.delete(STRICT);
+    let again = cluster.justmtls(&["uninstall"]).run().ok();
+    assert!(again.contains("uninstalled") || again.contains("nothing of justmtls"), "{again}");
+}
