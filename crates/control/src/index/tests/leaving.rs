@@ -141,11 +141,7 @@ fn when_the_product_is_to_go_every_pod_leaves_also_under_strict_and_nothing_is_e
     assert_eq!(web.modes.default, mesh::Mode::Permissive);
     assert_eq!(index.leaving(), &[place()].into());
     apply(&mut index, &settings("maybe"));
-    assert_problem(
-        &index,
-        "ConfigMap justmtls-system/justmtls",
-        "leaving: \"maybe\" is none of no, announced and begun",
-    );
+    assert_problem(&index, "ConfigMap justmtls-system/justmtls", "leaving: maybe is none of no, announced and begun");
     assert_eq!(workload(&index, "shop", "web").speaks, Speaks::Nothing, "the last good value stays");
     apply(&mut index, &settings("no"));
     let web = workload(&index, "shop", "web");
