@@ -4,7 +4,6 @@
 //! changes nothing for pods that it has named (P8).
 
 use std::collections::BTreeSet;
-use std::hash::{BuildHasher, Hasher, RandomState};
 
 use identity::lifecycle;
 use mesh::PodUid;
@@ -64,7 +63,7 @@ pub(crate) async fn follow(
         };
         failures = failures.saturating_add(1);
         tracing::warn!(reason = lost.as_str(), failures, "{lost}");
-        sleep(lifecycle::reconnect_after(failures, fraction())).await;
+        sleep(lifecycle::reconnect_after(failures, wire::dice::fraction())).await;
     }
 }
 
@@ -144,11 +143,4 @@ async fn report(
 
 async fn tell(events: &mpsc::Sender<Event>, heard: Heard) -> Result<(), Ended> {
     events.send(Event::ControlPlane(heard)).await.map_err(|_| Ended)
-}
-
-/// A number from 0 to 1, for jitter: no secret hangs on it.
-fn fraction() -> f64 {
-    let number = RandomState::new().build_hasher().finish();
-    // 53 bits fill the mantissa: all of them, and the division, are exact.
-    (number >> 11) as f64 / ((1_u64 << 53) as f64)
 }

@@ -229,12 +229,7 @@ impl<E: Fn(&str) -> Option<String>> Call<'_, E> {
         let addresses = self.config.prev_result.as_ref().map_or_else(Vec::new, addresses_in);
         let add = CniAdd { pod: uid, namespace: namespace_name, name, netns, container, addresses };
         let patience = if self.is_exempt(pod) { self.patience.brief() } else { self.patience };
-        match ask::ask(&self.config.socket, &CniRequest::Add(add), Some(&namespace), patience) {
-            Ok(CniResult::Captured | CniResult::NotCaptured(_)) => Ok(()),
-            Ok(CniResult::Failed(sentence)) => Err(Refusal::new(NOT_CAPTURED, sentence)),
-            Ok(CniResult::Deleted) => Err(Refusal::new(NOT_CAPTURED, "the agent answered another question")),
-            Err(because) => Err(self.nobody(&because)),
-        }
+        self.asked(&CniRequest::Add(add), Some(&namespace), patience)
     }
 
     /// Is the pod as it was made?
@@ -245,8 +240,13 @@ impl<E: Fn(&str) -> Option<String>> Call<'_, E> {
             return Ok(String::new());
         }
         let check = CniRequest::Check { pod: PodUid::from(pod.uid.as_str()) };
-        match ask::ask(&self.config.socket, &check, None, self.patience) {
-            Ok(CniResult::Captured | CniResult::NotCaptured(_)) => Ok(String::new()),
+        self.asked(&check, None, self.patience).map(|()| String::new())
+    }
+
+    /// The agent's answer: whether the pod may go on.
+    fn asked(&self, request: &CniRequest, namespace: Option<&NetNs>, patience: Patience) -> Result<(), Refusal> {
+        match ask::ask(&self.config.socket, request, namespace, patience) {
+            Ok(CniResult::Captured | CniResult::NotCaptured(_)) => Ok(()),
             Ok(CniResult::Failed(sentence)) => Err(Refusal::new(NOT_CAPTURED, sentence)),
             Ok(CniResult::Deleted) => Err(Refusal::new(NOT_CAPTURED, "the agent answered another question")),
             Err(because) => Err(self.nobody(&because)),

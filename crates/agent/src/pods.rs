@@ -24,7 +24,7 @@ use wire::pods::{CniAdd, CniResult};
 use crate::failure::Failure;
 
 pub(crate) use answers::failed;
-use answers::{answer_all, name_of, note};
+use answers::{answer_all, note};
 use leaving::Leaving;
 pub(crate) use running::Running;
 pub(crate) use shown::Shown;
@@ -433,7 +433,7 @@ impl Pods {
                     Decision::Wait => {}
                     Decision::Leave(why) => {
                         pod.failure = None;
-                        answer_all(pod, actions, |_| CniResult::NotCaptured(name_of(why).to_string()));
+                        answer_all(pod, actions, |_| CniResult::NotCaptured(why.in_clear().to_string()));
                     }
                     Decision::Refuse(failure) => self.fail(uid, failure, actions),
                     Decision::Capture => {

@@ -155,7 +155,7 @@ fn workload(workload: &mesh::Workload) -> Value {
         "canonical_revision": &*workload.canonical.revision,
         "addresses": workload.addresses,
         "captured": workload.speaks == mesh::Speaks::JustMtls,
-        "uncaptured": workload.uncaptured.map(uncaptured_name),
+        "uncaptured": workload.uncaptured.map(|why| why.in_clear().as_str()),
         "mode": mode_name(workload.modes.default),
         "port_modes": ports.collect::<serde_json::Map<_, _>>(),
         "services": workload.endpoints.iter().map(|endpoint| endpoint.service.to_string()).collect::<Vec<_>>(),
@@ -168,19 +168,6 @@ fn mode_name(mode: mesh::Mode) -> &'static str {
         mesh::Mode::Permissive => "permissive",
         mesh::Mode::Strict => "strict",
     }
-}
-
-/// The names that plaintext of these workloads has.
-fn uncaptured_name(why: mesh::Uncaptured) -> &'static str {
-    use mesh::{PlaintextReason, Uncaptured};
-    let reason = match why {
-        Uncaptured::OptedOut => PlaintextReason::OptedOut,
-        Uncaptured::HostNetwork => PlaintextReason::HostNetwork,
-        Uncaptured::SystemNamespace => PlaintextReason::SystemNamespace,
-        Uncaptured::Pending => PlaintextReason::CapturePending,
-        Uncaptured::NotAPod => PlaintextReason::NotAPod,
-    };
-    reason.as_str()
 }
 
 /// What [`numbers`] are written in.

@@ -31,12 +31,6 @@ impl Clock {
     }
 }
 
-/// Between 0 and 1. Spreads what many would do at once, and needs to be no secret: the process's own random hash seed will do.
-pub(crate) fn jitter() -> f64 {
-    use std::hash::{BuildHasher, RandomState};
-    RandomState::new().hash_one(0_u8) as f64 / u64::MAX as f64
-}
-
 impl TimeProvider for Clock {
     fn current_time(&self) -> Option<UnixTime> {
         Some(self.now())

@@ -30,7 +30,7 @@ use crate::Args;
 use crate::admin::Dump;
 use crate::ca::token::Tokens;
 use crate::ca::{Application, Certifier, Refused};
-use crate::clock::{Clock, jitter};
+use crate::clock::Clock;
 use crate::index::{self, Index, Told};
 use crate::kubernetes::Failure;
 use crate::leaving::Leaving;
@@ -407,7 +407,7 @@ impl Control {
                 self.tls.send_replace(tls::control_server_config(&svid, Arc::new(self.clock.clone())));
                 info!(not_after = svid.not_after().as_secs(), "renewed the control plane's own certificate");
                 self.own = svid;
-                self.jitter = jitter();
+                self.jitter = wire::dice::fraction();
                 self.failures = 0;
             }
             Err(problem) => {

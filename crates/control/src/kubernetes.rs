@@ -130,5 +130,5 @@ pub(crate) async fn ask_in_silence<T: serde::de::DeserializeOwned>(
 /// How long to wait after so many failures in a row: up to half a minute, and not all at once.
 pub(crate) fn pause(failures: u32) -> Duration {
     let longest = Duration::from_millis(250).saturating_mul(1 << failures.min(7)).min(Duration::from_secs(30));
-    longest.mul_f64(0.5 + crate::clock::jitter() / 2.0)
+    longest.mul_f64(0.5 + wire::dice::fraction() / 2.0)
 }

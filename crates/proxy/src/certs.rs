@@ -17,7 +17,6 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::clock::Clock;
-use crate::dice;
 use crate::metrics::Metrics;
 use crate::reasons::EndedEarly;
 
@@ -251,7 +250,7 @@ async fn keep<A: Authority>(certificates: Arc<Certificates>, id: SpiffeId, autho
     let mut changes = certificates.changes();
     let mut failures = 0_u32;
     let mut current = certificates.svid(&id);
-    let mut jitter = dice::fraction();
+    let mut jitter = wire::dice::fraction();
     loop {
         changes.mark_unchanged();
         let now = certificates.clock.wall();
@@ -274,18 +273,18 @@ async fn keep<A: Authority>(certificates: Arc<Certificates>, id: SpiffeId, autho
                 tracing::info!(identity = %id, not_after = svid.not_after().as_secs(), "certificate issued");
                 metrics.certificates.inc();
                 certificates.install(svid.clone());
-                (current, failures, jitter) = (Some(svid), 0, dice::fraction());
+                (current, failures, jitter) = (Some(svid), 0, wire::dice::fraction());
             }
             Err(why) => {
                 failures = failures.saturating_add(1);
                 metrics.certificate_failures.inc();
                 tracing::warn!(identity = %id, failures, "no certificate: {why}");
                 tokio::select! {
-                    () = sleep(lifecycle::retry_after(failures, dice::fraction())) => {}
+                    () = sleep(lifecycle::retry_after(failures, wire::dice::fraction())) => {}
                     () = authority.restored() => {
                         // Who still has a valid one leaves the first moment to those who have none.
                         if current.as_ref().is_some_and(|svid| svid.validity().contains(certificates.clock.wall())) {
-                            sleep(lifecycle::reconnect_after(1, dice::fraction())).await;
+                            sleep(lifecycle::reconnect_after(1, wire::dice::fraction())).await;
                         }
                     }
                 }

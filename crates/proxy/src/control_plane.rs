@@ -19,7 +19,6 @@ use wire::client::{ClientError, Connected, Role};
 use wire::discovery::{Batch, Change, Heartbeat, Kind, Known, Removed, Resource, Snapshot};
 
 use crate::certs::Authority;
-use crate::dice;
 use crate::node::Node;
 use crate::process::Args;
 use crate::questions::{Questions, Tell};
@@ -89,7 +88,7 @@ impl ControlPlane {
             };
             failures = failures.saturating_add(1);
             tracing::warn!(reason = lost.as_str(), failures, "{lost}");
-            sleep(lifecycle::reconnect_after(failures, dice::fraction())).await;
+            sleep(lifecycle::reconnect_after(failures, wire::dice::fraction())).await;
         }
     }
 

@@ -208,15 +208,19 @@ async fn expect(
     destination: SocketAddr,
     source: SocketAddr,
 ) -> Result<Expectation, EndedEarly> {
-    let declared = pod.declared();
-    let own_node = probe::own_node(node, &declared);
     let look = || {
         node.view.read(|view| {
             let expected = mesh::expect(view, view.workload_of(&pod.uid)?, destination.port(), source.ip());
-            let is_own = view.workload_at(source.ip()).is_none() && own_node.has(view, source.ip());
+            let is_own = view.workload_at(source.ip()).is_none() && {
+                let declared = pod.declared();
+                probe::own_node(node, &declared).has(view, source.ip())
+            };
             Some(if is_own { expected.of_own_node() } else { expected })
         })
     };
+    if let Some(expected) = look() {
+        return Ok(expected);
+    }
     let mut changes = node.view.changes();
     let deadline = Instant::now() + OWN_POD;
     loop {

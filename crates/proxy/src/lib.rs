@@ -24,7 +24,6 @@ mod connections;
 mod control_plane;
 mod cores;
 mod coverage;
-mod dice;
 mod estate;
 mod first_bytes;
 mod inbound;

@@ -21,7 +21,7 @@ use crate::pool::{Ends, Key};
 use crate::reasons::{EndedEarly, Side};
 use crate::splice::{self, plain_leg};
 use crate::tunnel::{DRAINING, Tunnel};
-use crate::{dice, legs, tunnel};
+use crate::{legs, tunnel};
 
 /// How long a question that the view cannot answer may wait for its next changes.
 const ASK: Duration = Duration::from_secs(3);
@@ -44,7 +44,8 @@ pub(crate) async fn serve(
     client: TcpStream,
 ) -> Result<(), EndedEarly> {
     let dialled = connection.destination().ok_or(EndedEarly::System("getsockopt"))?;
-    let outgoing = Outgoing { pod: &pod.uid, source: connection.source.ip(), destination: dialled, dice: dice::roll() };
+    let outgoing =
+        Outgoing { pod: &pod.uid, source: connection.source.ip(), destination: dialled, dice: wire::dice::roll() };
 
     // What comes before the first byte is in memory of its own: most connections are idle most of their lives.
     let target = match for_client(&client, Box::pin(decide(node, connection, outgoing))).await? {

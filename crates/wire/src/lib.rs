@@ -55,6 +55,8 @@ pub mod client;
 
 pub mod server;
 
+pub mod dice;
+
 #[doc(hidden)]
 pub mod hostile;
 

@@ -9,7 +9,6 @@ mod discovery;
 
 use std::fmt;
 use std::future::Future;
-use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -196,7 +195,7 @@ impl<H: Handler> Service<H> {
         let end = async move {
             let _ = closing.wait_for(|closed| *closed).await;
             // Any number will do, if it is another one for each stream.
-            let part = RandomState::new().hash_one(0_u8) as f64 / u64::MAX as f64;
+            let part = crate::dice::fraction();
             tokio::time::sleep(spread.mul_f64(part)).await;
         };
         tokio::spawn(async move {

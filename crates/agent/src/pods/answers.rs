@@ -1,6 +1,6 @@
 //! What the runtime and people are told of a pod.
 
-use mesh::{PodUid, Uncaptured};
+use mesh::PodUid;
 use wire::pods::CniResult;
 
 use super::{Action, Pod};
@@ -25,16 +25,4 @@ pub(super) fn note(pod: &mut Pod, uid: &PodUid, failure: Failure, actions: &mut 
 /// The answer to the runtime: one sentence with the pod's name.
 pub(crate) fn failed(name: &str, failure: &Failure) -> CniResult {
     CniResult::Failed(format!("pod {name} is not captured: {failure}"))
-}
-
-/// The name of a reason, as everywhere.
-pub(super) fn name_of(why: Uncaptured) -> mesh::PlaintextReason {
-    use mesh::PlaintextReason as Reason;
-    match why {
-        Uncaptured::OptedOut => Reason::OptedOut,
-        Uncaptured::HostNetwork => Reason::HostNetwork,
-        Uncaptured::SystemNamespace => Reason::SystemNamespace,
-        Uncaptured::NotAPod => Reason::NotAPod,
-        Uncaptured::Pending => Reason::CapturePending,
-    }
 }

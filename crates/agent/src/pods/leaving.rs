@@ -8,7 +8,7 @@
 use mesh::PodUid;
 use wire::pods::CniResult;
 
-use super::{Action, Pod, Pods, Stage, Work, answer_all, name_of, note, withdraw};
+use super::{Action, Pod, Pods, Stage, Work, answer_all, note, withdraw};
 use crate::failure::Failure;
 
 /// How far it is.
@@ -45,7 +45,7 @@ impl Pods {
                     leaving.look = Some(Work::new(self.attempts));
                     actions.push(Action::Leave { pod: uid.clone(), attempt: self.attempts });
                 }
-                answer_all(pod, actions, |_| CniResult::NotCaptured(name_of(why).to_string()));
+                answer_all(pod, actions, |_| CniResult::NotCaptured(why.in_clear().to_string()));
             }
             (Ok(()), back @ None) => {
                 *back = Some(false);

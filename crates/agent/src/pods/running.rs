@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 
 use mesh::PodUid;
+use wire::discovery::NodePod;
 use wire::pods::CniResult;
 
-use super::{Action, Pod, Pods, Sandbox, Stage, failed, name_of, note};
+use super::{Action, Pod, Pods, Sandbox, Stage, failed, note};
 use crate::failure::Failure;
 use crate::pods::Request;
 
@@ -87,10 +88,7 @@ impl Pods {
     pub(crate) fn check(&mut self, request: Request, uid: &PodUid) -> Vec<Action> {
         let answer = match self.pods.get(uid).map(|pod| (&pod.known, &pod.sandbox)) {
             Some((_, Some(Sandbox { stage: Stage::Captured, .. }))) => CniResult::Captured,
-            Some((Some(known), _)) if known.capture.is_err() => {
-                let why = known.capture.err().map(name_of);
-                CniResult::NotCaptured(why.map_or_else(String::new, |why| why.to_string()))
-            }
+            Some((Some(NodePod { capture: Err(why), .. }), _)) => CniResult::NotCaptured(why.in_clear().to_string()),
             Some((known, Some(sandbox))) => {
                 let failure = if known.is_some() { Failure::NotReady } else { Failure::Unknown };
                 failed(&sandbox.name, &failure)

@@ -3,7 +3,7 @@
 use mesh::PodUid;
 use serde::Serialize;
 
-use super::{Pod, Stage, name_of};
+use super::{Pod, Stage};
 
 /// A pod, for people.
 #[derive(Debug, Clone, Serialize, PartialEq, Eq)]
@@ -53,7 +53,7 @@ impl Shown {
             addresses: known.into_iter().flat_map(|known| &known.addresses).map(ToString::to_string).collect(),
             excluded_ports: known.map(|known| known.excluded_ports.clone()).unwrap_or_default(),
             state,
-            not_captured: not_captured.map(|why| name_of(why).as_str()),
+            not_captured: not_captured.map(|why| why.in_clear().as_str()),
             namespace: sandbox.map(|sandbox| sandbox.namespace),
             waiting: sandbox.map_or(0, |sandbox| sandbox.waiting.len()),
             failure: pod.failure.as_ref().map(ToString::to_string),

@@ -20,7 +20,7 @@ use crate::ca::Certifier;
 use crate::ca::authority::{self, Authority};
 use crate::ca::token::{FileTokens, NodeOfPod, Reviews, Tokens};
 use crate::captures::Captures;
-use crate::clock::{Clock, jitter};
+use crate::clock::Clock;
 use crate::index::{self, Index};
 use crate::kubernetes::lease::Election;
 use crate::kubernetes::status::{self, Condition, Conditions, Statuses};
@@ -191,7 +191,7 @@ impl Control {
             logged: BTreeSet::new(),
             own,
             looks_around: Instant::now(),
-            jitter: jitter(),
+            jitter: wire::dice::fraction(),
             failures: 0,
             leaf_validity: args.leaf_validity,
             tls,

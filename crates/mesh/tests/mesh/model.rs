@@ -52,13 +52,22 @@ struct Step {
     name: u8,
     number: u8,
     life: u8,
-    captured: bool,
+    /// `None`: it is captured.
+    uncaptured: Option<Uncaptured>,
     serves: bool,
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    (0u8..5, 0u8..4, 1u8..5, 0u8..2, any::<bool>(), any::<bool>()).prop_map(
-        |(action, name, number, life, captured, serves)| Step { action, name, number, life, captured, serves },
+    let why = prop_oneof![
+        Just(Uncaptured::Pending),
+        Just(Uncaptured::OptedOut),
+        Just(Uncaptured::SystemNamespace),
+        Just(Uncaptured::HostNetwork),
+        Just(Uncaptured::NotAPod),
+    ];
+    let uncaptured = prop::option::of(why);
+    (0u8..5, 0u8..4, 1u8..5, 0u8..2, uncaptured, any::<bool>()).prop_map(
+        |(action, name, number, life, uncaptured, serves)| Step { action, name, number, life, uncaptured, serves },
     )
 }
 
@@ -69,8 +78,8 @@ fn workload(step: &Step) -> Workload {
     if step.serves {
         workload = serving(workload, "web", 80, 80);
     }
-    if !step.captured {
-        workload = uncaptured(workload, Uncaptured::Pending);
+    if let Some(why) = step.uncaptured {
+        workload = uncaptured(workload, why);
     }
     workload
 }

@@ -16,7 +16,6 @@ use tracing::{debug, info};
 
 use super::Said;
 use super::read::Reading;
-use crate::clock::jitter;
 use crate::kubernetes::{Failure, ask, pause};
 use crate::metrics::Metrics;
 
@@ -262,7 +261,7 @@ where
     }
 
     async fn watch_from(&mut self, version: &mut String) -> Result<(), End> {
-        let lasts = WATCH + SPREAD.mul_f64(jitter());
+        let lasts = WATCH + SPREAD.mul_f64(wire::dice::fraction());
         let parameters = WatchParams::default().timeout(seconds(lasts));
         let events = ask(self.api().watch(&parameters, version)).await?;
         self.say(Said::Word(self.kind)).await?;

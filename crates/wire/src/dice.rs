@@ -3,12 +3,12 @@
 use std::hash::{BuildHasher, Hasher, RandomState};
 
 /// A number that the next call will not repeat, from the process's own random state.
-pub(crate) fn roll() -> u64 {
+pub fn roll() -> u64 {
     RandomState::new().build_hasher().finish()
 }
 
 /// A number from 0 to 1.
-pub(crate) fn fraction() -> f64 {
+pub fn fraction() -> f64 {
     // 53 bits fill the mantissa: all of them, and the division, are exact.
     (roll() >> 11) as f64 / ((1_u64 << 53) as f64)
 }
