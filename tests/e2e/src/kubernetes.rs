@@ -11,14 +11,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use serde_json::Value;
+use tempfile::TempDir;
 
 use crate::cluster::binary;
 use crate::program::Program;
 use crate::wait::wait_until;
 
-pub use pods::SHOP;
-pub use product::Edge;
-pub use tap::LinkTap;
+pub use pods::{SHOP, SHOP_IS_STRICT};
 
 /// The cluster's program is built at the first call on a machine, which takes minutes.
 const UP: Duration = Duration::from_secs(20 * 60);
@@ -35,21 +34,25 @@ pub struct Kubernetes {
     kubeconfig: PathBuf,
     /// The image of the product, as nodes have it.
     pub image: String,
+    /// For the test's files, which nodes of a test's own cluster see, too.
+    folder: TempDir,
 }
 
 impl Kubernetes {
     /// The cluster that `KUBECONFIG` names; else a new one with two nodes and the product's image on both.
     #[track_caller]
     pub fn up(prefix: &str) -> Kubernetes {
+        // What lies elsewhere may be a node's own.
+        let folder = tempfile::Builder::new().prefix("justmtls-e2e-").tempdir_in("/dev/shm").expect("a folder");
         if let Some(kubeconfig) = given() {
             let image = std::env::var(IMAGE).unwrap_or_else(|_| image_of_this_version());
-            return Kubernetes { name: None, kubeconfig, image };
+            return Kubernetes { name: None, kubeconfig, image, folder };
         }
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         // Short: names of links on a machine are.
         let name = format!("{prefix}{:x}{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         let kubeconfig = clusters().join(&name).join("kubeconfig");
-        let cluster = Kubernetes { name: Some(name), kubeconfig, image: image_of_this_version() };
+        let cluster = Kubernetes { name: Some(name), kubeconfig, image: image_of_this_version(), folder };
         cluster.verb(&["up"]).within(UP).run().ok();
         cluster.verb(&["load", image().to_str().expect("a path of ours")]).within(SOON).run().ok();
         cluster

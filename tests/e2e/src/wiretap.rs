@@ -4,8 +4,6 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
-
 use crate::cluster::Cluster;
 use crate::program::{Program, Running};
 use crate::streams::Streams;
@@ -18,17 +16,16 @@ const READING: Duration = Duration::from_secs(60);
 /// The fabric's own address, beyond the link that connects a node to the other one.
 const BEYOND: &str = "10.88.0.1";
 /// Nobody listens there, on no machine.
-const DISCARD: &str = "9";
+pub(crate) const DISCARD: &str = "9";
+/// Signals do not reach every node, and the end of the input does.
+const UNTIL_THE_INPUT_ENDS: &str = "dumpcap \"$@\" & read -r _; kill -TERM $!; wait $!";
 
 /// A recording of a link.
-#[derive(Debug)]
 pub struct Wiretap<'a> {
-    cluster: &'a Cluster,
-    node: String,
-    /// Who can be reached through the link.
-    beyond: String,
     file: PathBuf,
     recorder: Option<Running>,
+    /// A program that sends a word through the link, as a datagram.
+    send: Box<dyn Fn(&str) -> Program + 'a>,
 }
 
 impl Wiretap<'_> {
@@ -50,12 +47,24 @@ impl Wiretap<'_> {
     #[track_caller]
     fn on_link<'a>(cluster: &'a Cluster, node: &str, link: &str, beyond: &str, name: &str) -> Wiretap<'a> {
         let file = cluster.folder().join(format!("{name}.pcapng"));
+        let (from, beyond) = (node.to_owned(), beyond.to_owned());
+        let send = move |word: &str| cluster.tcp_on(&from, &["datagram", &beyond, DISCARD, word]);
+        Wiretap::record(|command| cluster.on_node(node, command), link, file, send)
+    }
+
+    /// Records what passes a link; `on` runs a command where the link is.
+    #[track_caller]
+    pub(crate) fn record<'a>(
+        on: impl FnOnce(&[&str]) -> Program,
+        link: &str,
+        file: PathBuf,
+        send: impl Fn(&str) -> Program + 'a,
+    ) -> Wiretap<'a> {
         let (path, filter) = (file.display().to_string(), format!("tcp or udp port {DISCARD}"));
-        let command = ["dumpcap", "-q", "-i", link, "-B", "64", "-f", &filter, "-w", &path];
-        let mut recorder = cluster.on_node(node, &command).spawn();
+        let recorder = on(&["bash", "-c", UNTIL_THE_INPUT_ENDS, "bash"]);
+        let mut recorder = recorder.args(["-q", "-i", link, "-B", "64", "-f", &filter, "-w", &path]).spawn();
         recorder.wait_for("File:");
-        let (node, beyond) = (node.to_owned(), beyond.to_owned());
-        let tap = Wiretap { cluster, node, beyond, file, recorder: Some(recorder) };
+        let tap = Wiretap { file, recorder: Some(recorder), send: Box::new(send) };
         tap.wait_for_a_word("begin");
         tap
     }
@@ -66,7 +75,7 @@ impl Wiretap<'_> {
         // Taps of other tests may record the same link.
         let word = format!("{word} of {}", self.file.display());
         eventually("the recording to reach now", PATIENCE, || {
-            self.cluster.tcp_on(&self.node, &["datagram", &self.beyond, DISCARD, &word]).run().ok();
+            (self.send)(&word).run().ok();
             self.saw(&word)
         });
     }
@@ -76,7 +85,6 @@ impl Wiretap<'_> {
     pub fn stop(&mut self) {
         self.wait_for_a_word("end");
         let Some(recorder) = self.recorder.take() else { return };
-        recorder.signal(Signal::SIGINT);
         let end = recorder.finish(Duration::from_secs(20));
         let counted = end.stderr.lines().find(|line| line.contains("received/dropped")).unwrap_or_default();
         assert!(counted.contains("/0 ("), "the wiretap lost packets, so it proves nothing: {}", end.stderr);

@@ -5,22 +5,13 @@
 
 use std::time::{Duration, Instant};
 
-use e2e::{Kubernetes, PATIENCE, SHOP, eventually, needs, wait_until};
+use e2e::{Kubernetes, PATIENCE, SHOP, SHOP_IS_STRICT, eventually, needs, wait_until};
 
 const SOON: Duration = Duration::from_secs(120);
 /// From the first command to the table, once everything is built (README).
 const FIVE_MINUTES: Duration = Duration::from_secs(300);
-const STRICT: &str = "
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: { name: default, namespace: shop }
-spec: { mtls: { mode: STRICT } }
-";
-
 fn ask(cluster: &Kubernetes, from: &str) -> bool {
-    let ask =
-        ["/justmtls", "demo-app", "load", "--count", "1", "--short", "1", "--patience", "4000", "--to", "web.shop:80"];
-    cluster.exec(from, &ask).run().success()
+    cluster.ask(from, "web.shop:80", Duration::from_secs(4)).success()
 }
 
 /// There is traffic, and an edge that says how it passes.
@@ -28,11 +19,10 @@ fn ask(cluster: &Kubernetes, from: &str) -> bool {
 fn edge(cluster: &Kubernetes, from: &str, security: &str, reason: Option<&str>) {
     wait_until(&format!("{from} → shop/web, {security}"), SOON, || {
         let asked = ask(cluster, from);
-        let edges = cluster.edges(from, "shop/web");
-        let found = edges
-            .iter()
-            .any(|edge| edge["security"] == security && reason.is_none_or(|reason| edge["reason"] == reason));
-        if asked && found { Ok(()) } else { Err(format!("answered {asked}; {edges:?}")) }
+        match cluster.edge(from, "shop/web", security, reason) {
+            Ok(()) if asked => Ok(()),
+            shown => Err(format!("answered {asked}; {shown:?}")),
+        }
     });
 }
 
@@ -87,10 +77,10 @@ fn one_command_installs_and_the_table_shows_mtls() {
     assert!(cluster.justmtls(&["version"]).run().ok().contains(env!("CARGO_PKG_VERSION")));
 
     println!("strict, and back");
-    cluster.apply(STRICT);
+    cluster.apply(SHOP_IS_STRICT);
     eventually("strict to be enforced", SOON, || !ask(&cluster, "outside/stranger"));
     assert!(ask(&cluster, "shop/client"));
-    cluster.delete(STRICT);
+    cluster.delete(SHOP_IS_STRICT);
     eventually("permissive to be back", SOON, || ask(&cluster, "outside/stranger"));
 
     println!("an image that no node has");

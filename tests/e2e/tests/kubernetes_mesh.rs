@@ -11,6 +11,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Of the proxies in these tests: long enough to see connections live, short enough to wait for.
 const DRAIN: Duration = Duration::from_secs(15);
 const LONG: u64 = 10;
+/// Of one request.
+const ANSWER: Duration = Duration::from_secs(10);
 
 /// Both kinds of connections from `shop/client` to `shop/web`, by the Service's name.
 fn load(cluster: &Kubernetes) -> Loaded {
@@ -52,12 +54,12 @@ fn nobody_notices_installation_restarts_kills_and_rollouts() {
         for pod in ["shop/client", "shop/web"] {
             cluster.wait_captured(pod);
         }
-        mtls(&cluster, "shop/client", "shop/web");
+        wait_edge(&cluster, "shop/client", "shop/web", "mtls", None);
     });
     // What was open goes on as it was, and nothing short failed.
     report.assert_nothing_failed();
-    assert!(cluster.answers("outside/stranger", "web.shop:80"), "permissive lets strangers in");
-    plaintext(&cluster, "outside/stranger", "shop/web", "opted-out");
+    assert!(cluster.ask("outside/stranger", "web.shop:80", ANSWER).success(), "permissive lets strangers in");
+    wait_edge(&cluster, "outside/stranger", "shop/web", "plaintext", Some("opted-out"));
 
     println!("a second installation");
     let again = cluster.install(&[&format!("drain={}", DRAIN.as_secs())]);
@@ -104,8 +106,10 @@ fn nobody_notices_installation_restarts_kills_and_rollouts() {
     assert!(cluster.addresses("shop/late").is_empty(), "it waits");
     assert_eq!(cluster.signal(&worker, "agent", "-CONT"), 1);
     cluster.wait_captured("shop/late");
-    assert!(cluster.answers("shop/late", "web.shop:80"));
-    mtls(&cluster, "shop/late", "shop/web");
+    // Captured it is before its container starts.
+    cluster.wait_ready("shop");
+    assert!(cluster.ask("shop/late", "web.shop:80", ANSWER).success());
+    wait_edge(&cluster, "shop/late", "shop/web", "mtls", None);
 
     deployment_rolls(&cluster, "after");
 }
@@ -124,20 +128,9 @@ spec:
   containers: [{ name: late, image: IMAGE, args: [demo-app, serve, --port, '8080'] }]
 ";
 
-/// There is an edge between two pods, and all of it is mTLS.
-fn mtls(cluster: &Kubernetes, from: &str, to: &str) {
-    wait_until(&format!("{from} → {to} by mTLS"), PATIENCE, || {
-        let edges = cluster.edges(from, to);
-        if edges.iter().any(|edge| edge["security"] == "mtls") { Ok(()) } else { Err(format!("{edges:?}")) }
-    });
-}
-
-fn plaintext(cluster: &Kubernetes, from: &str, to: &str, reason: &str) {
-    wait_until(&format!("{from} → {to} in clear, {reason}"), PATIENCE, || {
-        let edges = cluster.edges(from, to);
-        let found = edges.iter().any(|edge| edge["security"] == "plaintext" && edge["reason"] == reason);
-        if found { Ok(()) } else { Err(format!("{edges:?}")) }
-    });
+/// Waits for an edge that passes so.
+fn wait_edge(cluster: &Kubernetes, from: &str, to: &str, security: &str, reason: Option<&str>) {
+    wait_until(&format!("{from} → {to}, {security}"), PATIENCE, || cluster.edge(from, to, security, reason));
 }
 
 /// A Deployment rolls under load: no more failures than the same test has without us, which is what its own pods lose.

@@ -5,23 +5,15 @@
 
 use std::time::Duration;
 
-use e2e::{Kubernetes, LinkTap, SHOP, eventually, needs, wait_until};
+use e2e::{Kubernetes, SHOP, SHOP_IS_STRICT, eventually, needs, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(240);
 
-const STRICT: &str = "
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: { name: default, namespace: shop }
-spec: { mtls: { mode: STRICT } }
-";
-
 /// Asks again and again until it is ended, each time on a connection of its own; never answered rightly.
 fn besieged(cluster: &Kubernetes, marker: &str, what: impl FnOnce()) {
-    let [web] = cluster.addresses("shop/web")[..1] else { unreachable!() };
-    let to = format!("{web}:8080");
+    // By the Service's name: the pod's address is another one after a crash.
     let mut stranger = cluster
-        .exec("outside/stranger", &["/justmtls", "demo-app", "load", "--controlled", "--to", &to])
+        .exec("outside/stranger", &["/justmtls", "demo-app", "load", "--controlled", "--to", "web.shop:80"])
         .args(["--short", "2", "--rate", "40", "--patience", "500", "--marker", marker])
         .spawn();
     stranger.wait_for("\"failed\":");
@@ -34,13 +26,14 @@ fn besieged(cluster: &Kubernetes, marker: &str, what: impl FnOnce()) {
     assert_eq!(report["ok"], 0, "a stranger was served under strict: {report}");
 }
 
+fn stranger_is_answered(cluster: &Kubernetes) -> bool {
+    cluster.ask("outside/stranger", "web.shop:80", Duration::from_secs(10)).success()
+}
+
 /// Waits until the mesh works again, by itself.
 fn works_again(cluster: &Kubernetes) {
     wait_until("shop/client to be answered by shop/web", PATIENCE, || {
-        let asked = cluster
-            .exec("shop/client", &["/justmtls", "demo-app", "load", "--to", "web.shop:80", "--count", "1"])
-            .args(["--short", "1", "--patience", "5000"])
-            .run();
+        let asked = cluster.ask("shop/client", "web.shop:80", Duration::from_secs(5));
         if asked.success() { Ok(()) } else { Err(format!("{asked}")) }
     });
 }
@@ -56,17 +49,14 @@ fn nodes_that_lose_power_come_back_without_a_byte_in_clear() {
     cluster.wait_ready("outside");
     // Before strict, the tap sees what the stranger says in clear: so it would see it later (D26).
     let (twin, secret) = (format!("twin-{}", std::process::id()), format!("secret-{}", std::process::id()));
-    let tap = LinkTap::start(&cluster, &first, &worker);
+    let mut tap = cluster.tap(&first, &worker);
     assert_eq!(
         cluster.load("outside/stranger", "web.shop:80").short(1).count(1).marker(&twin).run(PATIENCE).answered(),
         1
     );
     eventually("the twin to pass", PATIENCE, || tap.saw(&twin));
-    cluster.apply(STRICT);
-    eventually("strict to be enforced", PATIENCE, || {
-        let asked = ["/justmtls", "demo-app", "load", "--to", "web.shop:80", "--count", "1", "--short", "1"];
-        !cluster.exec("outside/stranger", &asked).run().success()
-    });
+    cluster.apply(SHOP_IS_STRICT);
+    eventually("strict to be enforced", PATIENCE, || !stranger_is_answered(&cluster));
     let load = |cluster: &Kubernetes| {
         cluster.load("shop/client", "web.shop:80").short(2).count(50).marker(&secret).run(PATIENCE)
     };
@@ -98,20 +88,19 @@ fn nodes_that_lose_power_come_back_without_a_byte_in_clear() {
         cluster.kubectl(&["-n", "justmtls-system", "scale", "deployment/justmtls-control", "--replicas=2"]).run().ok();
         works_again(&cluster);
     });
-    tap.end(|saw| {
-        assert!(saw(&twin), "the tap sees nothing, so it proves nothing");
-        assert!(!saw(&secret), "a request of the mesh passed in clear");
-    });
+    tap.stop();
+    assert!(tap.saw(&twin), "the tap sees nothing, so it proves nothing");
+    assert!(!tap.saw(&secret), "a request of the mesh passed in clear");
 
     println!("the node of the control plane");
-    let tap = LinkTap::start(&cluster, &worker, &first);
+    let mut tap = cluster.tap(&worker, &first);
     cluster.crash(&first);
     cluster.boot(&first);
     eventually("the API server to answer", PATIENCE, || cluster.kubectl(&["get", "nodes"]).run().success());
     works_again(&cluster);
     load(&cluster).assert_nothing_failed();
     cluster.wait_captured("shop/client");
-    let asked = ["/justmtls", "demo-app", "load", "--to", "web.shop:80", "--count", "1", "--short", "1"];
-    assert!(!cluster.exec("outside/stranger", &asked).run().success(), "strict is forgotten");
-    tap.end(|saw| assert!(!saw(&secret), "a request of the mesh passed in clear"));
+    assert!(!stranger_is_answered(&cluster), "strict is forgotten");
+    tap.stop();
+    assert!(!tap.saw(&secret), "a request of the mesh passed in clear");
 }

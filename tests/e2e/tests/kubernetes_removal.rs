@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use e2e::{ENOUGH, Kubernetes, SHOP, needs};
+use e2e::{ENOUGH, Kubernetes, SHOP, SHOP_IS_STRICT, needs};
 
 /// What a node has that we could leave behind: files, processes, mounts, links, and rules in every pod's network.
 const STATE: &str = r#"
@@ -13,13 +13,6 @@ for n in /run/netns/*; do
     nsenter --net="$n" sh -c 'nft list tables; ip rule | grep ^1000:; ip -6 rule | grep ^1000:; tc qdisc show | grep clsact' | sed "s/^/in a pod: /"
 done
 "#;
-
-const STRICT: &str = "
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: { name: default, namespace: shop }
-spec: { mtls: { mode: STRICT } }
-";
 
 #[test]
 fn what_is_uninstalled_leaves_nothing_and_pods_go_on() {
@@ -36,7 +29,7 @@ fn what_is_uninstalled_leaves_nothing_and_pods_go_on() {
     for pod in ["shop/client", "shop/web"] {
         cluster.wait_captured(pod);
     }
-    cluster.apply(STRICT);
+    cluster.apply(SHOP_IS_STRICT);
     let installed = nodes.each_ref().map(state);
     for state in &installed {
         assert!(state.contains("00-justmtls.conflist") && state.contains("in a pod: table inet justmtls"), "{state}");
@@ -60,7 +53,7 @@ fn what_is_uninstalled_leaves_nothing_and_pods_go_on() {
     }
     let ours = cluster.kubectl(&["get", "clusterrole,clusterrolebinding,namespace", "-o", "name"]).run().ok();
     assert!(!ours.contains("justmtls"), "{ours}");
-    cluster.delete(STRICT);
+    cluster.delete(SHOP_IS_STRICT);
     let again = cluster.justmtls(&["uninstall"]).run().ok();
     assert!(again.contains("uninstalled") || again.contains("nothing of justmtls"), "{again}");
 }

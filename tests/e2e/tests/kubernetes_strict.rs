@@ -12,8 +12,7 @@ const SERVICES: &str = include_str!("../manifests/kubernetes_services.yaml");
 const SOON: Duration = Duration::from_secs(120);
 
 fn ask(cluster: &Kubernetes, from: &str, to: &str) -> Finished {
-    let ask = ["/justmtls", "demo-app", "load", "--count", "1", "--short", "1", "--patience", "4000", "--to", to];
-    cluster.exec(from, &ask).run()
+    cluster.ask(from, to, Duration::from_secs(4))
 }
 
 #[track_caller]

@@ -1,14 +1,23 @@
 //! Pods of the tests, and what is done in them.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use super::{Kubernetes, SOON};
 use crate::load::Load;
-use crate::program::Program;
+use crate::program::{Finished, Program};
 use crate::wait::wait_until;
 
 /// A client and a server on different nodes, each with a service account of its own, and a client outside of the mesh.
 pub const SHOP: &str = include_str!("../../manifests/kubernetes.yaml");
+
+/// Nothing in clear in the namespace of [`SHOP`]'s client and server.
+pub const SHOP_IS_STRICT: &str = "
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: { name: default, namespace: shop }
+spec: { mtls: { mode: STRICT } }
+";
 
 impl Kubernetes {
     /// A command in a pod (`NAMESPACE/POD`), with its standard input.
@@ -23,10 +32,13 @@ impl Kubernetes {
         Load::of(self.exec(pod, &["/justmtls", "demo-app", "load"]), to)
     }
 
-    /// Whether one short request of a pod is answered.
+    /// One request of a pod that runs the product's image; it ends well where it is answered in time.
     #[track_caller]
-    pub fn answers(&self, pod: &str, to: &str) -> bool {
-        self.load(pod, to).short(1).count(1).run(SOON).answered() == 1
+    pub fn ask(&self, pod: &str, to: &str, patience: Duration) -> Finished {
+        let patience = patience.as_millis().to_string();
+        let ask =
+            ["/justmtls", "demo-app", "load", "--count", "1", "--short", "1", "--patience", &patience, "--to", to];
+        self.exec(pod, &ask).run()
     }
 
     /// The addresses of a pod.

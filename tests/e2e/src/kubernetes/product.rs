@@ -9,9 +9,6 @@ use crate::wait::wait_until;
 /// The namespace of the product.
 pub(crate) const OURS: &str = "justmtls-system";
 
-/// A row of `justmtls coverage --json`.
-pub type Edge = Value;
-
 impl Kubernetes {
     /// Installs the product with its settings (`key=value`), and waits until every node is ready.
     #[track_caller]
@@ -43,12 +40,15 @@ impl Kubernetes {
         });
     }
 
-    /// Rows of `coverage` with this source, destination and port.
+    /// Whether `coverage` shows an edge that passes so, and for that reason where one is named; else what it shows of the two.
     #[track_caller]
-    pub fn edges(&self, source: &str, destination: &str) -> Vec<Edge> {
+    pub fn edge(&self, from: &str, to: &str, security: &str, reason: Option<&str>) -> Result<(), String> {
         let coverage = self.says(&["coverage"]);
         let all = coverage["edges"].as_array().expect("edges are a list").iter();
-        all.filter(|it| it["source"] == source && it["destination"] == destination).cloned().collect()
+        let edges: Vec<_> = all.filter(|edge| edge["source"] == from && edge["destination"] == to).collect();
+        let is_so =
+            |edge: &&Value| edge["security"] == security && reason.is_none_or(|reason| edge["reason"] == reason);
+        if edges.iter().any(is_so) { Ok(()) } else { Err(format!("{edges:?}")) }
     }
 
     /// The product's pods of a node's part, by the name of the node.
@@ -62,17 +62,5 @@ impl Kubernetes {
         let names: Vec<_> = staying.filter_map(|pod| pod["metadata"]["name"].as_str()).collect();
         assert_eq!(names.len(), 1, "{names:?} on {node}");
         names[0].to_owned()
-    }
-
-    /// A page of a process's admin socket: `agent` or `proxy` of a node.
-    #[track_caller]
-    pub fn page(&self, node: &str, container: &str, page: &str) -> Value {
-        let pod = self.node_pod(node);
-        let socket = match container {
-            "agent" => format!("/run/justmtls/agent/{pod}.sock"),
-            _ => "/run/justmtls/own/proxy.sock".to_owned(),
-        };
-        let exec = ["-n", OURS, "exec", &pod, "-c", container, "--", "/justmtls", "admin", &socket, page];
-        serde_json::from_str(&self.kubectl(&exec).run().ok()).expect("pages are JSON")
     }
 }
