@@ -119,7 +119,6 @@ pub fn ruleset(plan: &CapturePlan) -> Table {
             chain("capture_out", ChainKind::Nat, HookPoint::Output, DESTINATION_NAT, capture_out(plan)),
             chain("capture_in", ChainKind::Nat, HookPoint::Prerouting, DESTINATION_NAT, capture_in()),
             chain("guard_out", ChainKind::Filter, HookPoint::Output, FILTER, guard_out(plan)),
-            chain("let_by", ChainKind::Filter, HookPoint::Postrouting, LAST, let_by(plan)),
             chain("guard_in", ChainKind::Filter, HookPoint::Input, FILTER, guard_in()),
         ],
     )
@@ -130,7 +129,8 @@ pub fn ruleset(plan: &CapturePlan) -> Table {
 ///
 /// The two chains that translate stay, each with a rule that matches nothing. Without a rule in
 /// them the kernel lets go of them, and the next bytes of captured connections leave in clear, to the original
-/// destination (T3).
+/// destination (T3). It has the chains of [`ruleset`], so that going from one to the other changes their rules only
+/// ([`nft::replace`](linux::nft::replace)).
 pub fn draining(plan: &CapturePlan) -> Table {
     let never = |then| {
         let outer = plan.marks.outer;
@@ -173,6 +173,7 @@ fn table(plan: &CapturePlan, judging: Vec<Chain>) -> Table {
         chain("timeouts_out", ChainKind::Filter, HookPoint::Output, MANGLE, timeouts()),
         chain("timeouts_in", ChainKind::Filter, HookPoint::Prerouting, MANGLE, timeouts()),
         chain("back", ChainKind::Route, HookPoint::Output, MANGLE, back(plan)),
+        chain("let_by", ChainKind::Filter, HookPoint::Postrouting, LAST, let_by(plan)),
     ];
     chains.extend(judging);
     Table {

@@ -136,25 +136,59 @@ pub enum IpFamily {
 }
 
 /// Makes the kernel's table be `table`, whatever it was before, in one transaction: no packet sees
-/// half of it, flows that were translated stay so, and on an error everything is as it was.
+/// half of a chain, flows that were translated stay so, and on an error everything is as it was.
+///
+/// Where the kernel has the same chains already only their rules change, and those of a chain at one moment. A table
+/// that is taken out and put in anew has old and new chains side by side for an instant: a packet between the two meets
+/// neither's rules, and what opens a flow then stays untranslated.
 pub fn replace(socket: &mut Socket, table: &Table) -> Result<(), Error> {
-    let mut batch = Batch::new();
-    // Deleting what may not be there fails, so it is added first.
-    batch.push(NfTablesMessage::NewTable(named(&table.name)), NLM_F_CREATE);
-    batch.push(NfTablesMessage::DeleteTable(named(&table.name)), 0);
-    batch.push(NfTablesMessage::NewTable(named(&table.name)), NLM_F_CREATE);
-    for timeout in &table.timeouts {
-        batch.push(NfTablesMessage::NewObject(encode::timeout(&table.name, timeout)), NLM_F_CREATE);
+    // What cannot be read, or was changed meanwhile, is made anew.
+    let stands =
+        normal::read_once(socket, &table.name).is_ok_and(|found| found.is_some_and(|it| table.normal().is_alike(&it)));
+    if stands && load(socket, table, Change::InPlace).is_ok() {
+        return Ok(());
     }
-    for (set, id) in table.sets.iter().zip(1..) {
-        batch.push(new_set(&table.name, set, id), NLM_F_CREATE);
-        if !set.ports.is_empty() {
-            batch.push(new_elements(&table.name, set), NLM_F_CREATE);
+    load(socket, table, Change::Anew)
+}
+
+#[derive(PartialEq, Eq)]
+enum Change {
+    /// Chains, sets and time-outs stay: they are as they are to be.
+    InPlace,
+    Anew,
+}
+
+fn load(socket: &mut Socket, table: &Table, change: Change) -> Result<(), Error> {
+    let mut batch = Batch::new();
+    match change {
+        Change::InPlace => batch.push(NfTablesMessage::DeleteRule(every_rule(&table.name)), 0),
+        Change::Anew => {
+            // Deleting what may not be there fails, so it is added first.
+            batch.push(NfTablesMessage::NewTable(named(&table.name)), NLM_F_CREATE);
+            batch.push(NfTablesMessage::DeleteTable(named(&table.name)), 0);
+            batch.push(NfTablesMessage::NewTable(named(&table.name)), NLM_F_CREATE);
+            for timeout in &table.timeouts {
+                batch.push(NfTablesMessage::NewObject(encode::timeout(&table.name, timeout)), NLM_F_CREATE);
+            }
         }
     }
-    // All chains before the first rule, as a rule may jump to a chain that is written below it.
-    for chain in &table.chains {
-        batch.push(new_chain(&table.name, chain), NLM_F_CREATE);
+    for (set, id) in table.sets.iter().zip(1..) {
+        match change {
+            Change::InPlace => {
+                batch.push(NfTablesMessage::DeleteSetElement(elements(&table.name, set, None)), 0);
+            }
+            Change::Anew => batch.push(new_set(&table.name, set, id), NLM_F_CREATE),
+        }
+        if !set.ports.is_empty() {
+            let ports = elements(&table.name, set, Some(&set.ports));
+            batch.push(NfTablesMessage::NewSetElement(ports), NLM_F_CREATE);
+        }
+    }
+    if change == Change::Anew {
+        // All chains before the first rule, as a rule may jump to a chain that is written below it.
+        for chain in &table.chains {
+            batch.push(new_chain(&table.name, chain), NLM_F_CREATE);
+        }
     }
     for chain in &table.chains {
         for rule in &chain.rules {
@@ -279,18 +313,19 @@ fn new_set(table: &str, set: &PortSet, id: u32) -> NfTablesMessage {
     })
 }
 
-fn new_elements(table: &str, set: &PortSet) -> NfTablesMessage {
+/// Elements of a set; without them, all that it has.
+fn elements(table: &str, set: &PortSet, ports: Option<&BTreeSet<u16>>) -> SetElementMessage {
     let element = |port: &u16| {
         let key = DataAttribute::Value(port.to_be_bytes().to_vec());
         ListAttribute::Element(vec![SetElementAttribute::Key(key)])
     };
-    NfTablesMessage::NewSetElement(SetElementMessage {
-        attributes: vec![
-            SetElementList::Table(table.to_owned()),
-            SetElementList::Set(set.name.clone()),
-            SetElementList::Elements(set.ports.iter().map(element).collect()),
-        ],
-    })
+    let mut attributes = vec![SetElementList::Table(table.to_owned()), SetElementList::Set(set.name.clone())];
+    attributes.extend(ports.map(|ports| SetElementList::Elements(ports.iter().map(element).collect())));
+    SetElementMessage { attributes }
+}
+
+fn every_rule(table: &str) -> RuleMessage {
+    RuleMessage { attributes: vec![RuleAttribute::Table(table.to_owned())] }
 }
 
 impl HookPoint {

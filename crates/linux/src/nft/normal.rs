@@ -123,6 +123,16 @@ impl Normal {
 }
 
 impl Normal {
+    /// Whether only rules and elements of sets may differ: chains are the same and hooked the same, and time-outs are equal.
+    pub(super) fn is_alike(&self, found: &Normal) -> bool {
+        let same_chains = self.chains.len() == found.chains.len()
+            && self.chains.iter().zip(&found.chains).all(|((a, one), (b, other))| a == b && one.base == other.base);
+        self.flags == found.flags
+            && same_chains
+            && self.timeouts == found.timeouts
+            && self.sets.keys().eq(found.sets.keys())
+    }
+
     /// The marks that the rules of a chain compare a packet's with, in order: what a table that an earlier process loaded
     /// takes for its own.
     pub fn marks(&self, chain: &str) -> Vec<u32> {
@@ -183,7 +193,8 @@ pub fn counters(socket: &mut Socket, table: &str) -> Result<Vec<Counter>, Error>
     Ok(counters)
 }
 
-fn read_once(socket: &mut Socket, table: &str) -> Result<Option<Normal>, Error> {
+/// As [`read`], where something may change meanwhile.
+pub(super) fn read_once(socket: &mut Socket, table: &str) -> Result<Option<Normal>, Error> {
     let Some(flags) = table_flags(socket, table)? else { return Ok(None) };
     let mut found = Normal { flags, ..Normal::default() };
     let question = NfTablesMessage::GetChain(ChainMessage { attributes: vec![] });

@@ -1,10 +1,14 @@
 //! Tables in a real kernel, against what the `nft` program makes of the same text.
 
 use std::io::Write;
+use std::net::UdpSocket;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::namespace::{new_namespace, with_privilege};
+use linux::links::Links;
 use linux::netlink::{Protocol, Socket};
+use linux::netns::NetNs;
 use linux::nft::{
     AddressType, Chain, ChainKind, Compare, Direction, Expression, Hook, HookPoint, IpFamily, L4Protocol, Policy,
     PortSet, Rule, Table, Timeout, counters, delete, generation, read, replace,
@@ -277,5 +281,49 @@ fn a_socket_belongs_to_the_namespace_where_it_was_opened() {
         replace(&mut there, &table).unwrap();
         assert_eq!(read(&mut here, &table.name).unwrap(), None);
         assert_eq!(read(&mut there, &table.name).unwrap(), Some(table.normal()));
+    });
+}
+
+/// Each packet that leaves takes a mark from the table that is replaced, or is counted by another.
+#[test]
+fn no_packet_meets_a_table_without_its_rules_while_it_is_replaced() {
+    with_privilege(no_packet_meets_a_table_without_its_rules_while_it_is_replaced, || {
+        let (here, mut socket) = (NetNs::current().unwrap(), socket());
+        Links::of(&here).unwrap().up("lo").unwrap();
+        let of = |name: &str, priority, rule| {
+            let rules = vec![Rule::new("", rule)];
+            let chains = vec![chain("judge", ChainKind::Filter, HookPoint::Output, priority, rules)];
+            Table { name: name.into(), timeouts: vec![], sets: vec![], chains }
+        };
+        let one = of("marks", 0, vec![Expression::SetMark(1)]);
+        let other = of("marks", 0, vec![Expression::Counter, Expression::SetMark(1)]);
+        replace(&mut socket, &of("counts", 1, vec![Expression::Mark(Compare::IsNot, 1), Expression::Counter])).unwrap();
+        let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let to = sender.local_addr().unwrap();
+        sender.send_to(b"unmarked", to).unwrap();
+        let unmarked = |socket: &mut Socket| counters(socket, "counts").unwrap()[0].packets;
+        assert_eq!(unmarked(&mut socket), 1);
+        replace(&mut socket, &one).unwrap();
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let senders = [(); 2].map(|()| {
+                let sender = sender.try_clone().unwrap();
+                scope.spawn(|| {
+                    let sender = sender;
+                    while !over.load(Ordering::Relaxed) {
+                        sender.send_to(b"marked", to).unwrap();
+                    }
+                })
+            });
+            for _ in 0..10000 {
+                replace(&mut socket, &other).unwrap();
+                replace(&mut socket, &one).unwrap();
+            }
+            over.store(true, Ordering::Relaxed);
+            for sender in senders {
+                sender.join().unwrap();
+            }
+        });
+        assert_eq!(unmarked(&mut socket), 1, "a packet met no rule");
     });
 }
