@@ -73,6 +73,9 @@ pub enum CaptureError {
     /// The guard on the interface would be too long.
     #[error("{0} excluded ports are more than fit the guard on the pod's interface")]
     TooManyExcluded(usize),
+    /// Connections of the data path come while others are ended.
+    #[error("captured connections are left after all were ended")]
+    StillOpen,
     /// The rules were loaded, and are not what was loaded: something else changes them.
     #[error("the capture does not stand after it was made: {0}")]
     DoesNotStand(String),
@@ -94,6 +97,7 @@ impl CaptureError {
             Self::Changes(_) => "notifications",
             Self::NoInterface => "no-interface",
             Self::TooManyExcluded(_) => "too-many-excluded-ports",
+            Self::StillOpen => "still-open",
             Self::DoesNotStand(_) => "does-not-stand",
         }
     }

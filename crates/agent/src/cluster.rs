@@ -101,12 +101,14 @@ impl Args {
     }
 
     /// The agent ends. Where nobody comes after it the plugin is taken out, as it would keep every pod of the node waiting.
-    pub(crate) async fn leave(&self, keeper: &Keeper, sockets: [&PathBuf; 3]) {
-        let Some(daemonset) = &self.daemonset else { return };
+    /// Whether nobody comes.
+    pub(crate) async fn leave(&self, keeper: &Keeper, sockets: [&PathBuf; 3]) -> bool {
+        let Some(daemonset) = &self.daemonset else { return false };
         let fate = match ApiServer::of_pod() {
             Ok(server) => server.fate(&daemonset.namespace, &daemonset.name).await,
             Err(why) => Fate::Unknown(why),
         };
+        let goes = fate == Fate::Goes;
         match fate {
             Fate::Stays => tracing::info!("the plugin stays for the next agent"),
             Fate::Goes => match keeper.remove() {
@@ -121,6 +123,7 @@ impl Args {
                 "whether another agent comes is not known; the plugin stays, and pods of this node wait for an agent"
             ),
         }
+        goes
     }
 }
 

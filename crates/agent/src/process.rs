@@ -289,8 +289,10 @@ async fn serve(args: Args) -> Result<()> {
             // Kubelet would start again what ends before it is told to, and that one would take the place back.
             wake.terminate.recv().await;
         }
-    } else if let Some(keeper) = &keeper {
-        args.cluster.leave(keeper, [&args.cni_socket, &args.proxy_socket, &args.admin]).await;
+    } else if let Some(keeper) = &keeper
+        && args.cluster.leave(keeper, [&args.cni_socket, &args.proxy_socket, &args.admin]).await
+    {
+        node.end_leaving().await;
     }
     if on_kubernetes {
         // Named after this pod, and nobody else's.

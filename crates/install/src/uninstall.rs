@@ -150,10 +150,15 @@ impl Work {
                     );
                 }
                 let names = standing.values().flatten().flatten().map(|pod| printable(&pod.name)).collect::<Vec<_>>();
-                stays.push(format!(
-                    "rules in the network namespaces of pods that have not left{}: they go when the pods are made anew",
-                    if names.is_empty() { String::new() } else { format!(" ({})", names.join(", ")) }
-                ));
+                if !names.is_empty() {
+                    anstream::eprintln!("the drain time is over: what these have open is ended: {}", names.join(", "));
+                }
+                if !silent.is_empty() {
+                    stays.push(format!(
+                        "rules in the network namespaces of pods on {}: they go when the pods are made anew",
+                        silent.join(", ")
+                    ));
+                }
                 return Ok(());
             }
             tokio::time::sleep(LOOK).await;

@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::time::Duration;
+
 use e2e::{ENOUGH, Kubernetes, SHOP, SHOP_IS_STRICT, needs};
 
 /// What a node has that we could leave behind: files, processes, mounts, links, and rules in every pod's network.
@@ -14,6 +16,10 @@ for n in /run/netns/*; do
 done
 "#;
 
+const DRAIN: Duration = Duration::from_secs(10);
+const LONG: u64 = 10;
+const EVERY: Duration = Duration::from_millis(100);
+
 #[test]
 fn what_is_uninstalled_leaves_nothing_and_pods_go_on() {
     needs!("root", "go", "containerd", "runc", "nft", "tc");
@@ -25,7 +31,7 @@ fn what_is_uninstalled_leaves_nothing_and_pods_go_on() {
     let state = |node: &String| cluster.on_node(node, &["sh", "-c", STATE]).run().ok();
     let before = nodes.each_ref().map(state);
 
-    cluster.install(&["drain=10"]);
+    cluster.install(&[&format!("drain={}", DRAIN.as_secs())]);
     for pod in ["shop/client", "shop/web"] {
         cluster.wait_captured(pod);
     }
@@ -38,10 +44,23 @@ fn what_is_uninstalled_leaves_nothing_and_pods_go_on() {
         cluster.load("shop/client", "web.shop:80").short(2).count(ENOUGH).run(e2e::PATIENCE * 6).assert_nothing_failed()
     };
     ask();
-    // Somebody's own object keeps its definition.
-    let said = cluster.justmtls(&["uninstall"]).within(std::time::Duration::from_secs(300)).run().ok();
+    let mut load = cluster.load("shop/client", "web.shop:80").short(2).long(LONG, EVERY).start();
+    load.wait_for_more(ENOUGH);
+    load.event();
+    let said = cluster.justmtls(&["uninstall"]).within(Duration::from_secs(300)).run().ok();
     println!("{said}");
+    // Somebody's own object keeps its definition.
     assert!(said.contains("justmtls is uninstalled") && said.contains("peerauthentications"), "{said}");
+    load.over();
+    load.wait_for_more(ENOUGH);
+    let report = load.finish();
+    println!("{report}");
+    report.assert_spans_the_event();
+    report.assert_no_short_failed();
+    // What was open had its drain time, and an end that no program takes for a good one.
+    assert_eq!(report.long(), (LONG, LONG, 0), "{report}");
+    assert!(report.failures().iter().all(|(_, kind)| kind == "reset"), "{report}");
+    assert!(report.first_failure_after_event("long") > Some(DRAIN), "before the drain time was over: {report}");
     // In clear from now on, also what was strict, and without a restart.
     ask();
 

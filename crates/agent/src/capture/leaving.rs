@@ -35,13 +35,35 @@ impl Capture {
             return Ok(false);
         }
         let mut socket = self.namespace.enter(|| Socket::open(Protocol::SocketDiagnosis))??;
-        let marks = self.plan.marks;
-        let idle = !diag::connections(&mut socket)?.iter().any(|it| is_ours(marks, it));
+        let idle = self.is_idle(&mut socket)?;
         if std::mem::replace(&mut self.idle, idle) && idle {
             self.remove()?;
             return Ok(true);
         }
         Ok(false)
+    }
+
+    /// Lets a pod that leaves go at once: both ends of what it still has open through the data path see a reset, then everything
+    /// goes. Returns how many connections were ended.
+    pub fn cut_short(&mut self) -> Result<usize, CaptureError> {
+        // What was about to be accepted comes into the list with its last acknowledgement.
+        const LOOKS: usize = 5;
+        let mut socket = self.namespace.enter(|| Socket::open(Protocol::SocketDiagnosis))??;
+        let marks = self.plan.marks;
+        let mut ended = 0;
+        for _ in 0..LOOKS {
+            ended += diag::destroy(&mut socket, |it| is_ours(marks, it))?;
+            if self.is_idle(&mut socket)? {
+                self.remove()?;
+                return Ok(ended);
+            }
+        }
+        Err(CaptureError::StillOpen)
+    }
+
+    fn is_idle(&self, socket: &mut Socket) -> Result<bool, CaptureError> {
+        let marks = self.plan.marks;
+        Ok(!diag::connections(socket)?.iter().any(|it| is_ours(marks, it)))
     }
 
     /// Takes everything out of the pod. Only when no captured connection is left: the next bytes of one would leave in

@@ -88,6 +88,31 @@ fn a_pod_that_leaves_step_by_step_says_nothing_captured_in_clear_and_can_come_ba
 }
 
 #[test]
+fn what_a_pod_that_leaves_has_open_at_the_end_of_its_time_is_reset_and_nothing_of_it_leaves_in_clear() {
+    with_privilege(
+        what_a_pod_that_leaves_has_open_at_the_end_of_its_time_is_reset_and_nothing_of_it_leaves_in_clear,
+        || {
+            let lab = Lab::new();
+            let a = Proxy::start(prepared(&lab.a, plan(A))).begin();
+            let _app = App::anywhere(&lab.b, 0, 8080);
+            let mut captured = Client::connect(&lab.a, B[0], 8080).unwrap();
+            captured.seen().unwrap();
+            let own = ports(captured.local_port(), 8080);
+            a.capture.lock().unwrap().drain().unwrap();
+            let mut direct = Client::connect(&lab.a, B[0], 8080).unwrap();
+            direct.seen().unwrap();
+            let tap = Tap::on(&lab, "a");
+            // Its two: to the program, and to the wire.
+            assert_eq!(a.capture.lock().unwrap().cut_short().unwrap(), 2);
+            assert_eq!(captured.end(), ErrorKind::ConnectionReset);
+            assert_eq!(table(&lab.a), None);
+            direct.echo().unwrap();
+            assert_eq!(tap.seen(&own), 0, "a segment of a captured connection left untranslated");
+        },
+    );
+}
+
+#[test]
 fn another_agent_that_finds_a_pod_leaving_lets_it_go_on_leaving() {
     with_privilege(another_agent_that_finds_a_pod_leaving_lets_it_go_on_leaving, || {
         let lab = Lab::new();
