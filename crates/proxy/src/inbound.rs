@@ -340,8 +340,5 @@ async fn in_clear(
 ) -> Result<(), EndedEarly> {
     node.opened(connection);
     let mut server = plain_leg(server, Side::Server);
-    splice::splice(&mut client, &mut server, &connection.bytes).await?;
-    splice::orderly_close(&client.tcp);
-    splice::orderly_close(&server.tcp);
-    Ok(())
+    splice::splice_and_close(&mut client, &mut server, &connection.bytes).await
 }

@@ -1,20 +1,19 @@
 //! Open connections, judged anew when the view changes: what would be refused now does not go on (DESIGN, section 6).
 
-use std::net::IpAddr;
 use std::sync::Arc;
 
-use mesh::{Fallback, Incoming, Mode, Outgoing, OwnNode, PlaintextReason, RefuseReason, Route, View};
+use mesh::{Fallback, Incoming, Mode, Outgoing, PlaintextReason, RefuseReason, Route, View};
 
 use crate::connections::{Connection, Direction, Security};
 use crate::node::Node;
+use crate::probe;
 use crate::reasons::EndedEarly;
 
 /// Cuts every open connection that the view no longer allows.
 pub(crate) fn judge(node: &Node) {
-    let (view, connections, addresses) = (&node.view, &node.connections, &node.addresses[..]);
-    let all = connections.all();
-    let refused: Vec<(Arc<Connection>, RefuseReason)> = view.read(|view| {
-        all.into_iter().filter_map(|open| refused_now(view, addresses, &open).map(|why| (open, why))).collect()
+    let all = node.connections.all();
+    let refused: Vec<(Arc<Connection>, RefuseReason)> = node.view.read(|view| {
+        all.into_iter().filter_map(|open| refused_now(node, view, &open).map(|why| (open, why))).collect()
     });
     for (connection, because) in refused {
         connection.cut(EndedEarly::Refused(because));
@@ -22,20 +21,15 @@ pub(crate) fn judge(node: &Node) {
 }
 
 /// Why a connection would be refused if it came now. One that was not decided yet will be, by the new view.
-fn refused_now(view: &View, addresses: &[IpAddr], connection: &Connection) -> Option<RefuseReason> {
+fn refused_now(node: &Node, view: &View, connection: &Connection) -> Option<RefuseReason> {
     let decision = connection.decision()?;
     let because = match connection.direction {
         Direction::Inbound => {
             if let Security::Plaintext(PlaintextReason::Probe) = decision.security {
                 let declared = connection.pod.declared();
-                let node = OwnNode { addresses, gateways: &declared.gateways };
-                return mesh::probe_refused_now(
-                    view,
-                    &connection.pod.uid,
-                    decision.to.port(),
-                    connection.source.ip(),
-                    node,
-                );
+                let node = probe::own_node(node, &declared);
+                let (pod, port) = (&connection.pod.uid, decision.to.port());
+                return mesh::probe_refused_now(view, pod, port, connection.source.ip(), node);
             }
             let security = match &decision.security {
                 Security::Mtls(peer) => mesh::Security::Mtls(peer),

@@ -326,8 +326,5 @@ async fn in_clear(node: &Node, pod: &Arc<Pod>, connection: &Connection, client: 
     node.opened(connection);
     let mut client = plain_leg(client, Side::Client);
     let mut server = plain_leg(outer, Side::Server);
-    splice::splice(&mut client, &mut server, &connection.bytes).await?;
-    splice::orderly_close(&client.tcp);
-    splice::orderly_close(&server.tcp);
-    Ok(())
+    splice::splice_and_close(&mut client, &mut server, &connection.bytes).await
 }

@@ -129,12 +129,12 @@ pub(crate) async fn carry(node: &Node, connection: &Connection, probing: Probing
         Passes::Request(request) => {
             let Leg { tcp, side, sink, .. } = client;
             let mut client = Leg { source: Only { tcp: tcp.clone(), request: Some(request) }, tcp, side, sink };
-            timeout(ANSWER, both(&mut client, &mut server, connection)).await
+            timeout(ANSWER, splice::splice_and_close(&mut client, &mut server, &connection.bytes)).await
         }
         Passes::Opaque => {
             let (mut client, mut server) = (measured(client), measured(server));
             client.source.source.replay(first);
-            timeout(OPAQUE.0, both(&mut client, &mut server, connection)).await
+            timeout(OPAQUE.0, splice::splice_and_close(&mut client, &mut server, &connection.bytes)).await
         }
     };
     ended.unwrap_or(Err(RefuseReason::NotTheProbe.into()))
@@ -143,17 +143,6 @@ pub(crate) async fn carry(node: &Node, connection: &Connection, probing: Probing
 fn measured(leg: Leg<PlainSource, PlainSink>) -> Leg<Measured, PlainSink> {
     let Leg { tcp, side, source, sink } = leg;
     Leg { tcp, side, source: Measured { source, left: OPAQUE.1 }, sink }
-}
-
-async fn both(
-    client: &mut Leg<impl Source, PlainSink>,
-    server: &mut Leg<impl Source, PlainSink>,
-    connection: &Connection,
-) -> Result<(), EndedEarly> {
-    splice::splice(client, server, &connection.bytes).await?;
-    splice::orderly_close(&client.tcp);
-    splice::orderly_close(&server.tcp);
-    Ok(())
 }
 
 /// A client of which nothing passes but one request that is not of its own making.

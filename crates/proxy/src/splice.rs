@@ -118,6 +118,18 @@ pub(crate) async fn splice<CF: Source, CT: Sink, SF: Source, ST: Sink>(
     }
 }
 
+/// [`splice`], and the sockets are closed in order when both directions have ended so.
+pub(crate) async fn splice_and_close<CF: Source, CT: Sink, SF: Source, ST: Sink>(
+    client: &mut Leg<CF, CT>,
+    server: &mut Leg<SF, ST>,
+    bytes: &Bytes,
+) -> Result<(), EndedEarly> {
+    splice(client, server, bytes).await?;
+    orderly_close(&client.tcp);
+    orderly_close(&server.tcp);
+    Ok(())
+}
+
 /// Whether a direction has ended in order.
 #[derive(Default, Debug)]
 struct Ended {
