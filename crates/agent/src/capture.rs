@@ -27,7 +27,7 @@ use crate::guard::{self, Strength};
 use crate::listeners::{INSIDE, Listeners};
 use crate::rules::{self, CapturePlan};
 
-pub(crate) use leaving::is_ours;
+pub(crate) use leaving::is_idle;
 
 /// The most sockets of one request: four requests fill a message of 253 descriptors.
 pub const LARGEST_BATCH: usize = 64;
@@ -374,16 +374,21 @@ impl Capture {
         self.listeners.closed()
     }
 
+    /// A socket that lists the connections in the pod's namespace, and ends them.
+    pub(crate) fn diagnosis(&self) -> Result<Socket, CaptureError> {
+        Ok(self.namespace.enter(|| Socket::open(Protocol::SocketDiagnosis))??)
+    }
+
     /// The pod's connections that go on in clear because they were open before their capture (T11).
     pub fn from_before(&self) -> Result<Vec<diag::Connection>, CaptureError> {
-        let mut socket = self.namespace.enter(|| Socket::open(Protocol::SocketDiagnosis))??;
+        let mut socket = self.diagnosis()?;
         Ok(guard::from_before(&self.plan, &diag::connections(&mut socket)?))
     }
 
     /// Ends the pod's connections from before its capture, where it should have been captured before it had any. Returns how
     /// many there were.
     pub fn end_from_before(&self) -> Result<usize, CaptureError> {
-        let mut socket = self.namespace.enter(|| Socket::open(Protocol::SocketDiagnosis))??;
+        let mut socket = self.diagnosis()?;
         let before = guard::from_before(&self.plan, &diag::connections(&mut socket)?);
         Ok(diag::destroy(&mut socket, |connection| before.contains(connection))?)
     }

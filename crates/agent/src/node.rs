@@ -48,8 +48,6 @@ pub(crate) struct Node {
     proxies: Proxies,
     batches: Batches,
     captured: watch::Sender<BTreeSet<PodUid>>,
-    /// All that the control plane said before it was lost is taken in, and it is there again.
-    connected: bool,
     /// Whether a report may be made.
     settled: watch::Sender<bool>,
     handed_over: bool,
@@ -91,7 +89,6 @@ impl Node {
             proxies: Proxies::default(),
             batches: Batches::new(),
             captured: watch::Sender::new(BTreeSet::new()),
-            connected: false,
             settled: watch::Sender::new(false),
             handed_over: false,
             started: Instant::now(),
@@ -152,7 +149,6 @@ impl Node {
                 if !connected {
                     self.settled.send_replace(false);
                 }
-                self.connected = connected;
                 self.publish();
                 return;
             }
@@ -529,11 +525,15 @@ impl Node {
     /// Tells the reporter and people how things are.
     fn publish(&self) {
         let known = self.handed_over && !self.pods.inheriting();
-        if self.connected && !*self.settled.borrow() && (known || self.started.elapsed() > NO_PREDECESSOR) {
+        if self.pods.is_connected() && !*self.settled.borrow() && (known || self.started.elapsed() > NO_PREDECESSOR) {
             self.settled.send_replace(true);
         }
         let wanted = self.pods.wanted();
-        self.wanted.send_if_modified(|before| std::mem::replace(before, wanted.clone()) != wanted);
+        self.wanted.send_if_modified(|before| {
+            let changed = *before != wanted;
+            *before = wanted;
+            changed
+        });
         if self.pods.answers() {
             self.answers.send_if_modified(|before| !std::mem::replace(before, true));
         }

@@ -76,6 +76,7 @@ pub(crate) enum Action {
 #[derive(Debug, Default)]
 pub(crate) struct Pods {
     pods: BTreeMap<PodUid, Pod>,
+    /// All that the control plane said before it was lost is taken in, and it is there again.
     control_plane: bool,
     /// The control plane has named all pods of the node, once.
     complete: bool,
@@ -113,6 +114,20 @@ struct Sandbox {
 }
 
 impl Sandbox {
+    /// One for which nothing is made.
+    fn new(namespace: u64, name: String) -> Self {
+        Self {
+            namespace,
+            name,
+            container: String::new(),
+            addresses: Vec::new(),
+            waiting: Vec::new(),
+            stage: Stage::Bare,
+            inherited: false,
+            stuck: false,
+        }
+    }
+
     /// What the runtime said of its addresses goes before the control plane's word: that comes later, and after a reboot it is
     /// of the sandbox before. Whether the namespace has them is looked at in either case (T26).
     fn tell(&self, known: &mut NodePod) {
@@ -177,6 +192,11 @@ impl Pods {
         self.control_plane = connected;
     }
 
+    /// Whether all that the control plane said before it was lost is taken in, and it is there again.
+    pub(crate) fn is_connected(&self) -> bool {
+        self.control_plane
+    }
+
     /// The control plane says who a pod is.
     pub(crate) fn know(&mut self, mut known: NodePod) -> Vec<Action> {
         let mut actions = Vec::new();
@@ -235,16 +255,7 @@ impl Pods {
             self.leave(uid, &mut actions);
         }
         let pod = self.pods.entry(uid.clone()).or_default();
-        let sandbox = pod.sandbox.get_or_insert_with(|| Sandbox {
-            namespace,
-            name: String::new(),
-            container: String::new(),
-            addresses: Vec::new(),
-            waiting: Vec::new(),
-            stage: Stage::Bare,
-            inherited: false,
-            stuck: false,
-        });
+        let sandbox = pod.sandbox.get_or_insert_with(|| Sandbox::new(namespace, name.clone()));
         if !add.addresses.is_empty() {
             let before = pod.known.as_ref().map_or(&[][..], |known| &known.addresses);
             if !same_addresses(before, &add.addresses) {
@@ -256,9 +267,12 @@ impl Pods {
             sandbox.tell(known);
         }
         sandbox.name = name;
+        // The runtime may name again a sandbox that is known here.
+        if !add.container.is_empty() {
+            sandbox.container.clone_from(&add.container);
+        }
         sandbox.stuck = false;
         sandbox.waiting.push(Waiting { request, overdue: false });
-        self.name_sandbox(uid, &add.container);
         self.advance(uid, &mut actions);
         actions
     }
@@ -555,29 +569,22 @@ fn decide(known: &NodePod, sandbox: &Sandbox) -> Decision {
 
 /// Takes back what was made for a sandbox. What is being made is taken back when it is there.
 fn withdraw(sandbox: &mut Sandbox, uid: &PodUid, actions: &mut Vec<Action>) {
-    match &mut sandbox.stage {
+    let told = match &mut sandbox.stage {
         // Whoever has its listeners from before is to let go of them, too.
-        Stage::Bare if sandbox.inherited => actions.push(Action::Withdraw(uid.clone())),
-        Stage::Bare => {}
+        Stage::Bare => sandbox.inherited,
         Stage::Preparing(work) => {
             work.cancelled = true;
-            if sandbox.inherited {
-                actions.push(Action::Withdraw(uid.clone()));
-            }
+            sandbox.inherited
         }
-        Stage::Beginning(Work { cancelled: true, .. }) => {}
-        Stage::Beginning(work) => {
-            work.cancelled = true;
-            actions.push(Action::Withdraw(uid.clone()));
-        }
-        Stage::Leaving(Leaving { look: Some(Work { cancelled: true, .. }), .. }) => {}
-        Stage::Leaving(Leaving { look: Some(work), .. }) => {
-            work.cancelled = true;
-            actions.push(Action::Withdraw(uid.clone()));
+        Stage::Beginning(work) | Stage::Leaving(Leaving { look: Some(work), .. }) => {
+            !mem::replace(&mut work.cancelled, true)
         }
         Stage::Offered { .. } | Stage::Captured | Stage::Leaving(_) => {
             sandbox.stage = Stage::Bare;
-            actions.push(Action::Withdraw(uid.clone()));
+            true
         }
+    };
+    if told {
+        actions.push(Action::Withdraw(uid.clone()));
     }
 }

@@ -20,12 +20,17 @@ pub(crate) type Left = HashMap<Kept, OwnedFd>;
 /// Their links.
 #[derive(Debug, Default)]
 pub(crate) struct Proxies {
-    serving: Option<(u64, Link)>,
-    /// When the one that serves, or the newest one that did, has started.
-    newest: Duration,
+    serving: Option<Serving>,
     next: Option<Next>,
     leaving: HashMap<u64, Link>,
     left: Left,
+}
+
+#[derive(Debug)]
+struct Serving {
+    number: u64,
+    started: Duration,
+    link: Link,
 }
 
 #[derive(Debug)]
@@ -57,13 +62,12 @@ impl Proxies {
 
     /// It serves.
     pub(crate) fn serve(&mut self, number: u64, link: Link, started: Duration) {
-        self.serving = Some((number, link));
-        self.newest = started;
+        self.serving = Some(Serving { number, started, link });
     }
 
     /// Whether a proxy that started then is older than the one that serves: it is not its successor, but the one before.
     pub(crate) fn is_older(&self, started: Duration) -> bool {
-        self.serving.is_some() && started < self.newest
+        self.serving.as_ref().is_some_and(|serving| started < serving.started)
     }
 
     /// It serves what it has to its end, and gets sockets for that.
@@ -113,9 +117,9 @@ impl Proxies {
     pub(crate) fn succeed(&mut self) -> Change {
         let ready = |next: &Next| next.missing.is_empty() || self.serving.is_none();
         let Some(next) = self.next.take_if(|next| ready(next)) else { return Change::Nothing };
-        self.newest = next.started;
-        if let Some((number, link)) = self.serving.replace((next.number, next.link)) {
-            self.drain(number, link);
+        let serving = Serving { number: next.number, started: next.started, link: next.link };
+        if let Some(before) = self.serving.replace(serving) {
+            self.drain(before.number, before.link);
         }
         self.left.extend(next.left);
         Change::Succeeded(next.ready)
@@ -125,7 +129,7 @@ impl Proxies {
     pub(crate) fn gone(&mut self, number: u64) -> Change {
         self.leaving.remove(&number);
         self.next.take_if(|next| next.number == number);
-        match self.serving.take_if(|(serving, _)| *serving == number) {
+        match self.serving.take_if(|serving| serving.number == number) {
             Some(_) => self.lost(),
             None => Change::Nothing,
         }
@@ -133,10 +137,10 @@ impl Proxies {
 
     /// A proxy accepts no more.
     pub(crate) fn leaving(&mut self, number: u64) -> Change {
-        let Some((number, link)) = self.serving.take_if(|(serving, _)| *serving == number) else {
+        let Some(before) = self.serving.take_if(|serving| serving.number == number) else {
             return Change::Nothing;
         };
-        self.leaving.insert(number, link);
+        self.leaving.insert(number, before.link);
         self.lost()
     }
 
@@ -171,12 +175,12 @@ impl Proxies {
 
     /// Whether this link is of the proxy that serves.
     pub(crate) fn is_serving(&self, number: u64) -> bool {
-        self.serving.as_ref().is_some_and(|(serving, _)| *serving == number)
+        self.serving.as_ref().is_some_and(|serving| serving.number == number)
     }
 
     /// The links of those that are to know of every pod, the one that serves first.
     pub(crate) fn all(&self) -> impl Iterator<Item = (u64, &Link)> {
-        let serving = self.serving.iter().map(|(number, link)| (*number, link));
+        let serving = self.serving.iter().map(|serving| (serving.number, &serving.link));
         serving.chain(self.next.iter().map(|next| (next.number, &next.link)))
     }
 

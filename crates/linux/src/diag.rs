@@ -35,20 +35,7 @@ const OPEN: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 |
 /// All TCP connections of the namespace of the socket, one of [`Protocol::SocketDiagnosis`](crate::netlink::Protocol), that
 /// are being opened, open or being closed.
 pub fn connections(socket: &mut Socket) -> Result<Vec<Connection>, Error> {
-    let mut all = Vec::new();
-    for family in [IpFamily::V4, IpFamily::V6] {
-        let what = "list TCP connections";
-        let answers = match socket.dump(what, question(family)) {
-            // This kernel has no IPv6, or no list of its connections.
-            Err(error) if family == IpFamily::V6 && error.errno() == Some(libc::ENOENT) => continue,
-            other => other?,
-        };
-        for Raw { body, .. } in answers {
-            let connection = connection(&body);
-            all.push(connection.ok_or_else(|| Error::Malformed { what: what.into(), detail: "too short".into() })?);
-        }
-    }
-    Ok(all)
+    Ok(listed(socket)?.into_iter().map(|(connection, ..)| connection).collect())
 }
 
 /// Ends those connections of the socket's namespace that `these` says, as if their program had aborted them: both ends see
@@ -58,28 +45,39 @@ pub fn connections(socket: &mut Socket) -> Result<Vec<Connection>, Error> {
 /// The kernel lists none, or was built without the means to end them (`CONFIG_INET_DIAG_DESTROY`).
 pub fn destroy(socket: &mut Socket, these: impl Fn(&Connection) -> bool) -> Result<usize, Error> {
     let mut ended = 0;
+    for (_, family, body) in listed(socket)?.into_iter().filter(|(connection, ..)| these(connection)) {
+        let mut order = question(family);
+        order.kind = DESTROY;
+        // The whole identity as the kernel told it, with its cookie: whoever has the ports next is not meant.
+        order.body[HEAD..].copy_from_slice(&body[ID..ID + REQUEST - HEAD]);
+        match socket.request("end a TCP connection", order, 0) {
+            Ok(()) => ended += 1,
+            // It has ended by itself.
+            Err(error) if error.errno() == Some(libc::ENOENT) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(ended)
+}
+
+/// Each of them, with the list in which it stands and the answer that tells of it.
+fn listed(socket: &mut Socket) -> Result<Vec<(Connection, IpFamily, Vec<u8>)>, Error> {
+    let what = "list TCP connections";
+    let mut all = Vec::new();
     for family in [IpFamily::V4, IpFamily::V6] {
-        let answers = match socket.dump("list TCP connections", question(family)) {
+        let answers = match socket.dump(what, question(family)) {
+            // This kernel has no IPv6, or no list of its connections.
             Err(error) if family == IpFamily::V6 && error.errno() == Some(libc::ENOENT) => continue,
             other => other?,
         };
         for Raw { body, .. } in answers {
-            if !connection(&body).is_some_and(|connection| these(&connection)) {
-                continue;
-            }
-            let mut order = question(family);
-            order.kind = DESTROY;
-            // The whole identity as the kernel told it, with its cookie: whoever has the ports next is not meant.
-            order.body[HEAD..].copy_from_slice(&body[ID..ID + REQUEST - HEAD]);
-            match socket.request("end a TCP connection", order, 0) {
-                Ok(()) => ended += 1,
-                // It has ended by itself.
-                Err(error) if error.errno() == Some(libc::ENOENT) => {}
-                Err(error) => return Err(error),
-            }
+            let connection = connection(&body);
+            let connection =
+                connection.ok_or_else(|| Error::Malformed { what: what.into(), detail: "too short".into() })?;
+            all.push((connection, family, body));
         }
     }
-    Ok(ended)
+    Ok(all)
 }
 
 fn question(family: IpFamily) -> Raw {

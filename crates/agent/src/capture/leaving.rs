@@ -2,7 +2,7 @@
 //! rules go.
 
 use linux::diag;
-use linux::netlink::{Protocol, Socket};
+use linux::netlink::{Error, Socket};
 use linux::nft;
 
 use super::{Capture, CaptureError, Rules, Standing};
@@ -34,8 +34,7 @@ impl Capture {
             self.repair()?;
             return Ok(false);
         }
-        let mut socket = self.namespace.enter(|| Socket::open(Protocol::SocketDiagnosis))??;
-        let idle = self.is_idle(&mut socket)?;
+        let idle = is_idle(&mut self.diagnosis()?, self.plan.marks)?;
         if std::mem::replace(&mut self.idle, idle) && idle {
             self.remove()?;
             return Ok(true);
@@ -48,22 +47,16 @@ impl Capture {
     pub fn cut_short(&mut self) -> Result<usize, CaptureError> {
         // What was about to be accepted comes into the list with its last acknowledgement.
         const LOOKS: usize = 5;
-        let mut socket = self.namespace.enter(|| Socket::open(Protocol::SocketDiagnosis))??;
-        let marks = self.plan.marks;
+        let (mut socket, marks) = (self.diagnosis()?, self.plan.marks);
         let mut ended = 0;
         for _ in 0..LOOKS {
             ended += diag::destroy(&mut socket, |it| is_ours(marks, it))?;
-            if self.is_idle(&mut socket)? {
+            if is_idle(&mut socket, marks)? {
                 self.remove()?;
                 return Ok(ended);
             }
         }
         Err(CaptureError::StillOpen)
-    }
-
-    fn is_idle(&self, socket: &mut Socket) -> Result<bool, CaptureError> {
-        let marks = self.plan.marks;
-        Ok(!diag::connections(socket)?.iter().any(|it| is_ours(marks, it)))
     }
 
     /// Takes everything out of the pod. Only when no captured connection is left: the next bytes of one would leave in
@@ -79,8 +72,13 @@ impl Capture {
     }
 }
 
+/// Whether no connection of the data path is left in the socket's namespace.
+pub(crate) fn is_idle(socket: &mut Socket, marks: Marks) -> Result<bool, Error> {
+    Ok(!diag::connections(socket)?.iter().any(|it| is_ours(marks, it)))
+}
+
 /// Whether a connection is of the data path: the proxy's to the wire or to a program, or one that waits for it.
-pub(crate) fn is_ours(marks: Marks, connection: &diag::Connection) -> bool {
+fn is_ours(marks: Marks, connection: &diag::Connection) -> bool {
     [marks.outer, marks.inner].contains(&connection.mark)
         || [INBOUND_PORT, OUTBOUND_PORT].contains(&connection.local.port())
 }

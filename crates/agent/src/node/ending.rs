@@ -3,14 +3,13 @@
 
 use std::time::Duration;
 
-use linux::diag;
-use linux::netlink::{Protocol, Socket};
+use linux::netlink::Socket;
 use mesh::PodUid;
 use tokio::time::{Instant, sleep};
 use wire::pods::CniResult;
 
 use super::{Node, lock};
-use crate::capture::{Capture, CaptureError, is_ours};
+use crate::capture::{Capture, CaptureError, is_idle};
 use crate::pods::{Action, Request};
 use crate::process::Event;
 use crate::rules::Marks;
@@ -72,8 +71,7 @@ struct Ending {
 impl Ending {
     /// Of a pod that is captured.
     fn of(capture: &Capture) -> Result<Self, CaptureError> {
-        let socket = capture.namespace().enter(|| Socket::open(Protocol::SocketDiagnosis))??;
-        Ok(Self { socket, marks: capture.plan().marks })
+        Ok(Self { socket: capture.diagnosis()?, marks: capture.plan().marks })
     }
 
     /// Waits until there is none, [`LONGEST`] at most. Whether there is none.
@@ -81,8 +79,8 @@ impl Ending {
         let deadline = Instant::now() + LONGEST;
         loop {
             let look = tokio::task::spawn_blocking(move || {
-                let all = diag::connections(&mut self.socket);
-                (all.is_ok_and(|all| !all.iter().any(|it| is_ours(self.marks, it))), self)
+                let idle = is_idle(&mut self.socket, self.marks);
+                (idle.unwrap_or(false), self)
             });
             // A look that panicked has ended the watch.
             let Ok((ended, again)) = look.await else { return false };

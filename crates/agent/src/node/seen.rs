@@ -49,7 +49,7 @@ impl Node {
 
     fn find(&mut self, running: &Running, namespace: NetNs, missed: bool) -> Vec<Action> {
         // Asked for when nobody had told of it; somebody may have since.
-        if !self.pods.wanted().contains(&running.pod) {
+        if !self.pods.wants(&running.pod) {
             return Vec::new();
         }
         let inode = namespace.inode();

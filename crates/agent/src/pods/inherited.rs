@@ -43,16 +43,7 @@ impl Pods {
         let name = format!("{}/{}", known.namespace, known.name);
         let addresses = known.addresses.clone();
         pod.known.get_or_insert(known).addresses.clone_from(&addresses);
-        pod.sandbox = Some(Sandbox {
-            namespace,
-            name,
-            container: String::new(),
-            addresses,
-            waiting: Vec::new(),
-            stage: Stage::Bare,
-            inherited: true,
-            stuck: false,
-        });
+        pod.sandbox = Some(Sandbox { addresses, inherited: true, ..Sandbox::new(namespace, name) });
         self.advance(&uid, &mut actions);
         actions
     }

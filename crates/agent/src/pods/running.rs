@@ -24,8 +24,12 @@ pub(crate) struct Running {
 impl Pods {
     /// The pods that are to be captured, and of whose sandbox nothing is known.
     pub(crate) fn wanted(&self) -> BTreeSet<PodUid> {
-        let wanted = |pod: &Pod| pod.sandbox.is_none() && pod.known.as_ref().is_some_and(|known| known.capture.is_ok());
-        self.pods.iter().filter(|(_, pod)| wanted(pod)).map(|(uid, _)| uid.clone()).collect()
+        self.pods.iter().filter(|(_, pod)| is_wanted(pod)).map(|(uid, _)| uid.clone()).collect()
+    }
+
+    /// Whether a pod is one of [`Pods::wanted`].
+    pub(crate) fn wants(&self, uid: &PodUid) -> bool {
+        self.pods.get(uid).is_some_and(is_wanted)
     }
 
     /// The runtime has a pod's sandbox, in this namespace, and nobody waits for it. The namespace is to be held open if
@@ -43,16 +47,8 @@ impl Pods {
             note(pod, uid, failure, &mut actions);
             return actions;
         }
-        pod.sandbox = Some(Sandbox {
-            namespace,
-            name: running.name.clone(),
-            container: running.container.clone(),
-            addresses: Vec::new(),
-            waiting: Vec::new(),
-            stage: Stage::Bare,
-            inherited: false,
-            stuck: false,
-        });
+        let container = running.container.clone();
+        pod.sandbox = Some(Sandbox { container, ..Sandbox::new(namespace, running.name.clone()) });
         self.advance(uid, &mut actions);
         actions
     }
@@ -104,12 +100,8 @@ impl Pods {
         let here = self.pods.get(uid).and_then(|pod| pod.sandbox.as_ref()).map_or("", |sandbox| &sandbox.container);
         !here.is_empty() && !container.is_empty() && here != container
     }
+}
 
-    /// The runtime names a sandbox again by which it is known here.
-    pub(super) fn name_sandbox(&mut self, uid: &PodUid, container: &str) {
-        let sandbox = self.pods.get_mut(uid).and_then(|pod| pod.sandbox.as_mut());
-        if let Some(sandbox) = sandbox.filter(|_| !container.is_empty()) {
-            container.clone_into(&mut sandbox.container);
-        }
-    }
+fn is_wanted(pod: &Pod) -> bool {
+    pod.sandbox.is_none() && pod.known.as_ref().is_some_and(|known| known.capture.is_ok())
 }
