@@ -2,7 +2,7 @@
 
 use wire::discovery::NodePod;
 
-use super::{Action, Pod, Pods, Sandbox, Stage, Work, same_addresses};
+use super::{Action, Leaving, Pod, Pods, Sandbox, Stage, Work, same_addresses};
 use crate::failure::Failure;
 
 impl Pods {
@@ -59,7 +59,10 @@ impl Pods {
     /// The pods that a proxy is to serve.
     pub(crate) fn served(&self) -> Vec<NodePod> {
         let served = |pod: &Pod| match &pod.sandbox.as_ref()?.stage {
-            Stage::Bare | Stage::Preparing(_) | Stage::Beginning(Work { cancelled: true, .. }) => None,
+            Stage::Bare
+            | Stage::Preparing(_)
+            | Stage::Beginning(Work { cancelled: true, .. })
+            | Stage::Leaving(Leaving { look: Some(Work { cancelled: true, .. }), .. }) => None,
             Stage::Offered { .. } | Stage::Beginning(_) | Stage::Captured | Stage::Leaving(_) => pod.known.clone(),
         };
         self.pods.values().filter_map(served).collect()

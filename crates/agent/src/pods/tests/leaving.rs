@@ -48,6 +48,26 @@ fn a_pod_that_comes_back_while_it_leaves_is_captured_when_its_proxy_is_ready_aga
 }
 
 #[test]
+fn a_pod_that_is_withdrawn_while_it_leaves_is_not_served_until_it_is_made_anew() {
+    for (then, back) in [(released("a"), false), (known("a"), true)] {
+        let mut pods = captured("a");
+        pods.know(released("a"));
+        pods.know(then.clone());
+        assert_eq!(pods.served(), std::slice::from_ref(&then), "its proxy has what is open");
+        let moved = NodePod { addresses: vec!["10.88.16.6".parse().unwrap()], ..then };
+        assert_eq!(pods.know(moved.clone()), [Action::Withdraw(uid("a"))]);
+        assert!(pods.served().is_empty(), "there are no listeners that a proxy could be given");
+        assert!(pods.proxy_connected().is_empty());
+        let anew = pods.left(&uid("a"), 3, Ok(false));
+        assert_eq!(anew, if back { vec![prepare(moved.clone(), 7, 4)] } else { vec![] });
+        if back {
+            pods.prepared(&uid("a"), 4, Ok(Prepared::Bare));
+            assert_eq!(pods.served(), [moved]);
+        }
+    }
+}
+
+#[test]
 fn a_pod_that_leaves_stays_so_from_agent_to_agent() {
     let mut pods = node();
     assert_eq!(pods.inherit(known("a"), 7), [prepare(known("a"), 7, 1)]);
