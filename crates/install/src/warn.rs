@@ -1,6 +1,7 @@
 //! What of a cluster an installation would meet: said before anything is changed (T12, T35, T36). Pure, but for [`gather`].
 
 use manifests::istio::AuthorizationPolicy;
+use manifests::{Kind, Object, Problem};
 use serde_json::Value;
 
 use crate::cluster::Cluster;
@@ -103,23 +104,19 @@ fn closed_webhooks(configuration: &Value, exempt: &[&str]) -> Vec<String> {
 /// Policies that were made for another product, and would be enforced from now on (T35).
 fn policy_that_bites(policy: &Value, judge: Judge) -> Option<String> {
     let title = title(policy, "AuthorizationPolicy");
-    let why = match serde_json::from_value::<AuthorizationPolicy>(without_types(policy)) {
-        Ok(policy) => judge(&policy)?,
-        Err(error) => format!("it is not understood ({error})"),
+    let metadata = serde_json::from_value(policy["metadata"].clone()).unwrap_or_default();
+    // Read and checked as the control plane does it, which refuses everything where it does not understand.
+    let parsed = manifests::parse_policy(&title, Kind::AuthorizationPolicy, metadata, &policy["spec"]);
+    let why = match parsed.objects.first() {
+        Some((Object::AuthorizationPolicy(policy), _)) => judge(policy)?,
+        _ => {
+            let errors = parsed.problems.iter().filter(|problem| problem.is_error());
+            format!("it is not understood ({})", errors.map(Problem::finding).collect::<Vec<_>>().join(", "))
+        }
     };
     Some(format!(
         "{title} would make all that it selects refuse every connection: {why}; change or remove it before the installation"
     ))
-}
-
-/// The types of `manifests` hold what is in an object, and not which kind it is.
-fn without_types(object: &Value) -> Value {
-    let mut object = object.clone();
-    if let Value::Object(map) = &mut object {
-        map.remove("apiVersion");
-        map.remove("kind");
-    }
-    object
 }
 
 /// Other products whose rules stand at the same hooks.
@@ -223,6 +220,19 @@ mod tests {
         assert!(found[0].contains("AuthorizationPolicy b/a") && found[0].contains("field paths"), "{found:?}");
         assert!(found[1].contains("not understood"), "{found:?}");
         assert_eq!(warnings(&around, &Values::default(), nothing_wrong).len(), 1);
+    }
+
+    #[test]
+    fn a_policy_that_the_control_plane_would_not_take_is_named() {
+        let judged = |source: Value| {
+            let policy = json!({ "metadata": { "name": "a", "namespace": "b", "managedFields": [] },
+                "spec": { "rules": [{ "from": [{ "source": source }] }] }, "status": { "conditions": [] } });
+            let around = Surroundings { policies: vec![policy], ..Surroundings::default() };
+            warnings(&around, &Values::default(), nothing_wrong)
+        };
+        assert_eq!(judged(json!({ "namespaces": ["shop"] })), [""; 0]);
+        let [one] = &judged(json!({}))[..] else { panic!("one") };
+        assert!(one.contains("not understood (field spec.rules[0].from[0].source: says nothing"), "{one}");
     }
 
     #[test]

@@ -30,7 +30,7 @@ mod review;
 mod set;
 
 pub use object::{Kind, Object, ObjectKey};
-pub use parse::{MAX_DOCUMENTS, MAX_FILE_BYTES, Parsed, parse};
+pub use parse::{MAX_DOCUMENTS, MAX_FILE_BYTES, Parsed, parse, parse_policy};
 pub use problem::{Location, Problem, Severity};
 pub use select::selects;
 pub use set::{Change, Reloaded, Set};

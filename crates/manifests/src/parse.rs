@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use serde_json::Value;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde_json::{Value, json};
 
 use crate::documents::{Document, documents};
 use crate::explain::explain;
@@ -43,6 +44,19 @@ pub fn parse(file: &str, text: impl AsRef<[u8]>) -> Parsed {
     let mut parsing = Parsing::new(file);
     parsing.text(text.as_ref());
     parsing.parsed
+}
+
+/// Reads one of Istio's objects as an API server has it: as [`parse`] reads a file, so that the same words mean the same from
+/// both. `place` is the label for messages.
+pub fn parse_policy(place: &str, kind: Kind, mut metadata: ObjectMeta, spec: &Value) -> Parsed {
+    metadata.managed_fields = None;
+    let text = json!({
+        "apiVersion": kind.api_versions()[0],
+        "kind": kind.as_str(),
+        "metadata": metadata,
+        "spec": spec,
+    });
+    parse(place, text.to_string())
 }
 
 struct Parsing {

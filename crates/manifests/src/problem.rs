@@ -65,6 +65,12 @@ impl Problem {
     pub fn is_error(&self) -> bool {
         self.severity == Severity::Error
     }
+
+    /// What is wrong with the object, without where that is: the field, the message and the remedy.
+    pub fn finding(&self) -> String {
+        let field = self.field.as_ref().map(|field| format!("field {field}: ")).unwrap_or_default();
+        format!("{field}{}; {}", self.message, self.remedy)
+    }
 }
 
 impl fmt::Display for Problem {
@@ -73,10 +79,7 @@ impl fmt::Display for Problem {
         if let Some(object) = &self.object {
             write!(f, "{object}: ")?;
         }
-        if let Some(field) = &self.field {
-            write!(f, "field {field}: ")?;
-        }
-        write!(f, "{}; {}", self.message, self.remedy)
+        f.write_str(&self.finding())
     }
 }
 

@@ -282,10 +282,8 @@ fn read_file(path: &Path) -> io::Result<Vec<u8>> {
 }
 
 fn from_manifest(problem: &manifests::Problem) -> Problem {
-    let object = problem.object.iter().map(|object| format!("{object}: "));
-    let field = problem.field.iter().map(|field| format!("field {field}: "));
-    let place: String = object.chain(field).collect();
-    let message = format!("{place}{}; {}", problem.message, problem.remedy);
+    let object = problem.object.as_ref().map(|object| format!("{object}: ")).unwrap_or_default();
+    let message = object + &problem.finding();
     match problem.severity {
         manifests::Severity::Error => Problem::error(&problem.location, message),
         manifests::Severity::Warning => Problem::warning(&problem.location, message),

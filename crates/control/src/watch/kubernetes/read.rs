@@ -6,7 +6,6 @@
 use kube::api::DynamicObject;
 use manifests::istio::{Mtls, MtlsMode, PeerAuthentication, PeerAuthenticationSpec};
 use manifests::{Kind, Object, ObjectKey, Severity};
-use serde_json::{Value, json};
 
 use crate::kubernetes::status::Condition;
 use crate::problem::Problem;
@@ -30,26 +29,15 @@ pub(super) fn plain<K: Into<Object>>(object: K) -> Reading {
 
 /// One of Istio's kinds.
 pub(super) fn policy(kind: Kind, object: DynamicObject) -> Reading {
-    let DynamicObject { mut metadata, data, .. } = object;
+    let DynamicObject { metadata, data, .. } = object;
     let key =
         ObjectKey { kind, namespace: metadata.namespace.clone(), name: metadata.name.clone().unwrap_or_default() };
     let condition = Condition::in_status(&data["status"]);
-    metadata.managed_fields = None;
-    let text = json!({
-        "apiVersion": kind.api_versions()[0],
-        "kind": kind.as_str(),
-        "metadata": metadata,
-        "spec": data.get("spec").unwrap_or(&Value::Null),
-    });
-    let mut parsed = manifests::parse(&key.to_string(), text.to_string());
+    let mut parsed = manifests::parse_policy(&key.to_string(), kind, metadata, &data["spec"]);
     let object = parsed.objects.pop().map(|(object, _)| object);
-    let problem = |problem: &manifests::Problem| {
-        let field = problem.field.as_ref().map(|field| format!("field {field}: ")).unwrap_or_default();
-        let message = format!("{field}{}; {}", problem.message, problem.remedy);
-        match problem.severity {
-            Severity::Error => Problem::error(&key, message),
-            Severity::Warning => Problem::warning(&key, message),
-        }
+    let problem = |problem: &manifests::Problem| match problem.severity {
+        Severity::Error => Problem::error(&key, problem.finding()),
+        Severity::Warning => Problem::warning(&key, problem.finding()),
     };
     let problems = parsed.problems.iter().map(problem).collect();
     Reading { object, problems, condition, key }
