@@ -90,7 +90,7 @@ fn sentence(title: &str, conflicts: &[Conflict], message: &str) -> String {
 
 /// Objects that an earlier version, or other values, made and that are no longer wanted: their titles and paths.
 ///
-/// What the control plane itself writes is no such object: ConfigMaps, Secrets and Leases are left out.
+/// The namespace stays, and what the control plane itself writes is no such object: ConfigMaps, Secrets and Leases are left out.
 pub(crate) async fn leftovers(
     cluster: &Cluster,
     all: &[Object],

@@ -82,6 +82,16 @@ fn all_or(id: Id, wrong: Vec<Finding>, right: impl Into<String>) -> Vec<Finding>
     if wrong.is_empty() { vec![ok(id, right)] } else { wrong }
 }
 
+/// A list of which there may be much.
+fn some(list: &[String]) -> String {
+    const SHOWN: usize = 5;
+    let shown = list[..list.len().min(SHOWN)].join(", ");
+    match list.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
 /// A root that has fewer days than these left is worth a warning.
 const FEW_DAYS: i64 = 90;
 /// The pause between two looks.
@@ -163,12 +173,13 @@ async fn look(arguments: &Arguments) -> Vec<Finding> {
         Ok(cluster) => cluster,
         Err(error) => return vec![failed(Id::ApiReachable, format!("{error:#}"))],
     };
-    match cluster.version().await {
-        Ok((_, version)) => findings.push(ok(Id::ApiReachable, format!("the API server answers, {version}"))),
+    let (numbers, version) = match cluster.version().await {
+        Ok(found) => found,
         Err(error) => return vec![failed(Id::ApiReachable, format!("{error:#}"))],
-    }
-    match supported(&cluster).await {
-        Ok(_) => findings.push(ok(Id::ApiVersion, format!("Kubernetes is {} or newer", crate::MINIMUM_KUBERNETES))),
+    };
+    findings.push(ok(Id::ApiReachable, format!("the API server answers, {version}")));
+    match supported(numbers, &version) {
+        Ok(()) => findings.push(ok(Id::ApiVersion, format!("Kubernetes is {} or newer", crate::MINIMUM_KUBERNETES))),
         Err(error) => findings.push(failed(Id::ApiVersion, format!("{error:#}"))),
     }
     let values = match installed(&cluster).await {
@@ -203,10 +214,8 @@ async fn objects_as_rendered(cluster: &Cluster, values: &Values) -> Vec<Finding>
             Ok(Outcome::Unchanged) => {}
             Ok(Outcome::Created) => wrong.push(failed(id, format!("{} is missing", object.title()))),
             Ok(Outcome::Changed(differences)) => {
-                let fields: Vec<_> = differences.iter().take(5).map(ToString::to_string).collect();
-                let more = differences.len().saturating_sub(fields.len());
-                let more = if more == 0 { String::new() } else { format!(" and {more} more") };
-                wrong.push(warning(id, format!("{} differs: {}{more}", object.title(), fields.join(", "))));
+                let fields: Vec<_> = differences.iter().map(ToString::to_string).collect();
+                wrong.push(warning(id, format!("{} differs: {}", object.title(), some(&fields))));
             }
             Err(error) => wrong.push(warning(id, format!("{} cannot be compared: {error:#}", object.title()))),
         }
@@ -322,7 +331,7 @@ async fn nodes_and_pods(cluster: &Cluster, namespace: Option<&str>) -> Vec<Findi
         let nodes: Vec<Node> = cluster.list("/api/v1/nodes", "").await?;
         let pods_of_nodes = wait::pods_of(cluster, NODE).await?;
         let pods = status::pods(cluster, namespace).await?;
-        let pages = pages::of_nodes(cluster, nodes::PAGES).await?;
+        let pages = pages::of_pods(cluster, &pods_of_nodes, nodes::PAGES).await;
         anyhow::Ok((nodes, pods_of_nodes, pods, pages))
     };
     match asked.await {

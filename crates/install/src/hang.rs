@@ -25,7 +25,6 @@ pub(crate) fn hangs(workload: &str, pods: &[Pod], events: &[Event]) -> Vec<Hang>
     let mut found: Vec<_> = pods.iter().filter_map(|pod| of_pod(pod, events)).collect();
     found.extend(refused(workload, events));
     found.sort();
-    found.dedup_by(|a, b| (a.kind, &a.what) == (b.kind, &b.what) && a.who == b.who);
     found
 }
 

@@ -50,7 +50,8 @@ pub(crate) enum Verb {
 pub(crate) async fn run(verb: Verb, arguments: &Arguments, judge: Judge) -> anyhow::Result<i32> {
     let given = Values::from_words(&arguments.set)?;
     let cluster = Cluster::connect(&arguments.place).await?;
-    supported(&cluster).await?;
+    let (numbers, version) = cluster.version().await?;
+    supported(numbers, &version)?;
     let namespace = cluster.get(&format!("/api/v1/namespaces/{NAMESPACE}")).await?;
     let installed = cluster.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/{NODE}")).await?;
     if verb == Verb::Upgrade && installed.is_none() {
@@ -147,8 +148,7 @@ impl Work {
 
     /// What an earlier version, or other values, made.
     async fn take_away(&mut self, wanted: &[Object]) -> anyhow::Result<()> {
-        let mut all = all(Source::Values(&Values::default()));
-        all.retain(|object| object.kind() != "Namespace");
+        let all = all(Source::Values(&Values::default()));
         for (title, place) in apply::leftovers(&self.cluster, &all, wanted).await? {
             self.changed += 1;
             if self.dry_run {
@@ -191,15 +191,14 @@ pub(crate) fn recorded(namespace: &Value) -> anyhow::Result<Values> {
     }
 }
 
-/// Whether the API server is new enough.
-pub(crate) async fn supported(cluster: &Cluster) -> anyhow::Result<String> {
-    let (numbers, version) = cluster.version().await?;
+/// Whether an API server of this version is new enough.
+pub(crate) fn supported(numbers: (u32, u32), version: &str) -> anyhow::Result<()> {
     let (major, minor) = crate::MINIMUM_KUBERNETES.split_once('.').unwrap_or_default();
     let minimum = (major.parse().unwrap_or(0), minor.parse().unwrap_or(0));
     if numbers < minimum {
         bail!("Kubernetes {version} is too old; justmtls needs {} or newer", crate::MINIMUM_KUBERNETES);
     }
-    Ok(version)
+    Ok(())
 }
 
 const WARNING: anstyle::Style = anstyle::AnsiColor::Yellow.on_default().bold();

@@ -106,11 +106,16 @@ pub(crate) fn objects(values: &Values) -> Vec<Object> {
 
 /// As [`objects`], with those that are there on demand alone.
 pub(crate) fn all(source: Source<'_>) -> Vec<Object> {
-    let mut all = vec![Object::new(namespace(source)), Object::new(settings(source)), quota()];
+    let mut all = vec![Object::new(namespace(source)), settings(source), quota()];
     all.extend(rbac::objects().into_iter().map(Object::new));
     all.extend(control::objects(source).into_iter().map(Object::new));
     all.push(Object::new(node::daemon_set(source)));
     all
+}
+
+/// The ConfigMap of the settings, one of [`objects`].
+pub(crate) fn settings_object(values: &Values) -> Object {
+    settings(Source::Values(values))
 }
 
 /// The labels of every object.
@@ -142,8 +147,8 @@ fn namespace(source: Source<'_>) -> Value {
     json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": metadata })
 }
 
-fn settings(source: Source<'_>) -> Value {
-    json!({
+fn settings(source: Source<'_>) -> Object {
+    Object::new(json!({
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": metadata(SETTINGS, true),
@@ -157,7 +162,7 @@ fn settings(source: Source<'_>) -> Value {
             Key::WholeMeshUpTo.as_str(): source.after("", Key::WholeMeshUpTo),
             Key::Drain.as_str(): source.after("", Key::Drain),
         },
-    })
+    }))
 }
 
 /// GKE lets critical pods only into namespaces that have such a quota.

@@ -9,7 +9,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use kube::api::AttachParams;
 use serde_json::Value;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncRead, AsyncReadExt};
 
 use crate::cluster::Cluster;
 use crate::objects::{NAMESPACE, NODE, PROXY_ADMIN, agent_admin};
@@ -67,7 +67,16 @@ pub(crate) async fn of_nodes(
     cluster: &Cluster,
     wanted: &[(Process, &'static str)],
 ) -> anyhow::Result<BTreeMap<String, NodePages>> {
-    let pods = newest(&pods_of(cluster, NODE).await?);
+    Ok(of_pods(cluster, &pods_of(cluster, NODE).await?, wanted).await)
+}
+
+/// As [`of_nodes`], where the pods of the nodes are known already.
+pub(crate) async fn of_pods(
+    cluster: &Cluster,
+    pods: &[Pod],
+    wanted: &[(Process, &'static str)],
+) -> BTreeMap<String, NodePages> {
+    let pods = newest(pods);
     let questions =
         pods.iter().flat_map(|(node, pod)| wanted.iter().map(move |(process, page)| (node, pod, *process, *page)));
     let answers = stream::iter(questions).map(|(node, pod, process, page)| async move {
@@ -83,7 +92,7 @@ pub(crate) async fn of_nodes(
             pages.pages.insert(page, answer);
         }
     }
-    Ok(all)
+    all
 }
 
 /// The pod of each node that serves: the newest that runs and does not end.
@@ -124,21 +133,7 @@ async fn exec(cluster: &Cluster, pod: &str, container: &str, socket: &str, page:
     let mut process = process.map_err(|error| cluster.explain(error, &format!("asking {pod} ({container})")))?;
     let (stdout, stderr) = (process.stdout(), process.stderr());
     let status = process.take_status();
-    let read = async {
-        let mut text = String::new();
-        if let Some(stdout) = stdout {
-            stdout.take(LARGEST).read_to_string(&mut text).await?;
-        }
-        std::io::Result::Ok(text)
-    };
-    let complaints = async {
-        let mut text = String::new();
-        if let Some(stderr) = stderr {
-            stderr.take(4096).read_to_string(&mut text).await?;
-        }
-        std::io::Result::Ok(text)
-    };
-    let (text, complaint) = tokio::try_join!(read, complaints)?;
+    let (text, complaint) = tokio::try_join!(text_of(stdout, LARGEST), text_of(stderr, 4096))?;
     let status = match status {
         Some(status) => status.await,
         None => None,
@@ -150,6 +145,15 @@ async fn exec(cluster: &Cluster, pod: &str, container: &str, socket: &str, page:
         let said = || status.and_then(|status| status.message).unwrap_or_else(|| "the connection ended".to_owned());
         let why = if why.is_empty() { said() } else { why.to_owned() };
         bail!("{pod} ({container}): {}", printable(&why));
+    }
+    Ok(text)
+}
+
+/// What a stream says, up to so many bytes.
+async fn text_of(stream: Option<impl AsyncRead + Unpin>, most: u64) -> std::io::Result<String> {
+    let mut text = String::new();
+    if let Some(stream) = stream {
+        stream.take(most).read_to_string(&mut text).await?;
     }
     Ok(text)
 }

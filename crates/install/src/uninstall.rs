@@ -8,12 +8,14 @@ use serde_json::Value;
 
 use crate::cluster::{Cluster, Place, path};
 use crate::install::{is_ours, recorded};
-use crate::objects::{AUTHORITY, CONTROL, NAMESPACE, NODE, Object, PART_OF, SETTINGS, TRUST_BUNDLE, all, definitions};
+use crate::objects::{
+    AUTHORITY, CONTROL, NAMESPACE, NODE, Object, PART_OF, SETTINGS, TRUST_BUNDLE, all, definitions, settings_object,
+};
 use crate::pages::{self, NodePages, Process};
 use crate::source::Source;
 use crate::table::printable;
-use crate::values::{Key, Values};
-use crate::wait::pods_of;
+use crate::values::Values;
+use crate::wait::{LOOK, pods_of};
 
 /// What the verb takes.
 #[derive(clap::Args, Clone, Debug)]
@@ -35,9 +37,6 @@ pub struct Arguments {
 /// How long pods may take to leave beyond the drain time, in seconds: everybody is told, and each replica waits a while for
 /// nodes that it does not see.
 const LEAVE: u64 = 60;
-
-/// How often is looked.
-const LOOK: Duration = Duration::from_millis(500);
 
 /// What else may be in our namespace, and is not ours: collections and kinds.
 const FOREIGN: &[(&str, &str)] = &[
@@ -110,10 +109,7 @@ impl Work {
             anstream::println!("every captured pod would leave the mesh first");
             return Ok(());
         }
-        let objects = all(Source::Values(values));
-        let Some(mut settings) = objects.into_iter().find(|object| object.kind() == "ConfigMap") else {
-            bail!("the settings are no object of ours; report this");
-        };
+        let mut settings = settings_object(values);
         // Who leaves first must not be refused by who leaves later.
         let patience = Instant::now() + Duration::from_secs(LEAVE);
         self.tell(&mut settings, "announced").await?;
@@ -121,7 +117,7 @@ impl Work {
             tokio::time::sleep(LOOK).await;
         }
         self.tell(&mut settings, "begun").await?;
-        let drain: u64 = values.get(Key::Drain).parse().unwrap_or(0);
+        let drain = values.drain();
         let mut until = Instant::now() + Duration::from_secs(drain + LEAVE);
         let (mut said, mut drains) = (usize::MAX, false);
         loop {
@@ -203,7 +199,7 @@ impl Work {
         if gone == 0 || self.dry_run {
             return Ok(gone);
         }
-        let drain: u64 = values.get(Key::Drain).parse().unwrap_or(0);
+        let drain = values.drain();
         let patience = Duration::from_secs(arguments.timeout.unwrap_or(drain + 120));
         let until = Instant::now() + patience;
         let mut said = usize::MAX;

@@ -202,6 +202,12 @@ impl Values {
         self.set.get(&key).map_or(key.default_value(), String::as_str)
     }
 
+    /// How long a proxy that ends goes on with what is open, in seconds.
+    pub(crate) fn drain(&self) -> u64 {
+        // The key takes numbers alone.
+        self.get(Key::Drain).parse().unwrap_or(0)
+    }
+
     /// These, and over them what the other ones say.
     pub(crate) fn overlaid(&self, other: &Self) -> Self {
         let mut set = self.set.clone();

@@ -11,7 +11,7 @@ use crate::hang::{Hang, hangs, log_path, telling_line};
 use crate::objects::{NAME, NAMESPACE};
 
 /// How often is looked.
-const LOOK: Duration = Duration::from_millis(500);
+pub(crate) const LOOK: Duration = Duration::from_millis(500);
 /// For how long something may not be ready before it is said what holds it up.
 const BE_QUIET: Duration = Duration::from_secs(10);
 

@@ -6,7 +6,7 @@ use k8s_openapi::api::core::v1::{Node, Pod};
 use serde_json::Value;
 
 use super::ids::Id;
-use super::{Finding, all_or, failed, ok, warning};
+use super::{Finding, all_or, failed, ok, some, warning};
 use crate::pages::{NodePages, Process};
 use crate::status::PodRow;
 use crate::values::VERSION;
@@ -159,36 +159,16 @@ fn certificates(all: &[(&str, &NodePages)]) -> Vec<Finding> {
 
 /// Whether each pod that is to be captured is.
 pub(super) fn captures(rows: &[PodRow]) -> Vec<Finding> {
-    let wrong: Vec<_> = rows
-        .iter()
-        .filter(|row| row.is_amiss())
-        .map(|row| {
-            let reason = row.reason.as_deref().unwrap_or("no reason is known");
-            failed(
-                Id::PodsCaptured,
-                format!("{}/{} on {}: {} ({reason})", row.namespace, row.name, row.node, row.capture),
-            )
-        })
-        .collect();
-    let starting = rows.iter().filter(|row| row.capture == "starting").count();
-    let captured = rows.iter().filter(|row| row.capture == "captured").count();
-    let left_out = rows.iter().filter(|row| row.capture == "not-captured").count();
-    let right = format!("{captured} pods are captured, {left_out} are left out by name, {starting} are starting");
-    let mut findings = all_or(Id::PodsCaptured, wrong, right.clone());
-    if findings.iter().any(|finding| finding.state != super::State::Ok) {
-        findings.push(ok(Id::PodsCaptured, right));
-    }
+    let amiss = rows.iter().filter(|row| row.is_amiss()).map(|row| {
+        let reason = row.reason.as_deref().unwrap_or("no reason is known");
+        failed(Id::PodsCaptured, format!("{}/{} on {}: {} ({reason})", row.namespace, row.name, row.node, row.capture))
+    });
+    let mut findings: Vec<_> = amiss.collect();
+    let count = |state: &str| rows.iter().filter(|row| row.capture == state).count();
+    let (captured, left_out, starting) = (count("captured"), count("not-captured"), count("starting"));
+    let counts = format!("{captured} pods are captured, {left_out} are left out by name, {starting} are starting");
+    findings.push(ok(Id::PodsCaptured, counts));
     findings
-}
-
-/// Names, of which there may be many.
-fn some(names: &[String]) -> String {
-    const SHOWN: usize = 5;
-    let shown = names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
-    match names.len().saturating_sub(SHOWN) {
-        0 => shown,
-        more => format!("{shown} and {more} more"),
-    }
 }
 
 fn names(list: &[Value]) -> String {

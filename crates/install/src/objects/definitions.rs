@@ -154,13 +154,10 @@ mod tests {
         let operation = "{hosts: [a], notHosts: [a], ports: ['1'], notPorts: ['1'], methods: [a], notMethods: [a], \
                          paths: [a], notPaths: [a]}";
         let text = format!(
-            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: a, namespace: b}}\nspec:\n  \
+            "metadata: {{name: a, namespace: b}}\nspec:\n  \
              rules: [{{from: [{{source: {source}}}], to: [{{operation: {operation}}}], when: [{{key: source.ip, values: [a], notValues: [b]}}]}}]\n"
         );
-        let parsed = manifests::istio::AuthorizationPolicy::clone(
-            &serde_saphyr::from_str(&text.replace("apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n", ""))
-                .unwrap(),
-        );
+        let parsed: manifests::istio::AuthorizationPolicy = serde_saphyr::from_str(&text).unwrap();
         let again = serde_json::to_value(&parsed.spec).unwrap();
         let mut stored = Vec::new();
         fields(&authorization_policy(), "", &mut stored);
