@@ -24,7 +24,7 @@ use crate::programs;
 use anyhow::{Context, Result, bail, ensure};
 use layout::{Cluster, Node};
 use std::fs::File;
-use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::ExitCode;
@@ -120,7 +120,7 @@ fn up(root: &Path, name: &str) -> Result<()> {
 fn make(cluster: &Cluster, built: &Path) -> Result<()> {
     // The cache may have moved since.
     let programs = cluster.programs();
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&programs)?;
+    layout::make_private_folder(&programs)?;
     let kubectl = programs.join("kubectl");
     let _ = std::fs::remove_file(&kubectl);
     symlink(built.join("kubernetes"), kubectl)?;

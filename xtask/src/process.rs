@@ -1,7 +1,7 @@
 //! Child processes: cargo and friends, with their output passed through as it comes.
 
 use anyhow::{Context, Result};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Command, Stdio};
 
 /// The cargo that runs this program, so that the toolchain file is honoured once and for all.
@@ -15,6 +15,13 @@ pub(crate) fn cargo() -> Command {
 pub(crate) fn succeeds(command: &mut Command) -> Result<bool> {
     let status = command.stdin(Stdio::null()).status().with_context(|| format!("cannot start {}", name(command)))?;
     Ok(status.success())
+}
+
+/// As [`succeeds`], with this as its standard input.
+pub(crate) fn succeeds_with_input(command: &mut Command, input: &str) -> Result<bool> {
+    let mut child = command.stdin(Stdio::piped()).spawn().with_context(|| format!("cannot start {}", name(command)))?;
+    child.stdin.take().context("the child has no standard input")?.write_all(input.as_bytes())?;
+    Ok(child.wait()?.success())
 }
 
 /// Runs a command, passes each line of its standard output on at once and gives it to `line`, too.
@@ -91,9 +98,14 @@ pub(crate) fn descendants(parent: u32) -> Vec<u32> {
 }
 
 fn parent_of(pid: u32) -> Option<u32> {
+    stat(pid)?.get(1)?.parse().ok()
+}
+
+/// What the kernel says of a process, from its state on (`proc_pid_stat(5)`, field 3); `None` if there is none.
+pub(crate) fn stat(pid: u32) -> Option<Vec<String>> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field is the program's name in parentheses and may itself contain blanks and parentheses.
-    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+    Some(stat.rsplit_once(')')?.1.split_whitespace().map(str::to_owned).collect())
 }
 
 fn name(command: &Command) -> String {
@@ -111,6 +123,12 @@ mod tests {
         assert!(ok.unwrap());
         assert_eq!(lines, ["one", "two"]);
         assert!(!succeeds(&mut Command::new("false")).unwrap());
+    }
+
+    #[test]
+    fn a_program_reads_what_it_is_given() {
+        let given = |input: &str| succeeds_with_input(Command::new("grep").args(["-q", "^two$"]), input).unwrap();
+        assert!(given("one\ntwo\n") && !given("one\n"));
     }
 
     #[test]

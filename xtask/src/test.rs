@@ -75,13 +75,10 @@ impl Request {
 }
 
 pub(crate) fn run(root: &Path, request: &Request) -> Result<ExitCode> {
-    let mut missing = Vec::new();
-    if request.e2e || request.kubernetes {
-        missing.extend(programs::provide(programs::PROGRAMS)?);
-    }
-    if request.kubernetes {
-        missing.extend(programs::provide(programs::OF_A_CLUSTER)?);
-    }
+    let of_tests = programs::PROGRAMS.iter().filter(|_| request.e2e || request.kubernetes);
+    let of_clusters = programs::OF_A_CLUSTER.iter().filter(|program| !programs::PROGRAMS.contains(program));
+    let wanted: Vec<_> = of_tests.chain(of_clusters.filter(|_| request.kubernetes)).copied().collect();
+    let missing = programs::provide(&wanted)?;
     if !missing.is_empty() {
         println!("not installed here: {}; the tests that use them are skipped", missing.join(", "));
     }
@@ -155,13 +152,9 @@ fn e2e(root: &Path, request: &Request, output: &mut Output) -> Result<Group> {
     let mut binaries = test_binaries(&root.join("tests/e2e/tests"))?;
     binaries.retain(|name| !name.starts_with(ON_KUBERNETES));
     let (alone, together): (Vec<_>, Vec<_>) = binaries.into_iter().partition(|name| name.starts_with("alone_"));
-    let mut targets = vec!["--package".to_owned(), "e2e".to_owned(), "--lib".to_owned()];
-    targets.extend(together.into_iter().flat_map(|name| ["--test".to_owned(), name]));
-    cargo_test(root, request, &mut group, output, &refs(&targets), &[])?;
+    cargo_test(root, request, &mut group, output, &[targets(&together), vec!["--lib"]].concat(), &[])?;
     if !alone.is_empty() {
-        let mut targets = vec!["--package".to_owned(), "e2e".to_owned()];
-        targets.extend(alone.into_iter().flat_map(|name| ["--test".to_owned(), name]));
-        cargo_test(root, request, &mut group, output, &refs(&targets), &["--test-threads=1"])?;
+        cargo_test(root, request, &mut group, output, &targets(&alone), &["--test-threads=1"])?;
     }
     group.read_skips(&skips);
     Ok(group)
@@ -172,11 +165,9 @@ fn e2e(root: &Path, request: &Request, output: &mut Output) -> Result<Group> {
 fn kubernetes(root: &Path, request: &Request, output: &mut Output) -> Result<Group> {
     let mut group = Group::named("kubernetes");
     let Some(skips) = prepare(root, &mut group)? else { return Ok(group) };
-    let binaries = test_binaries(&root.join("tests/e2e/tests"))?;
-    let mut targets = vec!["--package".to_owned(), "e2e".to_owned()];
-    let ours = binaries.into_iter().filter(|name| name.starts_with(ON_KUBERNETES));
-    targets.extend(ours.flat_map(|name| ["--test".to_owned(), name]));
-    cargo_test(root, request, &mut group, output, &refs(&targets), &["--test-threads=1"])?;
+    let mut binaries = test_binaries(&root.join("tests/e2e/tests"))?;
+    binaries.retain(|name| name.starts_with(ON_KUBERNETES));
+    cargo_test(root, request, &mut group, output, &targets(&binaries), &["--test-threads=1"])?;
     group.read_skips(&skips);
     Ok(group)
 }
@@ -242,8 +233,10 @@ pub(crate) fn target_folder(root: &Path) -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |folder| root.join(folder))
 }
 
-fn refs(strings: &[String]) -> Vec<&str> {
-    strings.iter().map(String::as_str).collect()
+/// What cargo is told of these test programs of the package `e2e`.
+fn targets(binaries: &[String]) -> Vec<&str> {
+    let tests = binaries.iter().flat_map(|name| ["--test", name]);
+    ["--package", "e2e"].into_iter().chain(tests).collect()
 }
 
 #[cfg(test)]

@@ -48,9 +48,11 @@ fn etcd() -> Component {
         ("client-cert-auth", "true"),
         ("log-level", "warn"),
     ]);
-    for (flag, file) in [("trusted-ca-file", "etcd-ca.crt"), ("cert-file", "etcd.crt"), ("key-file", "etcd.key")] {
-        arguments.push(format!("--{flag}={PKI}/{file}"));
-    }
+    arguments.extend(of_pki(&[
+        ("trusted-ca-file", "etcd-ca.crt"),
+        ("cert-file", "etcd.crt"),
+        ("key-file", "etcd.key"),
+    ]));
     // The power cuts of these nodes end processes; the machine that holds the files stays on.
     arguments.push("--unsafe-no-fsync".to_owned());
     Component::of_kubernetes("etcd", arguments)
@@ -72,7 +74,7 @@ fn api_server(cluster: &Cluster) -> Component {
         ("requestheader-group-headers", "X-Remote-Group"),
         ("requestheader-username-headers", "X-Remote-User"),
     ]);
-    for (flag, file) in [
+    arguments.extend(of_pki(&[
         ("client-ca-file", "ca.crt"),
         ("tls-cert-file", "apiserver.crt"),
         ("tls-private-key-file", "apiserver.key"),
@@ -86,9 +88,7 @@ fn api_server(cluster: &Cluster) -> Component {
         ("requestheader-client-ca-file", "front-proxy-ca.crt"),
         ("proxy-client-cert-file", "front-proxy-client.crt"),
         ("proxy-client-key-file", "front-proxy-client.key"),
-    ] {
-        arguments.push(format!("--{flag}={PKI}/{file}"));
-    }
+    ]));
     Component::of_kubernetes("kube-apiserver", arguments)
 }
 
@@ -98,14 +98,12 @@ fn controller_manager() -> Component {
         ("leader-elect", "false"),
         ("use-service-account-credentials", "true"),
     ]);
-    for (flag, file) in [
+    arguments.extend(of_pki(&[
         ("service-account-private-key-file", "service-accounts.key"),
         ("root-ca-file", "ca.crt"),
         ("cluster-signing-cert-file", "ca.crt"),
         ("cluster-signing-key-file", "ca.key"),
-    ] {
-        arguments.push(format!("--{flag}={PKI}/{file}"));
-    }
+    ]));
     Component::of_kubernetes("kube-controller-manager", arguments)
 }
 
@@ -130,6 +128,11 @@ fn proxy() -> Component {
 
 fn flags(pairs: &[(&str, &str)]) -> Vec<String> {
     pairs.iter().map(|(name, value)| format!("--{name}={value}")).collect()
+}
+
+/// Flags that name files of [`PKI`].
+fn of_pki(pairs: &[(&str, &str)]) -> Vec<String> {
+    pairs.iter().map(|(name, file)| format!("--{name}={PKI}/{file}")).collect()
 }
 
 /// The configuration files of a node, by path from its root.

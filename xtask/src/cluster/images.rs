@@ -1,6 +1,7 @@
 //! The images that a cluster has without a registry: what holds a pod's namespaces, and one for any program of this machine.
 
 use crate::oci::{Entry, Image, program};
+use crate::product::Architecture;
 use anyhow::{Context, Result};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,7 +18,7 @@ pub(super) fn archives(programs: &Path) -> Result<Vec<(&'static str, Vec<u8>)>> 
 fn pause(programs: &Path) -> Result<Vec<u8>> {
     let file = programs.join("pause");
     let content = std::fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
-    image(PAUSE, vec!["/pause".to_owned()], BTreeMap::from([("pause".to_owned(), program(content))])).archive()
+    archive(PAUSE, vec!["/pause".to_owned()], BTreeMap::from([("pause".to_owned(), program(content))]))
 }
 
 fn machine() -> Result<Vec<u8>> {
@@ -50,16 +51,17 @@ fn machine() -> Result<Vec<u8>> {
             }
         }
     }
-    image(MACHINE, Vec::new(), entries).archive()
+    archive(MACHINE, Vec::new(), entries)
 }
 
-fn image(reference: &str, entrypoint: Vec<String>, entries: BTreeMap<String, Entry>) -> Image {
-    Image {
+fn archive(reference: &str, entrypoint: Vec<String>, entries: BTreeMap<String, Entry>) -> Result<Vec<u8>> {
+    let image = Image {
         reference: reference.to_owned(),
-        architecture: if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
+        architecture: Architecture::native()?.oci,
         entrypoint,
         environment: vec!["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin".to_owned()],
         labels: BTreeMap::new(),
         entries,
-    }
+    };
+    image.archive()
 }

@@ -6,6 +6,7 @@ use super::components::{CONTAINERD_SOCKET, Component, PROGRAMS, components, runt
 use super::layout::{Cluster, Node};
 use super::life::wait_until;
 use super::network::batch;
+use crate::process::succeeds;
 use anyhow::{Context, Result, ensure};
 use nix::mount::{MsFlags, mount};
 use nix::sys::wait::wait;
@@ -208,17 +209,11 @@ fn import_images() -> Result<()> {
     ensure!(answers, "containerd does not answer; its log is {LOGS}/containerd.log");
     for entry in std::fs::read_dir("/opt/kubernetes/images")? {
         let archive = entry?.path();
-        let status = import().arg(&archive).status().context("cannot start ctr")?;
-        ensure!(status.success(), "containerd does not take {}", archive.display());
+        let taken = succeeds(Command::new("ctr").args(IMPORT).arg(&archive).stdout(Stdio::null()))?;
+        ensure!(taken, "containerd does not take {}", archive.display());
     }
     Ok(())
 }
 
-/// The command that imports an archive where pods look for images: the archive is its last argument.
-fn import() -> Command {
-    let mut command = Command::new("ctr");
-    command.args(IMPORT).stdin(Stdio::null()).stdout(Stdio::null());
-    command
-}
-
+/// How `ctr` imports an archive where pods look for images: the archive is its last argument.
 pub(super) const IMPORT: [&str; 4] = ["--namespace", "k8s.io", "images", "import"];

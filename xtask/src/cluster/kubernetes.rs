@@ -2,11 +2,11 @@
 //! module and kept outside the tree. Which Kubernetes that is, its `go.mod` says and nothing else.
 
 use crate::oci::sha256;
-use crate::process::output;
+use crate::process::{output, succeeds};
 use anyhow::{Context, Result, bail};
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 /// Where the module is in the tree.
 const MODULE: &str = "xtask/cluster/kubernetes";
@@ -43,18 +43,17 @@ pub(super) fn programs(root: &Path) -> Result<PathBuf> {
     let unfinished = built.with_extension("unfinished");
     let _ = std::fs::remove_dir_all(&unfinished);
     std::fs::create_dir(&unfinished)?;
-    let status = Command::new(&go)
-        .args(ARGUMENTS)
-        .args(["-ldflags", &linker, "-o"])
-        .arg(&unfinished)
-        .args([".", "./pause"])
-        .current_dir(&module)
-        .env("CGO_ENABLED", "0")
-        .env("GOTOOLCHAIN", "local")
-        .stdin(Stdio::null())
-        .status()
-        .with_context(|| format!("cannot start {}", go.display()))?;
-    if !status.success() {
+    let done = succeeds(
+        Command::new(&go)
+            .args(ARGUMENTS)
+            .args(["-ldflags", &linker, "-o"])
+            .arg(&unfinished)
+            .args([".", "./pause"])
+            .current_dir(&module)
+            .env("CGO_ENABLED", "0")
+            .env("GOTOOLCHAIN", "local"),
+    )?;
+    if !done {
         let _ = std::fs::remove_dir_all(&unfinished);
         bail!("Kubernetes {version} did not build in {}: what `go build` said is above", module.display());
     }

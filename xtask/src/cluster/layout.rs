@@ -242,7 +242,8 @@ fn lock(folder: &Path) -> Result<Option<File>> {
     }
 }
 
-fn make_private_folder(folder: &Path) -> Result<()> {
+/// Makes a folder, and those above it, that only its owner may enter.
+pub(super) fn make_private_folder(folder: &Path) -> Result<()> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)

@@ -1,6 +1,7 @@
 //! Processes that outlive the command that started them: each is known by its id and the moment of its start, so that
 //! another process that has the id by now is never taken for it.
 
+use crate::process::stat;
 use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -9,6 +10,9 @@ use std::time::{Duration, Instant};
 
 /// How long the kernel may take to end what was killed: a process in the middle of a write ends after it.
 const END: Duration = Duration::from_secs(30);
+
+/// Where in [`stat`] the moment of a start is: field 22 of `proc_pid_stat(5)`.
+const STARTED: usize = 22 - 3;
 
 /// A process that a file tells of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,11 +75,11 @@ pub(super) fn wait_until(limit: Duration, mut holds: impl FnMut() -> Result<bool
 
 /// When a process started; `None` if there is none, or only what its parent has not asked for yet.
 fn started(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is the program's name in parentheses and may itself contain blanks and parentheses.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    let state = fields.next()?;
-    (state != "Z" && state != "X").then(|| fields.nth(18)?.parse().ok()).flatten()
+    let stat = stat(pid)?;
+    match stat.first()?.as_str() {
+        "Z" | "X" => None,
+        _ => stat.get(STARTED)?.parse().ok(),
+    }
 }
 
 #[cfg(test)]

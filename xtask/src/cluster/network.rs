@@ -3,11 +3,9 @@
 
 use super::layout::{Cluster, Node};
 use super::life::{Life, wait_until};
-use crate::process::output;
+use crate::process::{output, succeeds_with_input};
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, unshare};
-use std::ffi::OsStr;
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -40,7 +38,7 @@ pub(super) fn up(cluster: &Cluster) -> Result<Life> {
     let namespace = PathBuf::from(format!("/proc/{}/ns/net", life.pid));
     let moved = wait_until(KERNEL, || Ok(std::fs::read_link(&namespace).is_ok_and(|theirs| theirs != own)))?;
     ensure!(moved, "no network namespace was made: this needs root, with CAP_SYS_ADMIN");
-    inside(
+    batch_inside(
         life,
         &format!(
             "link set lo up\n\
@@ -52,7 +50,7 @@ pub(super) fn up(cluster: &Cluster) -> Result<Life> {
             router_v6 = cluster.router_v6(),
         ),
     )?;
-    enter(life, "sysctl", ["-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"])?;
+    output(inside(life, "sysctl").args(["-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"]))?;
     let mut commands = String::new();
     // The way back to pods, so that who sends to nowhere hears of it at once.
     for node in Node::ALL {
@@ -60,13 +58,13 @@ pub(super) fn up(cluster: &Cluster) -> Result<Life> {
         commands.push_str(&format!("route add {pods} via {}\n", cluster.node(node)));
         commands.push_str(&format!("route add {pods_v6} via {}\n", cluster.node_v6(node)));
     }
-    inside(life, &commands)?;
+    batch_inside(life, &commands)?;
     // One that a killed holder left is about to go, and in the way.
     drop_link(&link)?;
     let (address, new) = (cluster.outside(), format!("new-{}", cluster.number));
     drop_link(&new)?;
     batch(&mut Command::new("ip"), &format!("link add name {new} type veth peer name outside netns {}\n", life.pid))?;
-    inside(life, &format!("link set outside master {BRIDGE}\nlink set outside up\n"))?;
+    batch_inside(life, &format!("link set outside master {BRIDGE}\nlink set outside up\n"))?;
     batch(
         &mut Command::new("ip"),
         &format!("address add {address}/24 dev {new}\nlink set dev {new} name {link}\nlink set dev {link} up\n"),
@@ -80,7 +78,7 @@ pub(super) fn connect(network: Life, node: Node, init: Life) -> Result<()> {
     // Made from here, because process ids mean nothing inside.
     let line = format!("link add name {name} netns {} type veth peer name eth0 netns {pid}\n", network.pid);
     batch(&mut Command::new("ip"), &line)?;
-    inside(network, &format!("link set dev {name} master {BRIDGE}\nlink set dev {name} up\n"))
+    batch_inside(network, &format!("link set dev {name} master {BRIDGE}\nlink set dev {name} up\n"))
 }
 
 /// Cuts a node off, silently, as a node without power is: its kernel would say goodbye for each of its connections.
@@ -93,7 +91,7 @@ pub(super) fn disconnect(cluster: &Cluster, node: Node) -> Result<()> {
     let gone = wait_until(KERNEL, || {
         let there = has_link(&std::fs::read_to_string(format!("/proc/{}/net/dev", network.pid))?, name);
         if there {
-            inside(network, &format!("link delete dev {name}\n"))?;
+            batch_inside(network, &format!("link delete dev {name}\n"))?;
         }
         Ok(!there)
     })?;
@@ -136,23 +134,22 @@ pub(super) fn hold() -> Result<()> {
     }
 }
 
-/// Runs a program in the network of the cluster.
-fn enter<A: AsRef<OsStr>>(network: Life, program: &str, arguments: impl IntoIterator<Item = A>) -> Result<String> {
-    let target = network.pid.to_string();
-    output(Command::new("nsenter").args(["--target", &target, "--net", "--", program]).args(arguments))
+/// Gives commands to `ip` in the network of the cluster.
+fn batch_inside(network: Life, commands: &str) -> Result<()> {
+    batch(&mut inside(network, "ip"), commands)
 }
 
-fn inside(network: Life, commands: &str) -> Result<()> {
-    let target = network.pid.to_string();
-    batch(Command::new("nsenter").args(["--target", &target, "--net", "--", "ip"]), commands)
+/// A program in the network of the cluster.
+fn inside(network: Life, program: &str) -> Command {
+    let mut command = Command::new("nsenter");
+    command.args(["--target", &network.pid.to_string(), "--net", "--", program]);
+    command
 }
 
 /// Gives commands to `ip`, which stops at the first that fails.
 pub(super) fn batch(ip: &mut Command, commands: &str) -> Result<()> {
-    let mut child = ip.args(["-batch", "-"]).stdin(Stdio::piped()).spawn().context("cannot start ip")?;
-    child.stdin.take().context("ip has no standard input")?.write_all(commands.as_bytes())?;
-    let status = child.wait()?;
-    ensure!(status.success(), "ip refused one of these commands: {}", commands.trim().replace('\n', "; "));
+    let taken = succeeds_with_input(ip.args(["-batch", "-"]), commands)?;
+    ensure!(taken, "ip refused one of these commands: {}", commands.trim().replace('\n', "; "));
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use super::credentials::Secret;
 use super::layout::{Cluster, Node};
 use super::life::Life;
 use super::{cgroups, init, network};
-use crate::process::output;
+use crate::process::{output, succeeds};
 use crate::programs::NETWORK_PLUGINS;
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, unshare};
@@ -63,8 +63,8 @@ pub(super) fn make_disk(cluster: &Cluster, node: Node, secrets: &[Secret], archi
 }
 
 fn copy(from: &str, to: &Path) -> Result<()> {
-    let status = Command::new("cp").args(["--archive", from]).arg(to).status().context("cannot start cp")?;
-    ensure!(status.success(), "{from} cannot be copied to {}", to.display());
+    let copied = succeeds(Command::new("cp").args(["--archive", from]).arg(to))?;
+    ensure!(copied, "{from} cannot be copied to {}", to.display());
     Ok(())
 }
 

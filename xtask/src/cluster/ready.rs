@@ -5,9 +5,9 @@ use super::images::MACHINE;
 use super::layout::{Cluster, Node};
 use super::life::wait_until;
 use super::{init, node};
-use anyhow::{Context, Result, bail, ensure};
+use crate::process::succeeds_with_input;
+use anyhow::{Result, bail, ensure};
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -108,14 +108,9 @@ fn asked(cluster: &Cluster, arguments: &[&str]) -> Option<String> {
 }
 
 fn apply(cluster: &Cluster, objects: &str) -> Result<bool> {
-    let mut child = kubectl(cluster)
-        .args(["apply", "--server-side", "--force-conflicts", "-f", "-"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()?;
-    child.stdin.take().context("kubectl has no standard input")?.write_all(objects.as_bytes())?;
-    Ok(child.wait()?.success())
+    let mut apply = kubectl(cluster);
+    apply.args(["apply", "--server-side", "--force-conflicts", "-f", "-"]).stdout(Stdio::null()).stderr(Stdio::null());
+    succeeds_with_input(&mut apply, objects)
 }
 
 fn kubectl(cluster: &Cluster) -> Command {
