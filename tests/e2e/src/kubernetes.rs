@@ -54,8 +54,18 @@ impl Kubernetes {
         let kubeconfig = clusters().join(&name).join("kubeconfig");
         let cluster = Kubernetes { name: Some(name), kubeconfig, image: image_of_this_version(), folder };
         cluster.verb(&["up"]).within(UP).run().ok();
-        cluster.verb(&["load", image().to_str().expect("a path of ours")]).within(SOON).run().ok();
+        cluster.load_image();
         cluster
+    }
+
+    /// Puts the product's image onto both nodes.
+    #[track_caller]
+    fn load_image(&self) {
+        let archive = self.folder.path().join("image.tar");
+        xtask().args(["image", "--output"]).args([&archive]).within(UP).run().ok();
+        self.verb(&["load"]).args([&archive]).within(SOON).run().ok();
+        // The folder is memory, and the nodes have it now.
+        std::fs::remove_file(&archive).expect("it was written");
     }
 
     /// A verb of `cargo xtask cluster` on it.
@@ -172,15 +182,4 @@ fn image_of_this_version() -> String {
 fn xtask() -> Program {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("the workspace").join("xtask");
     Program::new(binary().with_file_name("xtask")).env("CARGO_MANIFEST_DIR", root)
-}
-
-/// The product's image, made once for all tests of a process.
-fn image() -> PathBuf {
-    static IMAGE: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
-    let make = || {
-        let file = binary().with_file_name(format!("image-{}.tar", std::process::id()));
-        xtask().args(["image", "--output"]).args([&file]).within(UP).run().ok();
-        file
-    };
-    IMAGE.get_or_init(make).clone()
 }

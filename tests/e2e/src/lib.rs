@@ -29,7 +29,7 @@ pub use cluster::{Cluster, OUTSIDE, Owner, binary};
 pub use kubernetes::{Kubernetes, SHOP, SHOP_IS_STRICT};
 pub use load::{Counts, Load, Loaded, Report, Server};
 pub use machine::Machine;
-pub use ordeal::{ENOUGH, PORT, assert_only_what_was_open_broke, under_load};
+pub use ordeal::{ENOUGH, PORT, assert_only_what_was_open_broke, meanwhile, under_load};
 pub use processes::{Replaced, is_gone};
 pub use program::{Finished, Program, Running};
 pub use requirements::{announce_skip, as_ordinary_user, missing, name_of, postgres};

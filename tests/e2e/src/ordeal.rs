@@ -23,6 +23,19 @@ const EVERY: Duration = Duration::from_millis(50);
 /// Bytes of a transfer of bulk.
 const TRANSFER: u64 = 256 << 10;
 
+/// Does something while `load` runs, and for as long afterwards as an outage would need to be seen.
+#[track_caller]
+pub fn meanwhile(mut load: Loaded, what: impl FnOnce(&Loaded)) -> Report {
+    load.event();
+    what(&load);
+    load.over();
+    load.wait_for_more(2 * ENOUGH);
+    let report = load.finish();
+    println!("{report}");
+    report.assert_spans_the_event();
+    report
+}
+
 /// Does something to a box while `app/client` asks `app/server`, by short connections and long ones and, where that is
 /// wanted, with transfers beside them.
 #[track_caller]
@@ -31,20 +44,15 @@ pub fn under_load(cluster: &Cluster, name: &str, bulk: bool, what: impl FnOnce(&
     let marker = format!("marker-{}-{}", name.replace('@', "-"), std::process::id());
     let mut tap = Wiretap::start(cluster, "node-a", &name.replace('@', "-"));
     let load = server.load("app/client", Family::V4).marker(&marker).short(SHORT).long(LONG, EVERY);
-    let mut load = if bulk { load.bulk(1, TRANSFER) } else { load }.start();
+    let load = if bulk { load.bulk(1, TRANSFER) } else { load }.start();
     load.wait_for_more(ENOUGH);
     // The twin: the same words of a pod that speaks in clear are seen (D26).
     let twin = marker.replace("marker", "twin");
     let url = format!("http://{}/{twin}", server.address(Family::V4));
     cluster.exec("legacy/outsider", &["curl", "-sS", "--max-time", "10", &url]).run().ok();
-    load.event();
-    what(&load);
-    load.over();
-    load.wait_for_more(2 * ENOUGH);
-    let report = load.finish();
+    println!("{name}");
+    let report = meanwhile(load, what);
     tap.stop();
-    println!("{name}: {report}");
-    report.assert_spans_the_event();
     assert!(tap.saw(&twin), "the tap sees nothing, so it proves nothing");
     assert!(!tap.saw(&marker), "a request passed in clear");
     let [one, other] = ["app/client", "app/server"].map(|pod| cluster.address(pod, Family::V4));

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use e2e::{Cluster, ENOUGH, Family, PATIENCE, PORT, Server, Wiretap, needs, text, tls_records, wait_until};
 
-/// A client and a server on two nodes, each in a namespace of its own.
 /// Of some ten thousand short connections.
 const MOST_HUNG: usize = 3;
+
+/// A client and a server on two nodes, each in a namespace of its own.
 const MESH: &str = "apiVersion: v1\nkind: Namespace\nmetadata: {name: front}\n---\n\
     apiVersion: v1\nkind: Namespace\nmetadata: {name: back}\n---\n\
     apiVersion: v1\nkind: Pod\nmetadata: {name: client, namespace: front, labels: {app: client}}\n\

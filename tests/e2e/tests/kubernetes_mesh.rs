@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use e2e::{ENOUGH, Kubernetes, Loaded, Report, SHOP, eventually, needs, wait_until};
+use e2e::{ENOUGH, Kubernetes, Loaded, SHOP, eventually, meanwhile, needs, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Of the proxies in these tests: long enough to see connections live, short enough to wait for.
@@ -19,18 +19,6 @@ fn load(cluster: &Kubernetes) -> Loaded {
     let load = cluster.load("shop/client", "web.shop:80").short(4).long(LONG, Duration::from_millis(100)).start();
     load.wait_for_more(ENOUGH);
     load
-}
-
-/// Does something while `load` runs.
-fn meanwhile(mut load: Loaded, what: impl FnOnce(&Loaded)) -> Report {
-    load.event();
-    what(&load);
-    load.over();
-    load.wait_for_more(2 * ENOUGH);
-    let report = load.finish();
-    println!("{report}");
-    report.assert_spans_the_event();
-    report
 }
 
 fn install(cluster: &Kubernetes) {
