@@ -320,7 +320,7 @@ impl Control {
         }
         self.metrics.published.inc_by(touched.len() as u64);
         self.publication.publish(self.index.views(), touched);
-        self.leaving.note(self.index.leaving(), self.publication.number());
+        self.leaving.note(self.index.moved(), self.publication.number());
     }
 
     /// Releases pods that leave, where all peers know it.

@@ -268,8 +268,8 @@ impl Index {
             }
             Object::Node(node) => {
                 let facts = facts::Node::read(node, &mut problems);
-                self.cluster.nodes.insert(key.name.clone(), facts);
-                dirty.settings = true;
+                // What kubelet says of itself every few minutes is none of it.
+                dirty.settings = self.cluster.nodes.insert(key.name.clone(), facts.clone()) != Some(facts);
             }
             Object::Pod(pod) => {
                 let facts = Pod::read(pod, self.cluster.trust_domain(), &mut problems);

@@ -35,11 +35,14 @@ impl Leaving {
         Self { pods: BTreeMap::new(), next_look: Instant::now() }
     }
 
-    /// Takes note of who is to leave. `change` is the last one that was published.
-    pub(crate) fn note(&mut self, leaving: &BTreeSet<(String, PodUid)>, change: u64) {
-        self.pods.retain(|pod, _| leaving.contains(pod));
-        for pod in leaving {
-            self.pods.entry(pod.clone()).or_insert_with(|| Told { change, at: Instant::now() });
+    /// Takes note of who is to leave, and who is not, or not any more. `change` is the last one that was published.
+    pub(crate) fn note(&mut self, moved: impl IntoIterator<Item = ((String, PodUid), bool)>, change: u64) {
+        for (pod, leaves) in moved {
+            if leaves {
+                self.pods.entry(pod).or_insert_with(|| Told { change, at: Instant::now() });
+            } else {
+                self.pods.remove(&pod);
+            }
         }
     }
 
@@ -51,10 +54,15 @@ impl Leaving {
     /// Those that may be let go now. `known` says whether all peers have taken in a change.
     pub(crate) fn due(&mut self, known: impl Fn(u64) -> bool) -> BTreeSet<(String, PodUid)> {
         self.next_look = Instant::now() + LOOK;
-        let changes: BTreeSet<u64> =
-            self.pods.values().map(|told| told.change).filter(|change| known(*change)).collect();
-        let due = self.pods.iter().filter(|(_, told)| told.at.elapsed() >= AT_LEAST && changes.contains(&told.change));
-        due.map(|(pod, _)| pod.clone()).collect()
+        let waited = self.pods.iter().filter(|(_, told)| told.at.elapsed() >= AT_LEAST);
+        let waited: Vec<_> = waited.map(|(pod, told)| (told.change, pod)).collect();
+        let mut changes: Vec<u64> = waited.iter().map(|(change, _)| *change).collect();
+        changes.sort_unstable();
+        changes.dedup();
+        // Who has taken in a change has taken in all before it.
+        let known = &changes[..changes.partition_point(|change| known(*change))];
+        let due = waited.iter().filter(|(change, _)| known.last().is_some_and(|last| change <= last));
+        due.map(|(_, pod)| (*pod).clone()).collect()
     }
 }
 
@@ -68,23 +76,27 @@ mod tests {
         names.iter().map(|name| ("node-a".to_owned(), PodUid::from(*name))).collect()
     }
 
+    fn all(names: &[&str], leaves: bool) -> Vec<((String, PodUid), bool)> {
+        pods(names).into_iter().map(|pod| (pod, leaves)).collect()
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_pod_is_let_go_when_all_know_and_never_before_its_time() {
         let mut leaving = Leaving::new();
         assert!(leaving.next_look().is_none());
-        leaving.note(&pods(&["a"]), 3);
+        leaving.note(all(&["a"], true), 3);
         assert!(leaving.next_look().is_some());
         assert!(leaving.due(|_| true).is_empty(), "nodes of other replicas may not know");
         advance(AT_LEAST).await;
-        leaving.note(&pods(&["a", "b"]), 4);
+        leaving.note(all(&["a", "b"], true), 4);
         assert!(leaving.due(|_| false).is_empty());
         assert_eq!(leaving.due(|change| change <= 3), pods(&["a"]));
         advance(AT_LEAST).await;
         assert_eq!(leaving.due(|change| change <= 3), pods(&["a"]), "the other one was told later");
         // Who stays after all begins anew the next time.
-        leaving.note(&pods(&[]), 5);
+        leaving.note(all(&["a", "b"], false), 5);
         assert!(leaving.next_look().is_none());
-        leaving.note(&pods(&["a"]), 6);
+        leaving.note(all(&["a"], true), 6);
         assert!(leaving.due(|_| true).is_empty());
     }
 }

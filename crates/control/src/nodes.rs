@@ -1,6 +1,6 @@
 //! Which nodes are connected, and what each has acknowledged: the control plane knows N of N.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -116,7 +116,7 @@ impl Nodes {
     pub(crate) fn know<'a>(
         &self,
         change: u64,
-        nodes: impl Iterator<Item = &'a str>,
+        mut nodes: impl Iterator<Item = &'a str>,
         since: Instant,
         lifetime: Duration,
     ) -> bool {
@@ -124,11 +124,13 @@ impl Nodes {
         let role = Role::Proxy.as_str();
         let proxies = || open.streams.values().filter(|stream| stream.role == role);
         let ended = || open.ended.values().filter(|stream| stream.role == role);
-        let mut never_there = nodes.filter(|node| !proxies().chain(ended()).any(|stream| stream.node == **node));
         let long_ago = |moment: Instant| moment.elapsed() >= lifetime;
         proxies().all(|stream| stream.has_taken_in(change))
             && ended().all(|stream| stream.ended.is_some_and(long_ago))
-            && never_there.all(|_| long_ago(since))
+            && (long_ago(since) || {
+                let there: HashSet<_> = proxies().chain(ended()).map(|stream| &*stream.node).collect();
+                nodes.all(|node| there.contains(node))
+            })
     }
 
     /// Whether a node's agent is told here, and by no other replica, what to capture.

@@ -20,6 +20,9 @@ pub(crate) type Place = (String, PodUid);
 pub(crate) struct Leaving {
     /// Exempt, reported as captured, and not released yet.
     waiting: BTreeSet<Place>,
+    /// Those that came to wait, and those that do no longer, since this was last asked: in an uninstallation every pod waits, and
+    /// to look at all of them for each change would cost more than the change.
+    moved: BTreeMap<Place, bool>,
     /// Released, and still reported.
     released: BTreeMap<Place, Uncaptured>,
     /// Peers spoke TLS with them until now.
@@ -55,11 +58,7 @@ impl Leaving {
             self.released.remove(place);
         }
         let released = self.released.contains_key(place);
-        if exempt.is_some() && reported && !released {
-            self.waiting.insert(place.clone());
-        } else {
-            self.waiting.remove(place);
-        }
+        self.wait(place, exempt.is_some() && reported && !released);
         if exempt.is_none() && reported && !known && !released {
             self.unrecorded.insert(place.clone());
         } else {
@@ -83,9 +82,18 @@ impl Leaving {
         self.released.get(place).copied()
     }
 
+    /// Notes whether a pod waits for its release. Whether that is news.
+    fn wait(&mut self, place: &Place, waits: bool) -> bool {
+        let is_news = if waits { self.waiting.insert(place.clone()) } else { self.waiting.remove(place) };
+        if is_news {
+            self.moved.insert(place.clone(), waits);
+        }
+        is_news
+    }
+
     /// The pod is gone.
     pub(super) fn forget(&mut self, place: &Place) {
-        self.waiting.remove(place);
+        self.wait(place, false);
         self.released.remove(place);
         self.left.remove(place);
         self.unrecorded.remove(place);
@@ -94,8 +102,14 @@ impl Leaving {
 
 impl Index {
     /// The pods that are to leave: peers were told, and their rules stand until [`Index::release`].
+    #[cfg(test)]
     pub(crate) fn leaving(&self) -> &BTreeSet<Place> {
         &self.cluster.leaving.waiting
+    }
+
+    /// Which pods are to leave now, and which are not, or not any more, since this was last asked.
+    pub(crate) fn moved(&mut self) -> BTreeMap<Place, bool> {
+        std::mem::take(&mut self.cluster.leaving.moved)
     }
 
     /// Pods that were captured for their peers and are so no longer, since this was last asked: the record of captures forgets
@@ -120,7 +134,7 @@ impl Index {
         for place in pods {
             let told = self.views.node_pods.get(&place.0).and_then(|pods| pods.get(&place.1));
             let Some(why) = told.and_then(|told| told.capture.err()) else { continue };
-            if self.cluster.leaving.waiting.remove(&place) {
+            if self.cluster.leaving.wait(&place, false) {
                 dirty.pods.extend(self.cluster.pods_with(&place.1).cloned());
                 self.cluster.leaving.released.insert(place, why);
             }
