@@ -239,9 +239,7 @@ impl Control {
     fn take(&mut self, mut batch: Batch) {
         let mut touched = index::Touched::new();
         if let Record::Shared(shared) = &mut self.record {
-            for record in batch.changes.iter().filter_map(|change| shared.show(change)) {
-                touched.extend(self.index.recorded(&record.node, record.pods));
-            }
+            touched.extend(shared.take_in(&batch.changes, &mut self.index));
             if batch.behind {
                 shared.forget_missing();
             }

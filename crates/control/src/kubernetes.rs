@@ -18,9 +18,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use kube::api::{ApiResource, GroupVersionKind, ObjectMeta, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
+use manifests::Kind;
+use tokio::sync::watch;
 use tokio::time::timeout;
+
+use crate::labels;
 
 /// The name that the API server notes as the manager of the fields that we write.
 pub(crate) const FIELD_MANAGER: &str = "justmtls";
@@ -107,6 +112,31 @@ pub(crate) async fn connect(kubeconfig: Option<&Path>) -> Result<Client> {
     };
     config.connect_timeout = Some(CONNECT);
     Client::try_from(config).context("cannot make a client for the API server")
+}
+
+/// How what we write is written.
+pub(crate) fn parameters() -> PostParams {
+    PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() }
+}
+
+/// Metadata of an object of ours.
+pub(crate) fn metadata(name: &str) -> ObjectMeta {
+    ObjectMeta { name: Some(name.to_owned()), labels: Some(labels()), ..ObjectMeta::default() }
+}
+
+/// A kind in one of its versions, as `group/version`.
+pub(crate) fn resource(kind: Kind, version: &str) -> ApiResource {
+    let (group, version) = version.split_once('/').unwrap_or(("", version));
+    ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind.as_str()))
+}
+
+/// Tells those who watch, if it is another value than before; whether it is.
+pub(crate) fn tell<T: PartialEq>(watched: &watch::Sender<T>, value: T) -> bool {
+    watched.send_if_modified(|now| {
+        let changed = *now != value;
+        *now = value;
+        changed
+    })
 }
 
 /// Asks, and does not wait for ever.

@@ -13,7 +13,7 @@ use tokio::time::sleep;
 use super::Event;
 use crate::ROOT_NAMESPACE;
 use crate::captures::Captures;
-use crate::index::Index;
+use crate::index::{Index, Touched};
 use crate::kubernetes::records::{self, Change, Record as Written};
 use crate::kubernetes::{Failure, pause};
 use crate::problem::Problem;
@@ -77,8 +77,14 @@ impl Shared {
         }
     }
 
-    /// Takes in what the watch says; where it is about a record, what that says now.
-    pub(crate) fn show(&mut self, change: &ObjectChange) -> Option<Written> {
+    /// Takes in what the watch says, as far as it is about records.
+    pub(crate) fn take_in(&mut self, changes: &[ObjectChange], index: &mut Index) -> Touched {
+        let records = changes.iter().filter_map(|change| self.show(change));
+        records.flat_map(|record| index.recorded(&record.node, record.pods)).collect()
+    }
+
+    /// Where a change is about a record, what that says now.
+    fn show(&mut self, change: &ObjectChange) -> Option<Written> {
         match change {
             ObjectChange::Applied(Object::ConfigMap(config)) => {
                 let name = config.metadata.name.clone()?;
@@ -123,15 +129,15 @@ impl Shared {
 
     /// Takes out pods that peers are to speak TLS with no longer.
     pub(crate) fn take_out<'a>(&mut self, pods: impl Iterator<Item = &'a (String, PodUid)>) {
-        for (node, pod) in pods {
-            self.want(node, Change { take_out: BTreeSet::from([pod.clone()]), ..Change::default() });
+        for (node, take_out) in by_node(pods) {
+            self.want(node, Change { take_out, ..Change::default() });
         }
     }
 
     /// Names pods again that are to be captured after all.
     pub(crate) fn put_back<'a>(&mut self, pods: impl Iterator<Item = &'a (String, PodUid)>) {
-        for (node, pod) in pods {
-            self.want(node, Change { add: BTreeSet::from([pod.clone()]), ..Change::default() });
+        for (node, add) in by_node(pods) {
+            self.want(node, Change { add, ..Change::default() });
         }
     }
 
@@ -220,6 +226,15 @@ impl Shared {
     pub(crate) fn forget_missing(&mut self) {
         self.missing.clear();
     }
+}
+
+/// Each node's in one write.
+fn by_node<'a>(pods: impl Iterator<Item = &'a (String, PodUid)>) -> BTreeMap<&'a str, BTreeSet<PodUid>> {
+    let mut nodes: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
+    for (node, pod) in pods {
+        nodes.entry(&**node).or_default().insert(pod.clone());
+    }
+    nodes
 }
 
 /// What a report names, without the pods that are to leave.

@@ -60,8 +60,7 @@ impl Replica {
     pub(super) fn tell_policies(&self, index: &Index, there: Conditions) {
         let wanted = index.problems_of_policies();
         let wanted = wanted.filter_map(|(key, problems)| Some((key.clone(), Condition::of(&problems)?))).collect();
-        let statuses = Statuses { wanted, there };
-        self.statuses.send_if_modified(|now| std::mem::replace(now, statuses.clone()) != statuses);
+        kubernetes::tell(&self.statuses, Statuses { wanted, there });
     }
 
     /// Lets another replica lead.
@@ -255,9 +254,7 @@ impl Beginning<'_> {
         let mut logged = BTreeSet::new();
         while !source.is_complete() {
             first = source.next().await;
-            for record in first.changes.iter().filter_map(|change| shared.show(change)) {
-                index.recorded(&record.node, record.pods);
-            }
+            shared.take_in(&first.changes, &mut index);
             take_in(&mut index, &mut first, self.metrics);
             for problem in first.problems.iter().filter(|problem| logged.insert((*problem).clone())) {
                 warn!(subject = %problem.subject, "{}", problem.message);

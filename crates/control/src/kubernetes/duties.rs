@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kube::api::{ApiResource, DynamicObject, GroupVersionKind, ObjectMeta, PostParams};
+use kube::api::{ApiResource, DynamicObject, GroupVersionKind};
 use kube::{Api, Client, Resource};
 use manifests::k8s_openapi::api::core::v1::ConfigMap;
 use serde::Serialize;
@@ -18,7 +18,7 @@ use tokio::time::sleep;
 use tracing::info;
 
 use super::secret::{self, PLACE};
-use super::{FIELD_MANAGER, Failure, ask};
+use super::{Failure, ask, metadata, parameters, tell};
 use crate::ca::Certifier;
 use crate::clock::Clock;
 use crate::problem::Problem;
@@ -45,7 +45,7 @@ pub(crate) async fn keep(
     loop {
         let leads = *leads.borrow();
         let found = duties.look(leads).await;
-        problems.send_if_modified(|now| std::mem::replace(now, found.clone()) != found);
+        tell(&problems, found);
         if problems.is_closed() {
             return;
         }
@@ -97,8 +97,7 @@ impl Duties {
     async fn config_map(&self) -> Option<Problem> {
         let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), ROOT_NAMESPACE);
         let data = Some(BTreeMap::from([(BUNDLE_KEY.to_owned(), self.certifier.authority().bundle().to_pem())]));
-        let metadata = ObjectMeta { name: Some(BUNDLE.to_owned()), labels: Some(labels()), ..ObjectMeta::default() };
-        let right = ConfigMap { metadata, data, ..ConfigMap::default() };
+        let right = ConfigMap { metadata: metadata(BUNDLE), data, ..ConfigMap::default() };
         let is_right = |there: &ConfigMap| there.data == right.data;
         let written = ensure(&api, BUNDLE, &right, is_right).await;
         problem(format!("ConfigMap {ROOT_NAMESPACE}/{BUNDLE}"), written)
@@ -144,7 +143,6 @@ async fn ensure<K>(api: &Api<K>, name: &str, right: &K, is_right: impl Fn(&K) ->
 where
     K: Resource + Clone + Serialize + DeserializeOwned + std::fmt::Debug,
 {
-    let parameters = PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() };
     match ask(api.get_opt(name)).await? {
         Some(there) if is_right(&there) => Ok(()),
         Some(there) => {
@@ -152,9 +150,9 @@ where
             *next.meta_mut() = there.meta().clone();
             next.meta_mut().labels.get_or_insert_default().extend(labels());
             info!(name, "what is published was changed by somebody and is put right");
-            ask(api.replace(name, &parameters, &next)).await.map(drop)
+            ask(api.replace(name, &parameters(), &next)).await.map(drop)
         }
-        None => ask(api.create(&parameters, right)).await.map(drop),
+        None => ask(api.create(&parameters(), right)).await.map(drop),
     }
 }
 

@@ -5,7 +5,6 @@
 
 use std::time::Duration;
 
-use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, Client};
 use manifests::k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use manifests::k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
@@ -14,9 +13,9 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
-use super::{FIELD_MANAGER, Failure, ask};
+use super::{Failure, ask, metadata, parameters, tell};
 use crate::clock::Clock;
-use crate::{CONTROL_SERVICE_ACCOUNT, ROOT_NAMESPACE, labels};
+use crate::{CONTROL_SERVICE_ACCOUNT, ROOT_NAMESPACE};
 
 /// How long a Lease counts after it was renewed last.
 const DURATION: Duration = Duration::from_secs(15);
@@ -77,8 +76,7 @@ impl Election {
     }
 
     fn set(&self, leads: bool) {
-        let changed = self.leads.send_if_modified(|now| std::mem::replace(now, leads) != leads);
-        if changed {
+        if tell(&self.leads, leads) {
             info!(identity = self.identity, leads, "leadership changed");
         }
     }
@@ -88,12 +86,7 @@ impl Election {
         let began = Instant::now();
         let held = match ask(self.api.get_opt(CONTROL_SERVICE_ACCOUNT)).await? {
             None => {
-                let metadata = ObjectMeta {
-                    name: Some(CONTROL_SERVICE_ACCOUNT.to_owned()),
-                    labels: Some(labels()),
-                    ..ObjectMeta::default()
-                };
-                let lease = Lease { metadata, spec: Some(self.mine(None)) };
+                let lease = Lease { metadata: metadata(CONTROL_SERVICE_ACCOUNT), spec: Some(self.mine(None)) };
                 self.write(ask(self.api.create(&parameters(), &lease)).await)?
             }
             Some(mut lease) => {
@@ -159,10 +152,6 @@ impl Election {
         }
         Ok(())
     }
-}
-
-fn parameters() -> PostParams {
-    PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() }
 }
 
 #[cfg(test)]

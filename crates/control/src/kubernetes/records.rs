@@ -9,14 +9,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use kube::api::{DeleteParams, ObjectMeta, PostParams, Preconditions};
+use kube::api::{DeleteParams, Preconditions};
 use kube::{Api, Client};
 use manifests::k8s_openapi::api::core::v1::ConfigMap;
 use mesh::PodUid;
 use sha2::{Digest, Sha256};
 
-use super::{FIELD_MANAGER, Failure, ask};
-use crate::{ROOT_NAMESPACE, labels};
+use super::{Failure, ask, metadata, parameters};
+use crate::ROOT_NAMESPACE;
 
 /// The label of a record, and what it says.
 const LABEL: (&str, &str) = ("justmtls.dev/record", "captured");
@@ -100,7 +100,6 @@ impl Change {
     pub(crate) async fn write(&self, client: &Client, node: &str) -> Result<(), Failure> {
         let api: Api<ConfigMap> = Api::namespaced(client.clone(), ROOT_NAMESPACE);
         let name = name(node);
-        let parameters = PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() };
         let found = ask(api.get_opt(&name)).await?;
         let old = found.as_ref().map(pods).unwrap_or_default();
         let new: BTreeSet<_> =
@@ -119,14 +118,13 @@ impl Change {
             Some(_) if new == old => Ok(()),
             Some(mut config) => {
                 config.data = Some(data(node, &new));
-                ask(api.replace(&name, &parameters, &config)).await.map(drop)
+                ask(api.replace(&name, &parameters(), &config)).await.map(drop)
             }
             None => {
-                let mut labels = labels();
-                labels.insert(LABEL.0.to_owned(), LABEL.1.to_owned());
-                let metadata = ObjectMeta { name: Some(name), labels: Some(labels), ..ObjectMeta::default() };
+                let mut metadata = metadata(&name);
+                metadata.labels.get_or_insert_default().insert(LABEL.0.to_owned(), LABEL.1.to_owned());
                 let config = ConfigMap { metadata, data: Some(data(node, &new)), ..ConfigMap::default() };
-                ask(api.create(&parameters, &config)).await.map(drop)
+                ask(api.create(&parameters(), &config)).await.map(drop)
             }
         }
     }
@@ -140,6 +138,8 @@ fn data(node: &str, pods: &BTreeSet<PodUid>) -> BTreeMap<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use kube::api::ObjectMeta;
+
     use super::super::fake::Fake;
     use super::*;
 

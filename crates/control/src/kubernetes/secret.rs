@@ -6,15 +6,15 @@
 use std::collections::BTreeMap;
 
 use identity::{TrustDomain, UnixTime};
-use kube::api::{GetParams, ObjectMeta, PostParams};
+use kube::api::GetParams;
 use kube::{Client, Resource, core};
 use manifests::k8s_openapi::ByteString;
 use manifests::k8s_openapi::api::core::v1::Secret;
 use zeroize::Zeroizing;
 
-use super::{FIELD_MANAGER, Failure, ask_in_silence};
+use super::{Failure, ask_in_silence, metadata, parameters};
+use crate::ROOT_NAMESPACE;
 use crate::ca::authority::{Authority, AuthorityError, INTERMEDIATE, INTERMEDIATE_KEY, Pem, ROOT};
-use crate::{ROOT_NAMESPACE, labels};
 
 /// The Secret's name.
 const NAME: &str = "justmtls-ca";
@@ -83,7 +83,7 @@ pub(crate) async fn create(client: &Client, authority: &Authority) -> Result<(),
     let pem = authority.to_pem()?;
     let bytes = |text: &str| ByteString(text.as_bytes().to_vec());
     let secret = Secret {
-        metadata: ObjectMeta { name: Some(NAME.to_owned()), labels: Some(labels()), ..ObjectMeta::default() },
+        metadata: metadata(NAME),
         type_: Some("Opaque".to_owned()),
         data: Some(BTreeMap::from([
             (ROOT.to_owned(), bytes(&pem.root)),
@@ -93,8 +93,7 @@ pub(crate) async fn create(client: &Client, authority: &Authority) -> Result<(),
         ..Secret::default()
     };
     let body = serde_json::to_vec(&secret).map_err(|error| Failure::Refused(error.to_string()))?;
-    let parameters = PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() };
-    let request = core::Request::new(Secret::url_path(&(), Some(ROOT_NAMESPACE))).create(&parameters, body);
+    let request = core::Request::new(Secret::url_path(&(), Some(ROOT_NAMESPACE))).create(&parameters(), body);
     let _: Secret = ask_in_silence(client, request).await?;
     Ok(())
 }

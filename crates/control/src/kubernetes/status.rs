@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use kube::api::{ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams};
+use kube::api::{DynamicObject, Patch, PatchParams};
 use kube::{Api, Client};
 use manifests::{Kind, ObjectKey};
 use serde_json::{Value, json};
@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 use tracing::warn;
 
-use super::{FIELD_MANAGER, Failure, ask};
+use super::{FIELD_MANAGER, Failure, ask, resource};
 use crate::clock::Clock;
 use crate::problem::{Problem, Severity};
 
@@ -125,9 +125,7 @@ pub(crate) async fn write(
     key: &ObjectKey,
     wanted: Option<&Condition>,
 ) -> Result<(), Failure> {
-    let version = key.kind.api_versions()[0];
-    let (group, version) = version.split_once('/').unwrap_or(("", version));
-    let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, key.kind.as_str()));
+    let resource = resource(key.kind, key.kind.api_versions()[0]);
     let namespace = key.namespace.as_deref().unwrap_or_default();
     let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), namespace, &resource);
     let object = ask(api.get(&key.name)).await?;

@@ -14,7 +14,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kube::api::{ApiResource, DynamicObject, GroupVersionKind};
+use kube::api::DynamicObject;
 use kube::{Api, Client, Resource};
 use manifests::k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, Pod, Service};
 use manifests::k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -28,6 +28,7 @@ use self::follow::Follower;
 use self::read::Reading;
 use super::Batch;
 use crate::ROOT_NAMESPACE;
+use crate::kubernetes::resource;
 use crate::kubernetes::status::Conditions;
 use crate::metrics::Metrics;
 use crate::problem::Problem;
@@ -60,6 +61,12 @@ struct Followed {
     failure: Option<String>,
 }
 
+impl Followed {
+    fn begun() -> Self {
+        Self { listed: false, heard: Instant::now(), failure: None }
+    }
+}
+
 /// All kinds that decisions read, as the API server has them.
 pub(crate) struct Kubernetes {
     said: mpsc::Receiver<Said>,
@@ -79,7 +86,7 @@ impl Kubernetes {
     /// Begins to follow.
     pub(crate) fn follow(client: &Client, metrics: &Arc<Metrics>) -> Self {
         let (sender, said) = mpsc::channel(QUEUE);
-        let followers = Followers { client, sender, metrics };
+        let mut followers = Followers { client, sender, metrics, kinds: BTreeMap::new() };
         followers.all::<Namespace>(Kind::Namespace);
         followers.all::<Node>(Kind::Node);
         followers.all::<Pod>(Kind::Pod);
@@ -92,23 +99,12 @@ impl Kubernetes {
         for kind in [Kind::PeerAuthentication, Kind::AuthorizationPolicy] {
             followers.policies(kind);
         }
-        let kinds = [
-            Kind::Namespace,
-            Kind::Node,
-            Kind::Pod,
-            Kind::Service,
-            Kind::EndpointSlice,
-            Kind::NetworkPolicy,
-            Kind::ConfigMap,
-            Kind::PeerAuthentication,
-            Kind::AuthorizationPolicy,
-        ];
-        let begun = || Followed { listed: false, heard: Instant::now(), failure: None };
+        let kinds = followers.kinds;
         let mut look = interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self {
             said,
-            kinds: kinds.into_iter().map(|kind| (kind, begun())).collect(),
+            kinds,
             taken: BTreeSet::new(),
             unreadable: BTreeSet::new(),
             problems: BTreeMap::new(),
@@ -175,8 +171,7 @@ impl Kubernetes {
     }
 
     fn heard(&mut self, kind: Kind) -> &mut Followed {
-        let begun = || Followed { listed: false, heard: Instant::now(), failure: None };
-        let followed = self.kinds.entry(kind).or_insert_with(begun);
+        let followed = self.kinds.entry(kind).or_insert_with(Followed::begun);
         (followed.heard, followed.failure) = (Instant::now(), None);
         followed
     }
@@ -251,15 +246,16 @@ impl Kubernetes {
     }
 }
 
-/// What followers are started with.
+/// What followers are started with, and the kinds for which there is one.
 struct Followers<'a> {
     client: &'a Client,
     sender: mpsc::Sender<Said>,
     metrics: &'a Arc<Metrics>,
+    kinds: BTreeMap<Kind, Followed>,
 }
 
 impl Followers<'_> {
-    fn all<K>(&self, kind: Kind)
+    fn all<K>(&mut self, kind: Kind)
     where
         K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Into<Object> + Send + Sync + 'static,
     {
@@ -267,12 +263,9 @@ impl Followers<'_> {
     }
 
     /// Istio's kinds, in each version in which a cluster may have them.
-    fn policies(&self, kind: Kind) {
-        let api = |version: &&str| {
-            let (group, version) = version.split_once('/').unwrap_or(("", version));
-            let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind.as_str()));
-            Api::<DynamicObject>::all_with(self.client.clone(), &resource)
-        };
+    fn policies(&mut self, kind: Kind) {
+        let client = self.client;
+        let api = |version: &&str| Api::<DynamicObject>::all_with(client.clone(), &resource(kind, version));
         let read = match kind {
             Kind::PeerAuthentication => |object| read::policy(Kind::PeerAuthentication, object),
             _ => |object| read::policy(Kind::AuthorizationPolicy, object),
@@ -280,10 +273,11 @@ impl Followers<'_> {
         self.start(kind.api_versions().iter().map(api).collect(), kind, read);
     }
 
-    fn start<K>(&self, apis: Vec<Api<K>>, kind: Kind, read: fn(K) -> Reading)
+    fn start<K>(&mut self, apis: Vec<Api<K>>, kind: Kind, read: fn(K) -> Reading)
     where
         K: Resource + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
     {
+        self.kinds.insert(kind, Followed::begun());
         let follower = Follower::new(self.client, apis, kind, read, self.sender.clone(), self.metrics.clone());
         tokio::spawn(follower.run());
     }

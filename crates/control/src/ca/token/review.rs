@@ -14,8 +14,7 @@ use manifests::k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSp
 use mesh::PodUid;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
-use tokio::sync::mpsc;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use super::cache::{Answer, Cache, Hash};
 use super::{Caller, MAX_TOKEN, Role, Unknown};

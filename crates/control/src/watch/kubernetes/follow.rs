@@ -54,7 +54,7 @@ pub(super) struct Follower<K> {
     /// All that there is, as far as it was said.
     known: HashSet<ObjectKey>,
     /// How often in a row there was no such kind.
-    missing: u32,
+    missing: usize,
 }
 
 /// Why a list or a watch ended.
@@ -143,7 +143,7 @@ where
                 return;
             }
             // The next version of a kind is asked for at once.
-            let wait = match self.missing as usize {
+            let wait = match self.missing {
                 0 => pause(failures),
                 missing if missing % self.apis.len() == 0 => LOOK_AGAIN,
                 _ => Duration::ZERO,
@@ -278,14 +278,14 @@ where
             for event in piece {
                 match event {
                     Ok(WatchEvent::Added(object) | WatchEvent::Modified(object)) => {
-                        object.meta().resource_version.clone_into_version(version);
+                        reach(&object, version);
                         let reading = (self.read)(object);
                         self.known.insert(reading.key.clone());
                         gone.retain(|key| *key != reading.key);
                         readings.push(reading);
                     }
                     Ok(WatchEvent::Deleted(object)) => {
-                        object.meta().resource_version.clone_into_version(version);
+                        reach(&object, version);
                         let key = (self.read)(object).key;
                         self.known.remove(&key);
                         readings.retain(|reading| reading.key != key);
@@ -313,7 +313,7 @@ where
     async fn absent(&mut self) -> Result<(), End> {
         self.version = self.version.wrapping_add(1);
         self.missing = self.missing.saturating_add(1);
-        let (missing, versions) = (self.missing as usize, self.apis.len());
+        let (missing, versions) = (self.missing, self.apis.len());
         if missing % versions != 0 {
             return Ok(());
         }
@@ -329,16 +329,10 @@ where
     }
 }
 
-/// Takes over a version where there is one.
-trait IntoVersion {
-    fn clone_into_version(&self, version: &mut String);
-}
-
-impl IntoVersion for Option<String> {
-    fn clone_into_version(&self, version: &mut String) {
-        if let Some(new) = self {
-            version.clone_from(new);
-        }
+/// Takes over the version of an object, where it has one.
+fn reach<K: Resource>(object: &K, version: &mut String) {
+    if let Some(new) = &object.meta().resource_version {
+        version.clone_from(new);
     }
 }
 
