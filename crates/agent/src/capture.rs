@@ -6,6 +6,7 @@
 //! interface. A rule that leads to a listener which nobody holds refuses connections; it never lets them pass in clear.
 
 mod leaving;
+mod stale;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -28,6 +29,7 @@ use crate::listeners::{INSIDE, Listeners};
 use crate::rules::{self, CapturePlan};
 
 pub(crate) use leaving::is_idle;
+use stale::Looks;
 
 /// The most sockets of one request: four requests fill a message of 253 descriptors.
 pub const LARGEST_BATCH: usize = 64;
@@ -147,6 +149,8 @@ pub struct Capture {
     dropped: u64,
     /// Of a pod that leaves: the last look found no connection of the data path.
     idle: bool,
+    /// When to look for flows that nobody has any more.
+    looks: Option<Looks>,
 }
 
 /// Of the pod's namespace.
@@ -291,6 +295,7 @@ impl Capture {
             changes: Some(changes),
             dropped: 0,
             idle: false,
+            looks: None,
         })
     }
 
@@ -318,6 +323,7 @@ impl Capture {
     /// captured; open ones go on as they are. What an agent before this one armed stays armed.
     pub fn begin(&mut self) -> Result<(), CaptureError> {
         self.load(Rules::Whole)?;
+        self.introduce();
         self.set_on_guard()
     }
 
@@ -354,6 +360,7 @@ impl Capture {
             return Ok(false);
         }
         self.set_guard(Guard::of(&self.plan, Strength::Everything)?)?;
+        self.looks = Some(Looks::from_now());
         Ok(true)
     }
 

@@ -42,6 +42,8 @@ pub(crate) enum Found {
     Ended(usize),
     /// The guard on its interface has dropped so many packets since the last time.
     Dropped(u64),
+    /// So many flows that no socket has any more were forgotten.
+    Forgotten(usize),
     /// It could not be looked at, or not be made anew. The next look tries again.
     Failed {
         /// What happened.
@@ -153,6 +155,11 @@ fn look(capture: &mut Capture, depth: Depth) -> Vec<Found> {
         Ok(false) => {}
         Ok(true) => found.push(Found::Strengthened),
         Err(error) => found.push(failed("its guard cannot be completed", &error)),
+    }
+    match capture.forget_stale_when_due() {
+        Ok(0) => {}
+        Ok(flows) => found.push(Found::Forgotten(flows)),
+        Err(error) => found.push(failed("its flows cannot be looked at", &error)),
     }
     match capture.dropped() {
         Ok(0) => {}

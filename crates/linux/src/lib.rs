@@ -14,6 +14,7 @@ pub mod changes;
 pub mod channel;
 pub mod clock;
 pub mod diag;
+pub mod flows;
 pub mod links;
 pub mod netlink;
 pub mod netns;

@@ -53,20 +53,20 @@ fn nobody_notices_installation_restarts_kills_and_rollouts() {
     let again = cluster.install(&[&format!("drain={}", DRAIN.as_secs())]);
     assert!(again.contains("nothing changed"), "{again}");
 
-    println!("rolling restart of everything");
-    let report = meanwhile(load(&cluster), |load| {
-        for what in ["daemonset/justmtls-node", "deployment/justmtls-control"] {
-            cluster.kubectl(&["-n", "justmtls-system", "rollout", "restart", what]).run().ok();
-        }
-        for what in ["daemonset/justmtls-node", "deployment/justmtls-control"] {
-            cluster.rolled_out("justmtls-system", what);
-        }
-        load.wait_for_lost(LONG);
-    });
-    report.assert_no_short_failed();
-    // The old proxies had what was open for as long as they may, which began after it was said to.
-    let ended = report.first_failure_after_event("long").expect("long connections end with the drain");
-    assert!(ended >= DRAIN, "a long connection ended {ended:?} after the restart was asked for: {report}");
+    println!("rolling upgrade of everything, and back");
+    let [this, next] = [cluster.image.clone(), cluster.same_image_as("justmtls.test/next:1")];
+    for image in [&next, &this] {
+        let report = meanwhile(load(&cluster), |load| {
+            let set = format!("image={image}");
+            cluster.justmtls(&["upgrade", "--set", &set]).within(PATIENCE * 2).run().ok();
+            load.wait_for_lost(LONG);
+        });
+        assert_eq!(cluster.images_of_ours(), [image.clone()].into());
+        report.assert_no_short_failed();
+        // The old proxies had what was open for as long as they may, which began after it was said to.
+        let ended = report.first_failure_after_event("long").expect("long connections end with the drain");
+        assert!(ended >= DRAIN, "a long connection ended {ended:?} after the upgrade was asked for: {report}");
+    }
 
     println!("a proxy is killed");
     for node in [&first, &worker] {

@@ -100,6 +100,10 @@ impl Node {
                     let detail = format!("{connections} connections from before its late capture were ended");
                     self.shown.journal.change("ended-from-before", pod.as_str(), &detail);
                 }
+                Found::Forgotten(flows) => {
+                    let detail = format!("{flows} flows of before its capture that no socket has any more");
+                    self.shown.journal.change("forgotten", pod.as_str(), &detail);
+                }
                 Found::Dropped(packets) => {
                     self.shown.metrics.guard_drops.inc_by(packets);
                 }

@@ -10,7 +10,7 @@ use agent::rules;
 use linux::capture::{Direction, Interest, SNAP_LENGTH, Wiretap};
 use linux::netlink::{Protocol, Socket as Netlink};
 use linux::netns::NetNs;
-use linux::{links, nft, tc};
+use linux::{flows, links, nft, tc};
 
 use crate::lab::{A, App, B, Client, FAMILIES, Lab, eventually, plan, prepared, with_privilege};
 use crate::proxy::Proxy;
@@ -66,6 +66,64 @@ pub(crate) fn ports(from: u16, to: u16) -> [u8; 4] {
     let [a, b] = from.to_be_bytes();
     let [c, d] = to.to_be_bytes();
     [a, b, c, d]
+}
+
+#[test]
+fn a_connection_from_before_capture_may_say_its_end_first() {
+    with_privilege(a_connection_from_before_capture_may_say_its_end_first, || {
+        let lab = Lab::new();
+        let _apps = FAMILIES.map(|family| App::anywhere(&lab.b, family, 8080));
+        let before = FAMILIES.map(|family| {
+            let mut client = Client::connect(&lab.a, B[family], 8080).unwrap();
+            client.seen().unwrap();
+            client
+        });
+        let _a = Proxy::start(prepared(&lab.a, plan(A))).begin();
+        let _b = Proxy::start(prepared(&lab.b, plan(B))).begin();
+        for mut client in before {
+            client.stream.get_ref().shutdown(Shutdown::Write).unwrap();
+            assert_eq!(client.line().unwrap(), "bye");
+            assert_eq!(client.end(), ErrorKind::UnexpectedEof);
+        }
+    });
+}
+
+#[test]
+fn a_port_whose_flow_nobody_has_any_more_is_captured_again() {
+    with_privilege(a_port_whose_flow_nobody_has_any_more_is_captured_again, || {
+        let lab = Lab::new();
+        let _apps = FAMILIES.map(|family| App::anywhere(&lab.b, family, 8080));
+        let a = Proxy::start(prepared(&lab.a, plan(A))).begin();
+        for family in FAMILIES {
+            let (own, to) = (SocketAddr::new(A[family], 40_000), SocketAddr::new(B[family], 8080));
+            let mut live = Client::connect(&lab.a, B[family], 8080).unwrap();
+            live.seen().unwrap();
+            // As a last acknowledgement leaves it.
+            flows::add(&mut netlink(&lab.a, Protocol::Netfilter), own, to).unwrap();
+            let dropped = || {
+                let all = nft::counters(&mut netlink(&lab.a, Protocol::Netfilter), rules::TABLE).unwrap();
+                all.iter().filter(|it| it.why.starts_with("T46: no new")).map(|it| it.packets).sum::<u64>()
+            };
+            let before = dropped();
+            Client::connect_with(&lab.a, B[family], 8080, |socket| {
+                socket.bind(&own.into())?;
+                socket.set_nonblocking(true)?;
+                let _ = socket.connect(&to.into());
+                Err(ErrorKind::Other.into())
+            })
+            .unwrap_err();
+            assert_eq!(dropped(), before + 1, "the flow keeps it from being captured");
+            assert_eq!(a.capture.lock().unwrap().forget_stale().unwrap(), 1);
+            let count = a.seen().len();
+            let mut client = Client::connect_with(&lab.a, B[family], 8080, |socket| socket.bind(&own.into())).unwrap();
+            client.seen().unwrap();
+            assert_eq!(a.seen().len(), count + 1);
+            // The flows of those that live stay.
+            assert_eq!(a.capture.lock().unwrap().forget_stale().unwrap(), 0);
+            live.echo().unwrap();
+            client.echo().unwrap();
+        }
+    });
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The product on a cluster: installed, looked at, and its processes.
 
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 
 use super::{Kubernetes, SOON};
@@ -17,6 +19,25 @@ impl Kubernetes {
         let all = std::iter::once(image.as_str()).chain(settings.iter().copied());
         let all = all.flat_map(|setting| ["--set", setting]);
         self.justmtls(&["install"]).args(all).within(SOON * 2).run().ok()
+    }
+
+    /// Gives the product's image another name on all nodes, which is returned.
+    #[track_caller]
+    pub fn same_image_as(&self, name: &str) -> String {
+        for node in self.nodes() {
+            self.on_node(&node, &["ctr", "--namespace", "k8s.io", "images", "tag", &self.image, name]).run().ok();
+        }
+        name.to_owned()
+    }
+
+    /// The images that the product's pods run on.
+    #[track_caller]
+    pub fn images_of_ours(&self) -> BTreeSet<String> {
+        let pods = self.get(&["-n", OURS, "pods"]);
+        let pods = pods["items"].as_array().into_iter().flatten();
+        pods.flat_map(|pod| pod["spec"]["containers"].as_array().into_iter().flatten())
+            .map(|container| text(container, "image").to_owned())
+            .collect()
     }
 
     /// What a verb says with `--json`.

@@ -1,0 +1,74 @@
+//! Connections from before a pod's capture, as connection tracking knows them (T11).
+//!
+//! It begins to look when the rules are loaded, in the middle of what is open. An end that is the first thing it sees of a
+//! connection fits no flow, and would be dropped (T22): so it is told of what is open. And a last acknowledgement looks to it like
+//! a connection that goes on for days: whoever has that port next would not be captured, and what is not captured does not leave
+//! (T46). Such a flow has no socket, and is forgotten.
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use linux::diag;
+use linux::flows;
+
+use super::{Capture, CaptureError};
+
+/// When to look again. A socket that has ended may send its last acknowledgement once more for a minute; ports come back in
+/// seconds.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Looks {
+    next: Instant,
+    pause: Duration,
+}
+
+impl Looks {
+    const FIRST: Duration = Duration::from_secs(1);
+    const LONGEST: Duration = Duration::from_secs(64);
+
+    /// From now on.
+    pub(super) fn from_now() -> Looks {
+        Looks { next: Instant::now() + Looks::FIRST, pause: Looks::FIRST }
+    }
+
+    /// After this one; each pause is twice as long as the one before.
+    fn after(self) -> Option<Looks> {
+        let pause = self.pause * 2;
+        (pause <= Looks::LONGEST).then(|| Looks { next: Instant::now() + pause, pause })
+    }
+}
+
+impl Capture {
+    /// Tells connection tracking of the connections that are open while it begins to look.
+    pub(super) fn introduce(&mut self) {
+        self.looks = Some(Looks::from_now());
+        // What could not be told is picked up by its next packet.
+        for open in self.from_before().unwrap_or_default() {
+            let _ = flows::add(&mut self.netfilter, open.local, open.remote);
+        }
+    }
+
+    /// Forgets the flows of the pod that no socket has any more, where it is time to look for some. Returns how many.
+    pub(crate) fn forget_stale_when_due(&mut self) -> Result<usize, CaptureError> {
+        let Some(looks) = self.looks.filter(|looks| looks.next <= Instant::now()) else { return Ok(0) };
+        self.looks = looks.after();
+        self.forget_stale()
+    }
+
+    /// Forgets the flows of the pod that no socket has any more. Returns how many.
+    pub fn forget_stale(&mut self) -> Result<usize, CaptureError> {
+        let own = |address: &SocketAddr| self.plan.addresses.contains(&address.ip());
+        let mut open = flows::untranslated(&mut self.netfilter)?;
+        open.retain(|flow| flow.open && (own(&flow.source) || own(&flow.destination)));
+        // Afterwards: what was opened meanwhile is not taken for one that is gone.
+        let live: HashSet<(SocketAddr, SocketAddr)> =
+            diag::connections(&mut self.diagnosis()?)?.iter().map(|it| (it.local, it.remote)).collect();
+        let mut forgotten = 0;
+        for flow in open {
+            if !live.contains(&(flow.source, flow.destination)) && !live.contains(&(flow.destination, flow.source)) {
+                forgotten += usize::from(flows::forget(&mut self.netfilter, &flow)?);
+            }
+        }
+        Ok(forgotten)
+    }
+}
