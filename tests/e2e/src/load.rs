@@ -325,13 +325,6 @@ impl Report {
         assert!(lost == 0 && opened == closed, "{self}");
     }
 
-    /// Nothing failed but at most so many connections that had no answer in time.
-    #[track_caller]
-    pub fn assert_only_hung(&self, most: usize) {
-        let failures = self.failures();
-        assert!(failures.iter().all(|(_, kind)| kind == "timeout") && failures.len() <= most, "{self}");
-    }
-
     /// No short connection failed.
     #[track_caller]
     pub fn assert_no_short_failed(&self) {

@@ -127,6 +127,43 @@ fn a_port_whose_flow_nobody_has_any_more_is_captured_again() {
 }
 
 #[test]
+fn a_port_that_was_used_before_another_capture_is_answered() {
+    with_privilege(a_port_that_was_used_before_another_capture_is_answered, || {
+        let lab = Lab::new();
+        let _apps = FAMILIES.map(|family| App::anywhere(&lab.b, family, 8080));
+        let connect = |family: usize| {
+            let own = SocketAddr::new(A[family], 40_000);
+            let mut client = Client::connect_with(&lab.a, B[family], 8080, |socket| socket.bind(&own.into())).unwrap();
+            client.seen().unwrap();
+            // The other end closes first, and remembers the connection for a minute.
+            client.say("quit\n").unwrap();
+            assert_eq!(client.line().unwrap(), "bye");
+            assert_eq!(client.end(), ErrorKind::UnexpectedEof);
+        };
+        for _ in 0..2 {
+            let mut capture = None;
+            eventually("the listeners of before are closed", || {
+                capture = Capture::prepare(lab.b.try_clone().unwrap(), plan(B), None).ok();
+                capture.is_some()
+            });
+            let b = Proxy::start(capture.unwrap()).begin();
+            for family in FAMILIES {
+                connect(family);
+            }
+            assert_eq!(b.seen().len(), 2);
+            eventually("the proxy's connections end", || b.live() == 0);
+            b.capture.lock().unwrap().remove().unwrap();
+            let listeners = b.capture.lock().unwrap().listeners();
+            for listener in
+                [&listeners.out_v4, &listeners.in_v4].into_iter().chain(&listeners.out_v6).chain(&listeners.in_v6)
+            {
+                socket2::SockRef::from(listener).shutdown(Shutdown::Both).unwrap();
+            }
+        }
+    });
+}
+
+#[test]
 fn a_flush_lets_nothing_out_and_captured_connections_go_on_after_it() {
     with_privilege(a_flush_lets_nothing_out_and_captured_connections_go_on_after_it, || {
         let lab = Lab::new();
