@@ -5,9 +5,10 @@
 //! settings that could not be read.
 //!
 //! `facts` keep the fields of an object that count; `cluster` holds them and knows who depends on whom; `settings`, `modes`,
-//! `enrolment`, `endpoints` and `policy` are the rules, each a function of the cluster; here they are put together, and run
+//! `enrolment`, `endpoints`, `api_server` and `policy` are the rules, each a function of the cluster; here they are put together, and run
 //! again for what a change can have touched.
 
+mod api_server;
 mod cluster;
 mod dirty;
 mod endpoints;
@@ -297,6 +298,9 @@ impl Index {
                 let facts = policy::AuthorizationPolicy::read(policy, &mut problems);
                 self.set_authorization_policy(&name, Some(facts), dirty);
             }
+            Object::ValidatingWebhookConfiguration(_)
+            | Object::MutatingWebhookConfiguration(_)
+            | Object::APIService(_) => self.set_callees(&key, api_server::read(object), dirty),
             // A pod's identity is named by the pod, and controllers have made pods of the rest.
             Object::ConfigMap(_) | Object::ServiceAccount(_) | Object::Deployment(_) => {}
         }
@@ -323,6 +327,9 @@ impl Index {
             Kind::PeerAuthentication => self.set_peer_authentication(&name, None, dirty),
             Kind::AuthorizationPolicy => self.set_authorization_policy(&name, None, dirty),
             Kind::NetworkPolicy => self.set_network_policy(&name, None, dirty),
+            Kind::ValidatingWebhookConfiguration | Kind::MutatingWebhookConfiguration | Kind::APIService => {
+                self.set_callees(key, BTreeSet::new(), dirty);
+            }
             Kind::ConfigMap | Kind::ServiceAccount | Kind::Deployment => {}
         }
         self.note(Origin::Object(key.clone()), problems);
@@ -355,6 +362,7 @@ impl Index {
         }
         dirty.services.insert(name.clone());
         dirty.endpoints.insert(name.clone());
+        dirty.called(&self.cluster, name);
         for address in [old.as_ref(), new].into_iter().flatten().flat_map(facts::Service::claimed) {
             dirty.services.extend(self.cluster.claimants_of(address).cloned());
         }
@@ -364,9 +372,22 @@ impl Index {
         let service = slice.as_ref().map(|slice| slice.service.clone());
         let addresses = slice.as_ref().map(facts::Slice::addresses).unwrap_or_default();
         let old = self.cluster.set_slice(name, slice);
-        dirty.endpoints.extend(service.into_iter().chain(old.as_ref().map(|old| old.service.clone())));
+        let services: BTreeSet<_> = service.into_iter().chain(old.as_ref().map(|old| old.service.clone())).collect();
+        dirty.settings |= services.contains(&api_server::own_service());
+        let addresses: BTreeSet<_> =
+            addresses.into_iter().chain(old.iter().flat_map(facts::Slice::addresses)).collect();
+        if services.iter().any(|service| self.cluster.callees.has(service)) {
+            addresses.iter().for_each(|address| dirty.owners_of(&self.cluster, *address));
+        }
+        dirty.endpoints.extend(services);
         // Whether an address may stand for itself depends on all slices that name it.
-        dirty.addresses.extend(addresses.into_iter().chain(old.iter().flat_map(facts::Slice::addresses)));
+        dirty.addresses.extend(addresses);
+    }
+
+    fn set_callees(&mut self, key: &ObjectKey, callees: BTreeSet<api_server::Callee>, dirty: &mut Dirty) {
+        for service in self.cluster.callees.set(key, callees) {
+            dirty.of_endpoints(&self.cluster, &service);
+        }
     }
 
     fn set_settings(&mut self, config: Option<&ConfigMap>, problems: &mut Vec<Problem>, dirty: &mut Dirty) {

@@ -88,8 +88,9 @@ impl Counts {
     }
 }
 
-/// Plaintext that strict mode takes all the same: a pod to itself, and its own node's declared probes.
-const TAKEN_BY_STRICT: &[&str] = &["self", "probe"];
+/// Plaintext that strict mode takes all the same: a pod to itself, its own node's declared probes, and what the API server is
+/// declared to call.
+const TAKEN_BY_STRICT: &[&str] = &["self", "probe", "api-server"];
 
 /// Says what was seen.
 pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
@@ -357,6 +358,7 @@ mod tests {
         let coverage = json!([
             edge("inbound", "legacy/old", "shop/web", "plaintext", "opted-out", 1),
             edge("inbound", "10.9.9.9", "shop/web", "plaintext", "probe", 1),
+            edge("inbound", "10.9.9.9", "shop/web", "plaintext", "api-server", 1),
             edge("outbound", "shop/client", "192.0.2.1", "plaintext", "outside", 1),
             edge("inbound", "shop/client", "shop/web", "mtls", "", 1),
         ]);

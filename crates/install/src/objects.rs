@@ -158,6 +158,7 @@ fn settings(source: Source<'_>) -> Object {
             Key::MixedRanges.as_str(): source.plain(Key::MixedRanges),
             Key::ServiceRanges.as_str(): source.plain(Key::ServiceRanges),
             Key::ExcludedPorts.as_str(): source.plain(Key::ExcludedPorts),
+            Key::ApiServerAddresses.as_str(): source.plain(Key::ApiServerAddresses),
             Key::ViewLifetime.as_str(): source.plain(Key::ViewLifetime),
             Key::WholeMeshUpTo.as_str(): source.after("", Key::WholeMeshUpTo),
             Key::Drain.as_str(): source.after("", Key::Drain),

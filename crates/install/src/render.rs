@@ -125,6 +125,7 @@ mod tests {
             "mixedCIDRs=172.16.0.0/12",
             "serviceCIDRs=10.96.0.0/12,fd00::/108",
             "excludedPorts=22",
+            "apiServerAddresses=10.0.0.1,fd00::/64",
             "viewLifetime=1m",
             "wholeMeshUpTo=5000000",
             "leafValidity=1h",

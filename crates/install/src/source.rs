@@ -113,6 +113,7 @@ pub(crate) const USED: &[Expression] = {
         Plain(Key::MixedRanges),
         Plain(Key::ServiceRanges),
         Plain(Key::ExcludedPorts),
+        Plain(Key::ApiServerAddresses),
         Plain(Key::ViewLifetime),
         After("", Key::WholeMeshUpTo),
         After("", Key::Drain),

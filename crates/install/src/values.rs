@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use serde_json::{Map, Value, json};
@@ -20,6 +21,8 @@ enum Form {
     TrustDomain,
     /// Ranges of addresses, with commas between them.
     Ranges,
+    /// Addresses and ranges, with commas between them.
+    Addresses,
     /// Ports, with commas between them.
     Ports,
     /// A whole number, from and to.
@@ -81,6 +84,8 @@ keys! {
         "Ranges of Services.";
     ExcludedPorts = "excludedPorts", Form::Ports, "",
         "Ports that are captured in no pod.";
+    ApiServerAddresses = "apiServerAddresses", Form::Addresses, "",
+        "Addresses and ranges from which API servers call webhooks and aggregated APIs, in addition to those that are learned.";
     ViewLifetime = "viewLifetime", Form::Time(1, 300), "30s",
         "How old a node's view may be before it counts as stale.";
     WholeMeshUpTo = "wholeMeshUpTo", Form::Number(0, 10_000_000), "5000",
@@ -291,6 +296,10 @@ fn check(form: Form, text: &str) -> Result<(), String> {
             list().all(|entry| entry.parse::<IpNet>().is_ok()),
             "a list of ranges with commas between them, such as 10.0.0.0/8,fd00::/48".to_owned(),
         ),
+        Form::Addresses => (
+            list().all(|entry| entry.parse::<IpNet>().is_ok() || entry.parse::<IpAddr>().is_ok()),
+            "a list of addresses and ranges with commas between them, such as 10.0.0.1,fd00::/64".to_owned(),
+        ),
         Form::Ports => (
             list().all(|entry| entry.parse::<u16>().is_ok_and(|port| port != 0)),
             "a list of ports from 1 to 65535 with commas between them".to_owned(),
@@ -408,6 +417,8 @@ mod tests {
             "trustDomain=Example.org",
             "insideCIDRs=10.0.0.0",
             "excludedPorts=0",
+            "apiServerAddresses=10.0.0",
+            "apiServerAddresses=kubernetes.default",
             "viewLifetime=5",
             "viewLifetime=301s",
             "leafValidity=59s",

@@ -2,11 +2,13 @@
 
 use std::fmt;
 
+use k8s_openapi::api::admissionregistration::v1::{MutatingWebhookConfiguration, ValidatingWebhookConfiguration};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, Pod, Service, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::kube_aggregator::pkg::apis::apiregistration::v1::APIService;
 
 use crate::istio::{AuthorizationPolicy, PeerAuthentication};
 
@@ -95,6 +97,9 @@ kinds! {
     Service { namespaced, "A name and addresses for a set of pods.", "v1" }
     EndpointSlice { namespaced, "The addresses behind a Service.", "discovery.k8s.io/v1" }
     NetworkPolicy { namespaced, "What a network lets through to and from pods; others enforce it.", "networking.k8s.io/v1" }
+    ValidatingWebhookConfiguration { cluster, "Whom the API server asks whether an object may be.", "admissionregistration.k8s.io/v1" }
+    MutatingWebhookConfiguration { cluster, "Whom the API server lets change an object.", "admissionregistration.k8s.io/v1" }
+    APIService { cluster, "Who serves a part of the API in the API server's place.", "apiregistration.k8s.io/v1" }
     PeerAuthentication { namespaced, "Istio's: which mode a workload's ports are in.", "security.istio.io/v1", "security.istio.io/v1beta1" }
     AuthorizationPolicy { namespaced, "Istio's: who may connect.", "security.istio.io/v1", "security.istio.io/v1beta1" }
 }

@@ -1,21 +1,22 @@
-//! What the kubelet asks of a pod, and whether a connection in clear is that and nothing else (T32).
+//! What the kubelet and the API server ask of a pod, and whether a connection in clear is that and nothing else (T32, T33).
 //!
-//! A pod's author declares its probes; the node that it runs on makes them, in clear. Where plaintext is refused, what was
-//! declared passes, from the pod's own node alone, and no more than was declared: [`AllowedProbe`] says what that is, and for
-//! a request it holds the very bytes.
+//! A pod's author declares its probes; the node that it runs on makes them, in clear. Whoever registers a webhook or an
+//! aggregated API declares what the API server calls, in TLS of its own, which is plaintext to us. Where that is refused, what
+//! was declared passes, from the pod's own node or from an API server's address, and no more than was declared:
+//! [`AllowedProbe`] says what that is, and for a request it holds the very bytes.
 
 use std::net::{IpAddr, SocketAddr};
 
-use crate::{Mode, PodUid, RefuseReason, Uncaptured, View};
+use crate::{Mode, PlaintextReason, PodUid, RefuseReason, Speaks, Uncaptured, View};
 
 /// The most probes of one pod.
 pub const MOST_PROBES: usize = 64;
-/// The most bytes of text in the probes of one pod: targets, hosts and headers.
+/// The most bytes of text in the probes of one pod: targets, hosts, headers and names of servers.
 pub const MOST_PROBE_TEXT: usize = 16 * 1024;
 /// The longest User-Agent that is passed on.
 const LONGEST_AGENT: usize = 128;
 
-/// A probe, or a hook that the kubelet calls, of one port of a pod.
+/// A probe, a hook that the kubelet calls, or what the API server calls, of one port of a pod.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Probe {
     /// The port that is asked.
@@ -24,9 +25,11 @@ pub struct Probe {
     pub check: Check,
 }
 
-/// What a probe does.
+/// What a probe does. Of what a connection may be, the first counts.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Check {
+    /// The API server calls, in TLS to this name, or with no name in its hello.
+    ApiServer(Option<String>),
     /// One GET.
     Http(HttpProbe),
     /// The same within TLS, which nobody but the pod can look into.
@@ -35,6 +38,13 @@ pub enum Check {
     Tcp,
     /// gRPC's health service, in HTTP/2.
     Grpc,
+}
+
+impl Check {
+    /// Whether it is the API server who makes it, and not the kubelet.
+    pub fn is_of_api_server(&self) -> bool {
+        matches!(self, Self::ApiServer(_))
+    }
 }
 
 /// The request of an HTTP probe.
@@ -165,6 +175,7 @@ impl Probes {
         all.dedup();
         let text = |probe: &Probe| match &probe.check {
             Check::Http(http) => http.length(),
+            Check::ApiServer(name) => name.as_ref().map_or(0, String::len),
             Check::Https | Check::Tcp | Check::Grpc => 0,
         };
         let fits = all.len() <= MOST_PROBES && all.iter().map(text).sum::<usize>() <= MOST_PROBE_TEXT;
@@ -177,7 +188,7 @@ impl Probes {
     }
 
     /// What one port is asked.
-    pub fn at(&self, port: u16) -> impl Iterator<Item = &Check> {
+    pub fn at(&self, port: u16) -> impl Iterator<Item = &Check> + Clone {
         self.0.iter().filter(move |probe| probe.port == port).map(|probe| &probe.check)
     }
 }
@@ -200,8 +211,11 @@ pub enum Said<'a> {
     Nothing,
     /// One whole GET without a body, and nothing behind it.
     Get(Request<'a>),
-    /// TLS of its own.
-    Tls,
+    /// A whole hello of TLS of its own.
+    Tls {
+        /// The name of the server that it wants, where the hello has one.
+        server_name: Option<String>,
+    },
     /// HTTP/2 without TLS.
     Http2,
     /// Something else.
@@ -225,6 +239,17 @@ impl OwnNode<'_> {
         (self.addresses.contains(&address) || self.gateways.contains(&address))
             && view.claimants_of(address).all(|workload| shared.contains(&workload.uncaptured))
     }
+
+    /// Whether an API server calls from an address: one that the settings name; and, where one of the node's own is named, any
+    /// by which the node shows itself. That of a pod which is in the mesh, or is to be, never is: it would have proven itself.
+    pub fn has_api_server(&self, view: &View, address: IpAddr) -> bool {
+        let Some(settings) = view.settings() else { return false };
+        let in_mesh =
+            |speaks, uncaptured| speaks == Speaks::JustMtls || matches!(uncaptured, None | Some(Uncaptured::Pending));
+        let named = settings.is_api_server(address)
+            && !view.claimants_of(address).any(|workload| in_mesh(workload.speaks, workload.uncaptured));
+        named || self.has(view, address) && self.addresses.iter().any(|own| settings.is_api_server(*own))
+    }
 }
 
 /// A connection that may be a probe.
@@ -242,6 +267,16 @@ pub struct MaybeProbe<'a> {
     pub probes: &'a Probes,
 }
 
+impl<'a> MaybeProbe<'a> {
+    /// What the port is asked by whoever this client may be.
+    fn checks(self, view: &View) -> impl Iterator<Item = &'a Check> + Clone + use<'a> {
+        let kubelet = self.node.has(view, self.source);
+        let api_server = self.node.has_api_server(view, self.source);
+        let of_client = move |check: &&Check| if check.is_of_api_server() { api_server } else { kubelet };
+        self.probes.at(self.destination.port()).filter(of_client)
+    }
+}
+
 /// What may pass of a connection that is a probe. There is no way from it to an [`crate::Allowed`].
 #[derive(PartialEq, Eq, Debug)]
 pub enum Passes {
@@ -251,6 +286,8 @@ pub enum Passes {
     Request(Vec<u8>),
     /// Bytes that nobody here understands; few, and not for long.
     Opaque,
+    /// TLS between the API server and the pod, for as long as they like.
+    Stream,
 }
 
 /// The proof that a connection may reach a pod as one of its probes, and as nothing else. Only [`authorize_probe()`] makes
@@ -259,6 +296,7 @@ pub enum Passes {
 pub struct AllowedProbe {
     destination: SocketAddr,
     source: IpAddr,
+    because: PlaintextReason,
     passes: Passes,
     exposes: String,
 }
@@ -274,6 +312,11 @@ impl AllowedProbe {
         self.source
     }
 
+    /// Why it is in clear: [`PlaintextReason::Probe`] or [`PlaintextReason::ApiServer`].
+    pub fn because(&self) -> PlaintextReason {
+        self.because
+    }
+
     /// What is let through, for people.
     pub fn exposes(&self) -> &str {
         &self.exposes
@@ -287,42 +330,58 @@ impl AllowedProbe {
 
 /// Whether a connection may be a probe, before anything is known of what it says.
 pub fn may_be_probe(view: &View, connection: MaybeProbe<'_>) -> bool {
-    let MaybeProbe { pod, destination, source, node, probes } = connection;
+    let MaybeProbe { pod, destination, .. } = connection;
     let here = view.workload_of(pod).is_some_and(|workload| workload.addresses.contains(&destination.ip()));
-    here && node.has(view, source) && probes.at(destination.port()).next().is_some()
+    here && connection.checks(view).next().is_some()
 }
 
 /// Decides about a connection in clear that would be refused, and may be a probe. What an AuthorizationPolicy says of clients
-/// is not asked: probes are exempt from it, as they are in Istio.
+/// is not asked: probes are exempt from it, as they are in Istio, and so is the API server, which every admission waits for.
 pub fn authorize_probe(view: &View, connection: MaybeProbe<'_>, said: &Said<'_>) -> Result<AllowedProbe, RefuseReason> {
     if !may_be_probe(view, connection) {
         return Err(RefuseReason::Strict);
     }
-    let MaybeProbe { destination, source, probes, .. } = connection;
+    let MaybeProbe { destination, source, .. } = connection;
     let pass = |check: &Check| match (check, said) {
-        (Check::Tcp, Said::Nothing) => Some((Passes::Nothing, "a connection without a byte".to_owned())),
-        (Check::Https, Said::Tls) => Some((Passes::Opaque, "TLS that is not looked into".to_owned())),
-        (Check::Grpc, Said::Http2) => Some((Passes::Opaque, "HTTP/2 that is not looked into".to_owned())),
+        (Check::ApiServer(declared), Said::Tls { server_name }) => {
+            let exposes = match (declared, server_name) {
+                (Some(declared), Some(name)) if declared.eq_ignore_ascii_case(name) => format!("TLS to {declared}"),
+                (None, None) => "TLS to no name".to_owned(),
+                (Some(_) | None, Some(_) | None) => return None,
+            };
+            Some((PlaintextReason::ApiServer, Passes::Stream, exposes))
+        }
+        (Check::Tcp, Said::Nothing) => probe(Passes::Nothing, "a connection without a byte"),
+        (Check::Https, Said::Tls { .. }) => probe(Passes::Opaque, "TLS that is not looked into"),
+        (Check::Grpc, Said::Http2) => probe(Passes::Opaque, "HTTP/2 that is not looked into"),
         (Check::Http(http), Said::Get(request)) => {
             let request = http.request(destination, request)?;
-            Some((Passes::Request(request), format!("GET {}", http.target)))
+            probe(Passes::Request(request), &format!("GET {}", http.target))
         }
         _ => None,
     };
-    let (passes, exposes) = probes.at(destination.port()).find_map(pass).ok_or(RefuseReason::NotTheProbe)?;
-    Ok(AllowedProbe { destination, source, passes, exposes })
+    let mut checks = connection.checks(view);
+    let refused = match checks.clone().all(Check::is_of_api_server) {
+        true => RefuseReason::NotTheApiServer,
+        false => RefuseReason::NotTheProbe,
+    };
+    let (because, passes, exposes) = checks.find_map(pass).ok_or(refused)?;
+    Ok(AllowedProbe { destination, source, because, passes, exposes })
 }
 
-/// Why an open probe would be refused now: it was begun by somebody who is not known as the pod's node any more.
-pub fn probe_refused_now(
-    view: &View,
-    pod: &PodUid,
-    port: u16,
-    source: IpAddr,
-    node: OwnNode<'_>,
-) -> Option<RefuseReason> {
-    let mode = view.workload_of(pod)?.modes.at(port);
-    (mode == Mode::Strict && !node.has(view, source)).then_some(RefuseReason::Strict)
+fn probe(passes: Passes, exposes: &str) -> Option<(PlaintextReason, Passes, String)> {
+    Some((PlaintextReason::Probe, passes, exposes.to_owned()))
+}
+
+/// Why an open probe, or call of the API server, would be refused now: it was begun by somebody who is not known as the pod's
+/// node, or as an API server, any more; or nothing is declared any more that the API server calls at that port.
+pub fn probe_refused_now(view: &View, because: PlaintextReason, connection: MaybeProbe<'_>) -> Option<RefuseReason> {
+    let mode = view.workload_of(connection.pod)?.modes.at(connection.destination.port());
+    let may = match because {
+        PlaintextReason::ApiServer => connection.checks(view).any(Check::is_of_api_server),
+        _ => connection.node.has(view, connection.source),
+    };
+    (mode == Mode::Strict && !may).then_some(RefuseReason::Strict)
 }
 
 /// Path and query as the kubelet writes them: what a request line cannot hold is escaped, and a fragment left out.

@@ -60,6 +60,9 @@ reasons! {
         Bypass = "bypass",
         /// Plaintext is refused there, and this is a declared probe of the pod, from its own node.
         Probe = "probe",
+        /// Plaintext to us is refused there, and this is the API server's own TLS to what it is declared to call: an admission
+        /// webhook, or an aggregated API.
+        ApiServer = "api-server",
     }
 }
 
@@ -89,6 +92,8 @@ reasons! {
         HelloTimeout = "hello-timeout",
         /// Plaintext is refused there, and what came from the pod's own node to a port with a probe is not that probe, or more.
         NotTheProbe = "not-the-probe",
+        /// Plaintext is refused there, and what came from an API server's address to a port that it calls is not such a call.
+        NotTheApiServer = "not-the-api-server",
         /// A TLS hello came after the server's bytes had been let out in clear.
         LateHello = "late-hello",
         /// The certificate names one identity and the view another for the address it comes from.

@@ -30,17 +30,30 @@ pub struct MeshSettings {
     pub mixed: Vec<IpNet>,
     /// Addresses of the nodes themselves.
     pub nodes: Vec<IpAddr>,
+    /// From where API servers call: their addresses, and what an administrator adds.
+    pub api_servers: Vec<IpNet>,
     /// How old the last heartbeat of the control plane may be before the view counts as stale. Whole milliseconds.
     pub view_lifetime: Duration,
 }
 
 impl Default for MeshSettings {
     fn default() -> Self {
-        Self { inside: Vec::new(), mixed: Vec::new(), nodes: Vec::new(), view_lifetime: VIEW_LIFETIME }
+        Self {
+            inside: Vec::new(),
+            mixed: Vec::new(),
+            nodes: Vec::new(),
+            api_servers: Vec::new(),
+            view_lifetime: VIEW_LIFETIME,
+        }
     }
 }
 
 impl MeshSettings {
+    /// Whether API servers call from an address.
+    pub fn is_api_server(&self, address: IpAddr) -> bool {
+        self.api_servers.iter().any(|range| range.contains(&address))
+    }
+
     /// The class of an address. A node's own address wins over the range that contains it.
     pub fn classify(&self, address: IpAddr) -> AddressClass {
         if self.nodes.contains(&address) {

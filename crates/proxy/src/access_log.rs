@@ -51,6 +51,7 @@ struct Line {
     received: u64,
     duration: Duration,
     early: Option<EndedEarly>,
+    reason: &'static str,
     exposes: Option<Arc<str>>,
 }
 
@@ -130,7 +131,8 @@ impl AccessLog {
             received,
             duration: connection.age(),
             early: end.err().cloned(),
-            exposes: connection.exposed().cloned(),
+            reason: connection.reason(),
+            exposes: connection.exposed().map(|it| it.what.clone()),
         };
         if queue.try_send(Message::Line(Box::new(line))).is_err() {
             self.dropped.inc();
@@ -210,7 +212,7 @@ impl Line {
             other: self.other.as_deref(),
             peer: security.and_then(Security::peer).map(SpiffeId::as_str),
             security: security.map_or("none", Security::as_str),
-            reason: security.map_or("", Security::reason),
+            reason: self.reason,
             exposes: self.exposes.as_deref(),
             tls: handshake.map(|handshake| handshake.version()),
             group: handshake.map(|handshake| handshake.group()),

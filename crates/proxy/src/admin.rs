@@ -153,8 +153,8 @@ fn dump(connection: &Connection) -> Value {
         "other": decision.as_ref().and_then(|decision| decision.other.as_deref()),
         "service": decision.as_ref().and_then(|decision| decision.service.as_deref()),
         "security": security.map_or("none", Security::as_str),
-        "reason": security.map_or("", Security::reason),
-        "exposes": connection.exposed().map(|it| &**it),
+        "reason": connection.reason(),
+        "exposes": connection.exposed().map(|it| &*it.what),
         "peer": security.and_then(Security::peer).map(|peer| peer.as_str()),
         "tls": handshake.map(|handshake| handshake.version()),
         "group": handshake.map(|handshake| handshake.group()),
@@ -245,6 +245,7 @@ async fn workloads<A: Authority>(State(shown): Shared<A>) -> Json<Value> {
                 "inside": settings.inside,
                 "mixed": settings.mixed,
                 "nodes": settings.nodes,
+                "api_servers": settings.api_servers,
             })),
         })
     }))

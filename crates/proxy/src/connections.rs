@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use identity::{SpiffeId, UnixTime, VerifiedPeer};
-use mesh::{PlaintextReason, PodUid};
+use mesh::{AllowedProbe, PlaintextReason, PodUid};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -109,7 +109,16 @@ pub(crate) struct Connection {
     /// Bytes that metrics have seen already.
     seen: Bytes,
     counted: OnceLock<Counted>,
-    exposed: OnceLock<Arc<str>>,
+    exposed: OnceLock<Exposed>,
+}
+
+/// What strict lets through of plaintext, which the connection is: for people.
+#[derive(Clone, Debug)]
+pub(crate) struct Exposed {
+    /// As which exemption.
+    pub(crate) because: PlaintextReason,
+    /// As `GET /healthz`.
+    pub(crate) what: Arc<str>,
 }
 
 impl Connection {
@@ -124,14 +133,24 @@ impl Connection {
         let _ = self.destination.set(destination);
     }
 
-    /// What an exemption lets through, where the connection is one; for people.
-    pub(crate) fn exposed(&self) -> Option<&Arc<str>> {
+    /// What an exemption lets through, or would where plaintext is refused, if the connection is one; for people.
+    pub(crate) fn exposed(&self) -> Option<&Exposed> {
         self.exposed.get()
     }
 
     /// Says what an exemption lets through, once.
-    pub(crate) fn expose(&self, what: &str) {
-        self.exposed.get_or_init(|| what.into());
+    pub(crate) fn expose(&self, allowed: &AllowedProbe) {
+        self.exposed.get_or_init(|| Exposed { because: allowed.because(), what: allowed.exposes().into() });
+    }
+
+    /// Why it is in clear, for people: by the name of the exemption that it is, or would be where plaintext is refused. Empty
+    /// where it is not in clear, or not decided.
+    pub(crate) fn reason(&self) -> &'static str {
+        let because = self.decision().map(|decision| decision.security.reason()).unwrap_or_default();
+        match self.exposed() {
+            Some(exposed) if !because.is_empty() => exposed.because.as_str(),
+            _ => because,
+        }
     }
 
     /// What was decided, once it was.

@@ -27,7 +27,7 @@ pub(crate) struct Edge {
     pub(crate) security: &'static str,
     /// Why it was in clear, or why it was refused; empty otherwise.
     pub(crate) reason: &'static str,
-    /// What an exemption lets through: the request of a probe.
+    /// What an exemption lets through, or would: the request of a probe, or whom the API server calls.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) exposes: Option<Arc<str>>,
 }
@@ -57,13 +57,10 @@ impl Edge {
         let decision = connection.decision();
         let to = decision.as_ref().map(|decision| decision.to).or(connection.destination());
         let port = to.map_or(0, |to| to.port());
-        let (security, because) = match &decision {
-            Some(decision) => (decision.security.as_str(), decision.security.reason()),
-            None => ("none", ""),
-        };
+        let security = decision.as_ref().map_or("none", |decision| decision.security.as_str());
         let reason = match end {
             Err(early) if decision.is_none() => early.facts().name,
-            _ => because,
+            _ => connection.reason(),
         };
         let pod = connection.pod.name.clone();
         let address = |address: Option<std::net::IpAddr>| {
@@ -80,7 +77,7 @@ impl Edge {
             port,
             security,
             reason,
-            exposes: connection.exposed().cloned(),
+            exposes: connection.exposed().map(|it| it.what.clone()),
         }
     }
 }

@@ -56,7 +56,7 @@ pub(crate) async fn serve(
 enum Arrived {
     /// In clear, and allowed so: both legs.
     InClear(Leg<Guarded, PlainSink>, TcpStream),
-    /// In clear where that is refused, but for this.
+    /// In clear where that is refused, but for this: a probe, or a call of the API server.
     Probe(Probing),
     /// A tunnel, whose client asks for its first connection.
     Tunnel(Box<Tunnel>, Claim),
@@ -99,6 +99,9 @@ async fn arrive(
             let server = legs::to_application(pod, allowed, source).await?;
             let seen = wait_for_either(&client, &mut first, &server, seen).await?;
             if seen != First::Hello {
+                if seen == First::Other {
+                    probe::name(node, pod, connection, &client, &mut first).await?;
+                }
                 return Ok(Arrived::InClear(guarded_leg(client, first, seen), server));
             }
             // Before the application has said a word, the client begins a tunnel: its capture is newer than our view.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use mesh::{Fallback, Incoming, Mode, Outgoing, PlaintextReason, RefuseReason, Route, View};
+use mesh::{Fallback, Incoming, MaybeProbe, Mode, Outgoing, PlaintextReason, RefuseReason, Route, View};
 
 use crate::connections::{Connection, Direction, Security};
 use crate::node::Node;
@@ -25,11 +25,18 @@ fn refused_now(node: &Node, view: &View, connection: &Connection) -> Option<Refu
     let decision = connection.decision()?;
     let because = match connection.direction {
         Direction::Inbound => {
-            if let Security::Plaintext(PlaintextReason::Probe) = decision.security {
+            if let Security::Plaintext(because @ (PlaintextReason::Probe | PlaintextReason::ApiServer)) =
+                decision.security
+            {
                 let declared = connection.pod.declared();
-                let node = probe::own_node(node, &declared);
-                let (pod, port) = (&connection.pod.uid, decision.to.port());
-                return mesh::probe_refused_now(view, pod, port, connection.source.ip(), node);
+                let maybe = MaybeProbe {
+                    pod: &connection.pod.uid,
+                    destination: decision.to,
+                    source: connection.source.ip(),
+                    node: probe::own_node(node, &declared),
+                    probes: &declared.probes,
+                };
+                return mesh::probe_refused_now(view, because, maybe);
             }
             let security = match &decision.security {
                 Security::Mtls(peer) => mesh::Security::Mtls(peer),

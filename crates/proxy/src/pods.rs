@@ -14,6 +14,7 @@ use wire::pods::{Listener, PodAdded, SocketKind, ToAgent};
 
 use crate::certs::Authority;
 use crate::cores::{Accepting, Cores};
+use crate::judge::judge;
 use crate::node::Node;
 use crate::pod::{Declared, Pod};
 use crate::reasons::EndedEarly;
@@ -76,6 +77,8 @@ impl<A: Authority> Pods<A> {
                 served.pod.declare(declared(&added));
                 served.added = PodAdded { listeners: served.added.listeners.clone(), ..added };
             }
+            // What the API server is not declared to call any more ends.
+            judge(&self.node);
             return;
         }
         let old = self.lock().remove(&added.pod);

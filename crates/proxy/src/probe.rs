@@ -1,13 +1,15 @@
-//! The life of a probe: a connection in clear, from the pod's own node, where plaintext is refused (T32).
+//! The life of a probe, or of a call of the API server: a connection in clear, from the pod's own node or from an API server's
+//! address, where plaintext is refused (T32, T33).
 //!
 //! What passes is what [`mesh::authorize_probe`] gives out, and nothing that the client says: a request is written anew from
-//! what the pod declares. What nobody here can look into is let through in few bytes and for a short time.
+//! what the pod declares. What nobody here can look into is let through in few bytes and for a short time, but for the API
+//! server's TLS, whose ends prove themselves to each other.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh::{AllowedProbe, MaybeProbe, OwnNode, Passes, PlaintextReason, RefuseReason, Said};
+use mesh::{AllowedProbe, MaybeProbe, OwnNode, Passes, RefuseReason, Said};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -20,8 +22,10 @@ use crate::pod::{Declared, Pod};
 use crate::reasons::{EndedEarly, Side};
 use crate::splice::{self, Leg, PlainSink, PlainSource, Read, Source, plain_leg};
 
-/// How long the head of a request may take.
+/// How long the head of a request, or a hello of TLS, may take.
 const HEAD: Duration = Duration::from_secs(3);
+/// How long what has begun is waited for only to call it by its name.
+const NAME: Duration = Duration::from_millis(50);
 /// How long a request and its answer may take. A probe's own time-out is a second where nothing else is said; a hook may wait
 /// for its pod to drain.
 const ANSWER: Duration = Duration::from_secs(600);
@@ -64,7 +68,7 @@ fn maybe<'a>(
 /// Hears what the client wants, and connects to the application if that is a probe.
 ///
 /// # Errors
-/// [`RefuseReason::NotTheProbe`], or why there is no connection.
+/// [`RefuseReason::NotTheProbe`] or [`RefuseReason::NotTheApiServer`], or why there is no connection.
 pub(crate) async fn arrive(
     node: &Node,
     pod: &Pod,
@@ -74,22 +78,54 @@ pub(crate) async fn arrive(
 ) -> Result<Probing, EndedEarly> {
     let destination = connection.destination().ok_or(EndedEarly::System("getsockopt"))?;
     let source = connection.source;
-    let deadline = Instant::now() + HEAD;
-    let mut ended = false;
-    while !ended && wire::probe::said(first.bytes()).is_none() {
-        match timeout_at(deadline, first.more(&client)).await {
-            Ok(more) => ended = !more?,
-            Err(_) => return Err(RefuseReason::NotTheProbe.into()),
-        }
-    }
-    let said = match wire::probe::said(first.bytes()) {
-        Some(said) => said,
-        None if first.bytes().is_empty() => Said::Nothing,
-        None => Said::Other,
-    };
+    let said = hear(&client, &mut first, HEAD).await?;
     let allowed = allow(node, pod, connection, destination, &said)?;
     let server = legs::to_application_for_probe(pod, &allowed, source).await?;
     Ok(Probing { client, first: first.into_bytes(), server, passes: allowed.passes() })
+}
+
+/// Hears what the client says first, for so long. What has not come to its end by then is nothing that is declared.
+async fn hear<'a>(client: &TcpStream, first: &'a mut FirstBytes, patience: Duration) -> Result<Said<'a>, EndedEarly> {
+    let deadline = Instant::now() + patience;
+    let mut over = false;
+    while !over && wire::probe::said(first.bytes()).is_none() {
+        over = match timeout_at(deadline, first.more(client)).await {
+            Ok(more) => !more?,
+            Err(_) => true,
+        };
+    }
+    Ok(match wire::probe::said(first.bytes()) {
+        Some(said) => said,
+        None if first.bytes().is_empty() => Said::Nothing,
+        None => Said::Other,
+    })
+}
+
+/// Says of a connection that is allowed in clear what strict would let it pass as, if it would: for people, who want to know
+/// whom strict refuses. Nothing is decided by it.
+///
+/// # Errors
+/// [`EndedEarly::Reset`] where the client resets meanwhile.
+pub(crate) async fn name(
+    node: &Node,
+    pod: &Pod,
+    connection: &Connection,
+    client: &TcpStream,
+    first: &mut FirstBytes,
+) -> Result<(), EndedEarly> {
+    let destination = connection.destination().ok_or(EndedEarly::System("getsockopt"))?;
+    if !may_be(node, pod, destination, connection.source) {
+        return Ok(());
+    }
+    let said = hear(client, first, NAME).await?;
+    let declared = pod.declared();
+    node.view.read(|view| {
+        let maybe = maybe(node, pod, &declared, destination, connection.source);
+        if let Ok(allowed) = mesh::authorize_probe(view, maybe, &said) {
+            connection.expose(&allowed);
+        }
+    });
+    Ok(())
 }
 
 /// Asks for permission, and writes it down under the same look at the view: a change that comes later finds it (`judge`).
@@ -104,8 +140,8 @@ fn allow(
     node.view.read(|view| {
         let maybe = maybe(node, pod, &declared, destination, connection.source);
         let allowed = mesh::authorize_probe(view, maybe, said)?;
-        let security = Security::Plaintext(PlaintextReason::Probe);
-        connection.expose(allowed.exposes());
+        let security = Security::Plaintext(allowed.because());
+        connection.expose(&allowed);
         connection.decide(Decision { to: destination, security, other: None, service: None });
         Ok(allowed)
     })
@@ -135,6 +171,11 @@ pub(crate) async fn carry(node: &Node, connection: &Connection, probing: Probing
             let (mut client, mut server) = (measured(client), measured(server));
             client.source.source.replay(first);
             timeout(OPAQUE.0, splice::splice_and_close(&mut client, &mut server, &connection.bytes)).await
+        }
+        Passes::Stream => {
+            let mut client = client;
+            client.source.replay(first);
+            return splice::splice_and_close(&mut client, &mut server, &connection.bytes).await;
         }
     };
     ended.unwrap_or(Err(RefuseReason::NotTheProbe.into()))

@@ -151,7 +151,7 @@ fn fault_of(reason: RefuseReason) -> Fault {
         RefuseReason::NoView | RefuseReason::UnknownDestination | RefuseReason::NoEndpoint => Fault::Environment,
         RefuseReason::NoSuchPort | RefuseReason::NoSuchPod | RefuseReason::StrictStaleView => Fault::Environment,
         RefuseReason::OwnListener | RefuseReason::LateHello | RefuseReason::IdentityAddressMismatch => Fault::Peer,
-        RefuseReason::NotTheProbe => Fault::Policy,
+        RefuseReason::NotTheProbe | RefuseReason::NotTheApiServer => Fault::Policy,
         RefuseReason::Loop => Fault::Ours,
         RefuseReason::Strict | RefuseReason::StrictBypass | RefuseReason::HelloTimeout => Fault::Policy,
         RefuseReason::PolicyDeny | RefuseReason::PolicyNoAllow => Fault::Policy,

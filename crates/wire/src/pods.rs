@@ -100,7 +100,7 @@ pub struct PodAdded {
     pub listeners: Vec<Listener>,
     /// Ports that are never captured: for the next agent.
     pub excluded_ports: Vec<u16>,
-    /// What the kubelet may ask of it where plaintext is refused.
+    /// What the kubelet and the API server may ask of it where plaintext is refused.
     pub probes: Probes,
     /// The gateways of its default routes: how its node may show itself to it.
     pub gateways: Vec<IpAddr>,
@@ -285,6 +285,7 @@ impl PodAdded {
             listeners: self.listeners.iter().map(|listener| v1::Listener::from(*listener).into()).collect(),
             excluded_ports: self.excluded_ports.iter().copied().map(u32::from).collect(),
             probes: crate::probe::encode(&self.probes),
+            api_server_calls: crate::probe::encode_calls(&self.probes),
             gateways: self.gateways.iter().map(IpAddr::to_string).collect(),
         }
     }
@@ -299,7 +300,7 @@ impl PodAdded {
             addresses: addresses(&pod.addresses)?,
             listeners: pod.listeners.iter().map(|number| listener(*number)).collect::<Result<_, _>>()?,
             excluded_ports: ports.map_err(|_| BadMessage::Field("excluded_ports"))?,
-            probes: crate::probe::decode(&pod.probes).ok_or(BadMessage::Field("probes"))?,
+            probes: crate::probe::decode(&pod.probes, &pod.api_server_calls).ok_or(BadMessage::Field("probes"))?,
             gateways: gateways.map_err(|_| BadMessage::Field("gateways"))?,
         })
     }

@@ -1,10 +1,12 @@
-//! What the kubelet asks of a pod: as it is told, and as it comes from a client in clear (T32).
+//! What the kubelet and the API server ask of a pod: as it is told, and as it comes from a client in clear (T32, T33).
 
 use mesh::{Check, HttpProbe, Probe, Probes, Request, Said};
+use rustls::server::Acceptor;
 
+use crate::hello::MAX_HELLO;
 use crate::proto::v1;
 
-/// The longest head of a request that is looked at.
+/// The longest head of a request that is looked at. A hello of TLS may be as long as [`MAX_HELLO`].
 pub const MAX_HEAD: usize = 8 * 1024;
 /// The most headers in one.
 const MOST_HEADERS: usize = 48;
@@ -13,15 +15,15 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// The first byte of a TLS handshake.
 const HANDSHAKE: u8 = 22;
 
-/// What the first bytes of a client in clear are; `None` while more can make a difference. At most [`MAX_HEAD`] bytes are ever
-/// waited for.
+/// What the first bytes of a client in clear are; `None` while more can make a difference. At most [`MAX_HELLO`] bytes are
+/// ever waited for.
 ///
 /// A request counts only where it is whole, has no body and nothing follows it: what comes behind a request is either none of
 /// ours to read or smuggled.
 pub fn said(bytes: &[u8]) -> Option<Said<'_>> {
     match bytes.first() {
         None => return None,
-        Some(&HANDSHAKE) => return Some(Said::Tls),
+        Some(&HANDSHAKE) => return hello(bytes),
         Some(_) if bytes.starts_with(PREFACE) => return Some(Said::Http2),
         Some(_) if PREFACE.starts_with(bytes) => return None,
         Some(_) => {}
@@ -34,6 +36,25 @@ pub fn said(bytes: &[u8]) -> Option<Said<'_>> {
             Some(get(&request).map_or(Said::Other, Said::Get))
         }
         Ok(httparse::Status::Complete(_) | httparse::Status::Partial) | Err(_) => Some(Said::Other),
+    }
+}
+
+/// TLS begins with a whole ClientHello (RFC 8446, section 4.1.2), which may name a server (RFC 6066, section 3).
+fn hello(bytes: &[u8]) -> Option<Said<'static>> {
+    // What comes behind a hello changes nothing about it.
+    let (mut acceptor, mut rest) = (Acceptor::default(), &bytes[..bytes.len().min(MAX_HELLO)]);
+    while !rest.is_empty() {
+        if !matches!(acceptor.read_tls(&mut rest), Ok(1..)) {
+            return Some(Said::Other);
+        }
+    }
+    match acceptor.accept() {
+        Ok(Some(accepted)) => {
+            let server_name = accepted.client_hello().server_name().map(ToOwned::to_owned);
+            Some(Said::Tls { server_name })
+        }
+        Ok(None) if bytes.len() < MAX_HELLO => None,
+        Ok(None) | Err(_) => Some(Said::Other),
     }
 }
 
@@ -56,27 +77,44 @@ fn get<'a>(request: &httparse::Request<'_, 'a>) -> Option<Request<'a>> {
 pub(crate) fn encode(probes: &Probes) -> Vec<v1::Probe> {
     let one = |probe: &Probe| {
         let (check, http) = match &probe.check {
+            Check::ApiServer(_) => return None,
             Check::Http(http) => (v1::Check::Http, Some(http)),
             Check::Https => (v1::Check::Https, None),
             Check::Tcp => (v1::Check::Tcp, None),
             Check::Grpc => (v1::Check::Grpc, None),
         };
         let header = |(name, value): (&str, &str)| v1::ProbeHeader { name: name.to_owned(), value: value.to_owned() };
-        v1::Probe {
+        Some(v1::Probe {
             port: probe.port.into(),
             check: check.into(),
             target: http.map(|http| http.target().to_owned()).unwrap_or_default(),
             host: http.and_then(HttpProbe::host).unwrap_or_default().to_owned(),
             headers: http.into_iter().flat_map(HttpProbe::headers).map(header).collect(),
-        }
+        })
     };
-    probes.iter().map(one).collect()
+    probes.iter().filter_map(one).collect()
+}
+
+/// Beside the probes and not among them: a reader that does not know of these goes on without them.
+pub(crate) fn encode_calls(probes: &Probes) -> Vec<v1::ApiServerCall> {
+    let one = |probe: &Probe| match &probe.check {
+        Check::ApiServer(name) => {
+            Some(v1::ApiServerCall { port: probe.port.into(), server_name: name.clone().unwrap_or_default() })
+        }
+        Check::Http(_) | Check::Https | Check::Tcp | Check::Grpc => None,
+    };
+    probes.iter().filter_map(one).collect()
 }
 
 /// `None` where one of them is none, or there are too many: an exemption is understood wholly or not at all.
-pub(crate) fn decode(probes: &[v1::Probe]) -> Option<Probes> {
+pub(crate) fn decode(probes: &[v1::Probe], calls: &[v1::ApiServerCall]) -> Option<Probes> {
+    let port = |port: u32| u16::try_from(port).ok().filter(|port| *port != 0);
+    let call = |call: &v1::ApiServerCall| {
+        let name = Some(call.server_name.clone()).filter(|name| !name.is_empty());
+        Some(Probe { port: port(call.port)?, check: Check::ApiServer(name) })
+    };
     let one = |probe: &v1::Probe| {
-        let port = u16::try_from(probe.port).ok().filter(|port| *port != 0)?;
+        let port = port(probe.port)?;
         let check = match v1::Check::try_from(probe.check).ok()? {
             v1::Check::Unspecified => return None,
             v1::Check::Http => {
@@ -89,7 +127,7 @@ pub(crate) fn decode(probes: &[v1::Probe]) -> Option<Probes> {
         };
         Some(Probe { port, check })
     };
-    Probes::new(probes.iter().map(one).collect::<Option<Vec<_>>>()?)
+    Probes::new(probes.iter().map(one).chain(calls.iter().map(call)).collect::<Option<Vec<_>>>()?)
 }
 
 #[cfg(test)]
@@ -101,18 +139,20 @@ pub(crate) mod tests {
         let headers = [("X-Probe", "yes"), ("Host", "shop.example")];
         let named = HttpProbe::new("/live?full=1", None, headers).expect("a request");
         let plain = HttpProbe::new("ready", None, []).expect("a request");
+        let calls = [Some("web.shop.svc".to_owned()), None].map(Check::ApiServer);
         let checks = [Check::Http(named), Check::Http(plain), Check::Https, Check::Tcp, Check::Grpc];
-        Probes::new(checks.map(|check| Probe { port: 8080, check })).expect("few")
+        Probes::new(checks.into_iter().chain(calls).map(|check| Probe { port: 8080, check })).expect("few")
     }
 
     #[test]
     fn an_exemption_is_understood_wholly_or_not_at_all() {
-        let all = encode(&probes());
-        assert_eq!(decode(&all), Some(probes()));
+        let (all, calls) = (encode(&probes()), encode_calls(&probes()));
+        assert_eq!((all.len(), calls.len(), decode(&all, &calls)), (5, 2, Some(probes())));
+        assert_eq!(decode(&[], &[v1::ApiServerCall { port: 0, ..calls[0].clone() }]), None);
         let change = |change: fn(&mut v1::Probe)| {
             let mut changed = all.clone();
             change(&mut changed[0]);
-            decode(&changed)
+            decode(&changed, &[])
         };
         assert_eq!(change(|probe| probe.port = 0), None);
         assert_eq!(change(|probe| probe.port = 65536), None);
@@ -124,7 +164,8 @@ pub(crate) mod tests {
             None
         );
         let many: Vec<_> = (1..=65).map(|port| v1::Probe { port, check: 3, ..v1::Probe::default() }).collect();
-        assert_eq!((decode(&many[..64]).is_some(), decode(&many)), (true, None));
+        assert_eq!((decode(&many[..64], &[]).is_some(), decode(&many, &[])), (true, None));
+        assert_eq!(decode(&many[..64], &calls), None);
     }
 
     #[test]
@@ -156,9 +197,42 @@ pub(crate) mod tests {
         }
     }
 
+    /// The hello of a client that wants this server: by name, or by an address, which no hello names.
+    fn hello_to(server: &str) -> Vec<u8> {
+        let provider = std::sync::Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_root_certificates(rustls::RootCertStore::empty())
+            .with_no_client_auth();
+        let server = server.to_owned().try_into().expect("a name or an address");
+        let mut client = rustls::ClientConnection::new(config.into(), server).expect("a client");
+        let mut bytes = Vec::new();
+        client.write_tls(&mut bytes).expect("a Vec takes all");
+        bytes
+    }
+
+    #[test]
+    fn a_hello_counts_where_it_is_whole_and_tells_whom_it_wants() {
+        for (server, named) in [("web.shop.svc", Some("web.shop.svc")), ("10.96.0.7", None)] {
+            let whole = hello_to(server);
+            let expected = Said::Tls { server_name: named.map(ToOwned::to_owned) };
+            assert_eq!(said(&whole), Some(expected.clone()));
+            assert_eq!(said(&[&whole[..], b"\x17\x03\x03"].concat()), Some(expected), "more behind it");
+            for length in 0..whole.len() {
+                assert_eq!(said(&whole[..length]), None, "{length} bytes");
+            }
+        }
+        // A record that is none, a message that is no hello, a hello that is none, and one that does not come to its end.
+        let endless = [&[22, 3, 1, 0x40, 0][..], &[1, 0, 0x40, 0], &[b'a'; MAX_HELLO]].concat();
+        for bytes in [&b"\x16\x03\x01\x00\x05\x02hello"[..], b"\x16GET / HTTP", &endless] {
+            assert_eq!(said(bytes), Some(Said::Other), "{}", String::from_utf8_lossy(&bytes[..bytes.len().min(80)]));
+        }
+    }
+
     #[test]
     fn other_protocols_are_told_by_how_they_begin() {
-        assert_eq!(said(&[22]), Some(Said::Tls));
+        assert_eq!(said(&[22]), None);
         assert_eq!(said(&[PREFACE, b"\x00\x00"].concat()), Some(Said::Http2));
         assert_eq!(said(&PREFACE[..10]), None);
         assert_eq!(said(b"PRI * HTTP/2.0\r\n\r\nSX"), Some(Said::Other));

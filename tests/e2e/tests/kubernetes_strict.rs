@@ -1,5 +1,5 @@
-//! On a real Kubernetes, strict in force: kubelet's probes go on and nothing else from a node does; every kind of Service leads to
-//! its pods; logs, port-forward and jobs work; and whoever is not who he says gets nothing from the control plane.
+//! On a real Kubernetes, strict in force: kubelet's probes and what the API server calls go on and nothing else from a node does;
+//! every kind of Service leads to its pods; logs, port-forward and jobs work; and whoever is not who he says gets nothing from the control plane.
 
 #![forbid(unsafe_code)]
 
@@ -8,6 +8,7 @@ use std::time::Duration;
 use e2e::{Finished, Kubernetes, PATIENCE, Program, eventually, needs, wait_until};
 
 const STRICT: &str = include_str!("../manifests/kubernetes_strict.yaml");
+const CALLED: &str = include_str!("../manifests/kubernetes_called.yaml");
 const SERVICES: &str = include_str!("../manifests/kubernetes_services.yaml");
 const SOON: Duration = Duration::from_secs(120);
 
@@ -25,13 +26,14 @@ fn answered(cluster: &Kubernetes, from: &str, to: &str) {
 
 #[test]
 fn probes_services_and_strangers_under_strict() {
-    needs!("root", "go", "containerd", "runc", "curl");
+    needs!("root", "go", "containerd", "runc", "curl", "openssl", "python3", "grpc");
     let cluster = Kubernetes::up("str");
     cluster.install(&[]);
     cluster.apply(STRICT);
     cluster.rolled_out("strict", "deployment/probed");
     cluster.wait_ready("strict");
     probes(&cluster);
+    api_server(&cluster);
     services(&cluster);
     everyday(&cluster);
     wrong_people(&cluster);
@@ -73,6 +75,87 @@ fn probes(cluster: &Kubernetes) {
     let edges = coverage["edges"].as_array().unwrap();
     assert!(edges.iter().any(|edge| edge["reason"] == "probe"), "{coverage}");
     assert!(cluster.justmtls(&["coverage"]).run().ok().contains("probe"));
+}
+
+/// An admission webhook on the worker and an aggregated API beside the API server are called, and nothing else from where the API
+/// server is reaches them; probes in TLS and by gRPC are answered.
+fn api_server(cluster: &Kubernetes) {
+    let (key, certificate) = certificate(&["hook.strict.svc", "api.strict.svc"]);
+    let indented = |pem: &str| format!("|\n{}", pem.lines().map(|line| format!("    {line}\n")).collect::<String>());
+    let bundle = Program::new("base64").args(["-w0"]).input(certificate.clone()).run().ok();
+    let called = CALLED.replace("A-CERTIFICATE", &indented(&certificate)).replace("A-KEY", &indented(&key));
+    cluster.apply(&called.replace("A-BUNDLE", &bundle));
+    // By probes in TLS and by gRPC, as there is no other way to be ready.
+    cluster.wait_ready("strict");
+    for pod in ["strict/hook", "strict/api"] {
+        cluster.wait_captured(pod);
+    }
+    let account = |name: &str| cluster.kubectl(&["-n", "strict", "create", "serviceaccount", name]).run();
+    wait_until("the webhook to be called", SOON, || {
+        let made = account("allowed");
+        if made.success() { Ok(()) } else { Err(format!("{made}")) }
+    });
+    assert!(account("forbidden").fails().contains("the hook says no"));
+    cluster.wait_for("the aggregated API to be available", &["apiservice", "v1.e2e.example"], |api| {
+        let mut conditions = api["status"]["conditions"].as_array().into_iter().flatten();
+        conditions.any(|it| it["type"] == "Available" && it["status"] == "True")
+    });
+    let list = cluster.kubectl(&["get", "--raw", "/apis/e2e.example/v1"]).run().ok();
+    assert!(list.contains("\"groupVersion\": \"e2e.example/v1\""), "{list}");
+
+    let [first, worker] = cluster.nodes();
+    let curl = |node: &str, pod: &str, url: &str| {
+        let address = cluster.addresses(pod)[0];
+        let (url, host) =
+            (url.replace("ADDRESS", &address.to_string()), url.split(['/', ':']).nth(3).unwrap_or_default());
+        let resolve = format!("{host}:8443:{address}");
+        let curl = ["curl", "-ksS", "--max-time", "8", "--resolve", &resolve, "-o", "/dev/null", &url];
+        cluster.on_node(node, &curl).run()
+    };
+    // What the API server does, its node may do; the twin of what follows.
+    curl(&first, "strict/hook", "https://hook.strict.svc:8443/healthz").ok();
+    curl(&first, "strict/api", "https://api.strict.svc:8443/healthz").ok();
+    curl(&first, "strict/api", "https://ADDRESS:8443/healthz").ok();
+    for (node, pod, url) in [
+        (&first, "strict/hook", "https://ADDRESS:8443/healthz"),
+        (&first, "strict/hook", "https://other.strict.svc:8443/healthz"),
+        (&first, "strict/hook", "http://hook.strict.svc:8443/healthz"),
+        (&first, "strict/api", "https://other.strict.svc:8443/healthz"),
+        (&first, "strict/api", "http://api.strict.svc:8443/healthz"),
+        (&worker, "strict/api", "https://api.strict.svc:8443/healthz"),
+        (&worker, "strict/api", "https://ADDRESS:8443/healthz"),
+    ] {
+        curl(node, pod, url).fails();
+    }
+    let coverage = cluster.says(&["coverage"]);
+    let edges = coverage["edges"].as_array().unwrap();
+    for pod in ["strict/hook", "strict/api"] {
+        let seen = |edge: &&serde_json::Value| edge["destination"] == pod && edge["reason"] == "api-server";
+        let calls: Vec<_> = edges.iter().filter(seen).collect();
+        assert!(!calls.is_empty() && calls.iter().all(|edge| edge["security"] == "plaintext"), "{coverage}");
+        let refused = |edge: &serde_json::Value| edge["destination"] == pod && edge["reason"] == "not-the-api-server";
+        assert!(edges.iter().any(refused), "{coverage}");
+    }
+    let check = cluster.justmtls(&["check"]).run().stdout;
+    let shown = check.lines().find(|line| line.contains("api-servers")).unwrap_or_default();
+    assert!(shown.contains(&cluster.node_address(&first)), "{check}");
+    // Nobody else waits for the webhook from now on.
+    cluster.kubectl(&["delete", "validatingwebhookconfiguration/e2e.example", "apiservice/v1.e2e.example"]).run().ok();
+}
+
+/// A key, and a certificate for these names.
+fn certificate(names: &[&str]) -> (String, String) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let [key, certificate] = ["key.pem", "certificate.pem"].map(|name| folder.path().join(name));
+    let names: Vec<_> = names.iter().map(|name| format!("DNS:{name}")).collect();
+    Program::new("openssl")
+        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"])
+        .args(["-subj", "/CN=e2e", "-addext", &format!("subjectAltName={}", names.join(","))])
+        .args(["-keyout".as_ref(), key.as_os_str(), "-out".as_ref(), certificate.as_os_str()])
+        .run()
+        .ok();
+    let read = |file| std::fs::read_to_string(file).expect("openssl has written it");
+    (read(key), read(certificate))
 }
 
 fn services(cluster: &Kubernetes) {

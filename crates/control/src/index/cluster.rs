@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use identity::TrustDomain;
 use mesh::{PodUid, Uncaptured};
 
+use super::api_server::Callees;
 use super::facts::{Name, Namespace, Node, Pod, Service, Slice};
 use super::leaving::{Leaving, Place, Seen};
 use super::modes::PeerAuthentications;
@@ -22,6 +23,8 @@ pub(crate) struct Cluster {
     pub(crate) pods: BTreeMap<Name, Pod>,
     pub(crate) services: BTreeMap<Name, Service>,
     slices: BTreeMap<Name, Slice>,
+    /// What the API server calls.
+    pub(crate) callees: Callees,
     /// Digests of what they say.
     pub(crate) network_policies: BTreeMap<Name, u64>,
     pub(crate) peer_authentications: PeerAuthentications,
@@ -58,6 +61,7 @@ impl Cluster {
             pods: BTreeMap::new(),
             services: BTreeMap::new(),
             slices: BTreeMap::new(),
+            callees: Callees::default(),
             network_policies: BTreeMap::new(),
             peer_authentications: PeerAuthentications::default(),
             authorization_policies: BTreeMap::new(),

@@ -4,14 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use manifests::Kind;
-use mesh::{Endpoint, EndpointPort, Mode, Modes, PodUid, Speaks, Uncaptured, Workload, WorkloadUid};
+use mesh::{
+    Endpoint, EndpointPort, MOST_PROBES, Mode, Modes, PodUid, Probes, Speaks, Uncaptured, Workload, WorkloadUid,
+};
 use wire::discovery::NodePod;
 
 use super::cluster::Cluster;
 use super::endpoints::{self, service_name};
-use super::facts::{Name, Namespace, Pod};
+use super::facts::{Name, Namespace, Pod, Slice};
 use super::policy::policy_name;
-use super::{Index, Origin, Told, Touched, Views, enrolment, network_rules};
+use super::{Index, Origin, Told, Touched, Views, api_server, enrolment, network_rules};
 use crate::ROOT_NAMESPACE;
 use crate::problem::Problem;
 
@@ -41,6 +43,20 @@ impl Dirty {
             self.pods.extend(cluster.pods.keys().cloned());
         } else {
             self.pods_of(cluster, namespace);
+        }
+    }
+
+    /// The pods behind a Service that the API server calls.
+    pub(super) fn called(&mut self, cluster: &Cluster, service: &Name) {
+        if cluster.callees.has(service) {
+            self.of_endpoints(cluster, service);
+        }
+    }
+
+    /// The pods behind a Service.
+    pub(super) fn of_endpoints(&mut self, cluster: &Cluster, service: &Name) {
+        for address in cluster.slices_of(service).flat_map(Slice::addresses) {
+            self.owners_of(cluster, address);
         }
     }
 
@@ -92,7 +108,8 @@ impl Index {
 
     fn refresh_settings(&mut self, dirty: &mut Dirty, touched: &mut Touched) {
         let mut problems = Vec::new();
-        let settings = self.cluster.settings.publish(&self.cluster.nodes, &mut problems);
+        let api_servers = api_server::addresses(&self.cluster);
+        let settings = self.cluster.settings.publish(&self.cluster.nodes, &api_servers, &mut problems);
         self.note(Origin::Settings, problems);
         let whole = self.cluster.settings.whole_mesh_up_to();
         if whole != self.views.whole_mesh_up_to {
@@ -224,7 +241,7 @@ impl Index {
             capture: exempt.or(released).map_or(Ok(()), Err),
             release: released.is_some(),
             excluded_ports: cluster.settings.excluded_ports(),
-            probes: pod.probes.clone(),
+            probes: declared(cluster, pod, problems),
         };
         (workload, node_pod)
     }
@@ -237,6 +254,19 @@ impl Views {
         let usable = services.into_iter().filter_map(|name| Some((name, self.endpoints.get(name)?.get(&address)?)));
         usable.map(|(name, ports)| Endpoint { service: service_name(name), ports: ports.clone() }).collect()
     }
+}
+
+/// What the kubelet and the API server may ask of a pod.
+fn declared(cluster: &Cluster, pod: &Pod, problems: &mut Vec<Problem>) -> Probes {
+    let calls = api_server::calls(cluster, pod);
+    Probes::new(pod.probes.iter().cloned().chain(calls)).unwrap_or_else(|| {
+        let message = format!(
+            "has more than {MOST_PROBES} different probes and calls of the API server together; where plaintext is \
+             refused its probes pass and the API server does not: let fewer webhooks and aggregated APIs lead to it"
+        );
+        problems.push(Problem::error(pod.name.as_kind(Kind::Pod), message));
+        pod.probes.clone()
+    })
 }
 
 /// Addresses of both families of a pod serve one Service together.

@@ -1,6 +1,7 @@
 //! Settings of the whole mesh, from the ConfigMap `justmtls-system/justmtls` and from Nodes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -19,14 +20,15 @@ const INSIDE: &str = "insideCIDRs";
 const MIXED: &str = "mixedCIDRs";
 const SERVICES: &str = "serviceCIDRs";
 const EXCLUDED_PORTS: &str = "excludedPorts";
+const API_SERVERS: &str = "apiServerAddresses";
 const VIEW_LIFETIME: &str = "viewLifetime";
 const WHOLE_MESH: &str = "wholeMeshUpTo";
 /// How long proxies drain: for whoever installs them.
 const DRAIN: &str = "drain";
 /// That every pod is to leave: the product is about to be uninstalled.
 const LEAVING: &str = "leaving";
-const ALL: [&str; 9] =
-    [TRUST_DOMAIN, INSIDE, MIXED, SERVICES, EXCLUDED_PORTS, VIEW_LIFETIME, WHOLE_MESH, DRAIN, LEAVING];
+const ALL: [&str; 10] =
+    [TRUST_DOMAIN, INSIDE, MIXED, SERVICES, EXCLUDED_PORTS, API_SERVERS, VIEW_LIFETIME, WHOLE_MESH, DRAIN, LEAVING];
 
 /// Up to how many workloads everybody is told of all, where the ConfigMap does not say: some megabytes for each proxy.
 const DEFAULT_WHOLE_MESH: usize = 5_000;
@@ -45,6 +47,8 @@ pub(crate) struct Settings {
     mixed: BTreeSet<IpNet>,
     services: BTreeSet<IpNet>,
     excluded_ports: BTreeSet<u16>,
+    /// From where API servers call, besides what the cluster tells.
+    api_servers: BTreeSet<AddressOrRange>,
     view_lifetime: Option<Duration>,
     whole_mesh_up_to: Option<usize>,
     leaving: Leaving,
@@ -112,6 +116,7 @@ impl Settings {
             mixed: list(data, MIXED, &self.mixed, problems),
             services: list(data, SERVICES, &self.services, problems),
             excluded_ports: list(data, EXCLUDED_PORTS, &self.excluded_ports, problems),
+            api_servers: list(data, API_SERVERS, &self.api_servers, problems),
             view_lifetime: view_lifetime(data, self.view_lifetime, problems),
             whole_mesh_up_to: whole_mesh(data, self.whole_mesh_up_to, problems),
             leaving: leaving(data, self.leaving, problems),
@@ -138,8 +143,13 @@ impl Settings {
         self.excluded_ports.iter().copied().collect()
     }
 
-    /// What nodes are told.
-    pub(crate) fn publish(&self, nodes: &BTreeMap<String, Node>, problems: &mut Vec<Problem>) -> MeshSettings {
+    /// What nodes are told, with what the cluster tells of where API servers call from.
+    pub(crate) fn publish(
+        &self,
+        nodes: &BTreeMap<String, Node>,
+        api_servers: &BTreeSet<IpAddr>,
+        problems: &mut Vec<Problem>,
+    ) -> MeshSettings {
         let pods: BTreeSet<_> = nodes.values().flat_map(|node| node.pod_ranges.iter().copied()).collect();
         if self.inside.is_empty() && self.mixed.is_empty() {
             for (name, _) in nodes.iter().filter(|(_, node)| node.pod_ranges.is_empty()) {
@@ -152,11 +162,14 @@ impl Settings {
             }
         }
         let inside: BTreeSet<_> = pods.union(&self.inside).chain(&self.services).copied().collect();
+        let api_servers: BTreeSet<_> = api_servers.iter().map(|address| IpNet::from(*address)).collect();
+        let api_servers: BTreeSet<_> = api_servers.into_iter().chain(self.api_servers.iter().map(|it| it.0)).collect();
         let nodes: BTreeSet<_> = nodes.values().flat_map(|node| node.addresses.iter().copied()).collect();
         MeshSettings {
             inside: inside.into_iter().collect(),
             mixed: self.mixed.iter().copied().collect(),
             nodes: nodes.into_iter().collect(),
+            api_servers: api_servers.into_iter().collect(),
             view_lifetime: self.view_lifetime.unwrap_or(mesh::VIEW_LIFETIME),
         }
     }
@@ -247,6 +260,18 @@ impl Entry for IpNet {
     fn read(text: &str) -> Option<Self> {
         // The same range in two spellings is one range.
         text.parse::<IpNet>().ok().map(|range| range.trunc())
+    }
+}
+
+/// One address, as the range that it is, or a range.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+struct AddressOrRange(IpNet);
+
+impl Entry for AddressOrRange {
+    const WHAT: &str = "an address such as 10.0.0.1, or a range such as 10.0.0.0/24";
+
+    fn read(text: &str) -> Option<Self> {
+        IpNet::read(text).or_else(|| text.parse().ok().map(|address: IpAddr| address.into())).map(Self)
     }
 }
 

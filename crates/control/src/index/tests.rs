@@ -1,5 +1,6 @@
 //! Objects in, workloads, modes, policies and problems out.
 
+mod api_server;
 mod endpoints;
 mod enrolment;
 mod leaving;

@@ -16,9 +16,13 @@ use std::time::Duration;
 
 use kube::api::DynamicObject;
 use kube::{Api, Client, Resource};
+use manifests::k8s_openapi::api::admissionregistration::v1::{
+    MutatingWebhookConfiguration, ValidatingWebhookConfiguration,
+};
 use manifests::k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, Pod, Service};
 use manifests::k8s_openapi::api::discovery::v1::EndpointSlice;
 use manifests::k8s_openapi::api::networking::v1::NetworkPolicy;
+use manifests::k8s_openapi::kube_aggregator::pkg::apis::apiregistration::v1::APIService;
 use manifests::{Change, Kind, Object, ObjectKey};
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
@@ -93,6 +97,9 @@ impl Kubernetes {
         followers.all::<Service>(Kind::Service);
         followers.all::<EndpointSlice>(Kind::EndpointSlice);
         followers.all::<NetworkPolicy>(Kind::NetworkPolicy);
+        followers.all::<ValidatingWebhookConfiguration>(Kind::ValidatingWebhookConfiguration);
+        followers.all::<MutatingWebhookConfiguration>(Kind::MutatingWebhookConfiguration);
+        followers.all::<APIService>(Kind::APIService);
         // Settings and records are ours; other ConfigMaps are nobody's business.
         let ours: Api<ConfigMap> = Api::namespaced(client.clone(), ROOT_NAMESPACE);
         followers.start(vec![ours], Kind::ConfigMap, read::plain);

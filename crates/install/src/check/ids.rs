@@ -75,6 +75,7 @@ ids! {
         NodePlugins = "node-plugins", Nodes, "name the CNI directories by --set cni.binDir=… and cni.confDir=…, and look at that agent's log";
         NodeRoots = "node-roots", Nodes, "wait a minute; if it stays, look at the way from that node to the control plane";
         NodeCertificates = "node-certificates", Nodes, "look at the way from that node to the control plane, and at its clock";
+        ApiServers = "api-servers", Nodes, "name them by --set apiServerAddresses=…";
         PodsCaptured = "pods-captured", Pods, "look at the reason; `justmtls status` shows all pods";
     }
 }

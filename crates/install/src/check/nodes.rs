@@ -75,7 +75,23 @@ pub(super) fn of_pages(nodes: &[Node], pages: &BTreeMap<String, NodePages>) -> V
     findings.extend(each(Id::NodePlugins, &plugin, "the CNI plugin is in place on every node"));
     findings.extend(roots(&all));
     findings.extend(certificates(&all));
+    findings.push(api_servers(&all));
     findings
+}
+
+/// From where proxies take calls to be the API server's.
+fn api_servers(all: &[(&str, &NodePages)]) -> Finding {
+    let settings = all.iter().map(|(_, pages)| &pages.page(Process::Proxy, "/workloads")["settings"]);
+    let named = settings.flat_map(|settings| settings["api_servers"].as_array().into_iter().flatten());
+    // An address alone is shown without the length of its range.
+    let alone = |text: &str| text.strip_suffix("/32").or(text.strip_suffix("/128")).unwrap_or(text).to_owned();
+    let named: BTreeSet<String> = named.filter_map(|address| address.as_str().map(alone)).collect();
+    if named.is_empty() {
+        let message = "no address of an API server is known: strict refuses its calls of webhooks and aggregated APIs";
+        return warning(Id::ApiServers, message);
+    }
+    let named: Vec<_> = named.into_iter().collect();
+    ok(Id::ApiServers, format!("webhooks and aggregated APIs are called from {}", some(&named)))
 }
 
 /// A page, or why it is not there.
@@ -198,7 +214,7 @@ mod tests {
                 "/certificates",
                 json!({ "bundle": { "digest": "d" }, "svids": [{ "valid": true, "identity": "x" }] }),
             ),
-            (Process::Proxy, "/workloads", json!({})),
+            (Process::Proxy, "/workloads", json!({ "settings": { "api_servers": ["10.0.0.1/32", "10.1.0.0/16"] } })),
         ]
     }
 
@@ -262,8 +278,18 @@ mod tests {
         }
         let other = with(Process::Proxy, "/certificates", json!({ "bundle": { "digest": "e" }, "svids": [] }));
         assert_eq!(wrong(other)[0].1, State::Warning);
-        // A node without a pod fails in each that asks it.
+        // A node without a pod fails in each that asks it. (From where API servers call, the other one knows.)
         assert_eq!(wrong(NodePages::default()).len(), 5);
+    }
+
+    #[test]
+    fn from_where_api_servers_call_is_shown_and_that_nobody_knows_is_a_warning() {
+        let of = |pages: &NodePages| api_servers(&[("a", pages)]);
+        let known = of(&NodePages::told("pod", &good()));
+        assert_eq!(known.state, State::Ok);
+        assert!(known.message.ends_with("are called from 10.0.0.1, 10.1.0.0/16"), "{}", known.message);
+        let nobody = with(Process::Proxy, "/workloads", json!({ "settings": { "api_servers": [] } }));
+        assert_eq!(of(&nobody).state, State::Warning);
     }
 
     #[test]

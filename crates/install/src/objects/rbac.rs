@@ -42,6 +42,20 @@ const CONTROL_CLUSTER: &[Rule] = &[
         reason: "warm tunnels that a policy no longer allows end (T20)",
     },
     Rule {
+        group: "admissionregistration.k8s.io",
+        resources: &["mutatingwebhookconfigurations", "validatingwebhookconfigurations"],
+        names: &[],
+        verbs: READ,
+        reason: "which pods the API server asks about objects, so that strict lets it in there (T33)",
+    },
+    Rule {
+        group: "apiregistration.k8s.io",
+        resources: &["apiservices"],
+        names: &[],
+        verbs: READ,
+        reason: "which pods serve a part of the API, likewise (T33)",
+    },
+    Rule {
         group: "security.istio.io",
         resources: &["authorizationpolicies", "peerauthentications"],
         names: &[],

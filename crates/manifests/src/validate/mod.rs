@@ -40,6 +40,8 @@ pub(crate) fn findings(object: &Object, tree: Option<&Node>) -> Vec<Finding> {
     match object {
         // What a NetworkPolicy says is for those who enforce it.
         Object::Namespace(_) | Object::ServiceAccount(_) | Object::NetworkPolicy(_) => {}
+        Object::ValidatingWebhookConfiguration(_) | Object::MutatingWebhookConfiguration(_) | Object::APIService(_) => {
+        }
         Object::Node(node) => cluster::node(&mut checker, node),
         Object::ConfigMap(map) => cluster::config_map(&mut checker, map),
         Object::EndpointSlice(slice) => cluster::endpoint_slice(&mut checker, slice),

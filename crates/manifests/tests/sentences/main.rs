@@ -46,7 +46,7 @@ fn check_meta(kind: &str, metadata: &str, expected: &[&str]) {
     check(format!("apiVersion: v1\nkind: {kind}\nmetadata: {metadata}"), expected);
 }
 
-const KINDS: &str = "Namespace, Node, ServiceAccount, ConfigMap, Pod, Deployment, Service, EndpointSlice, NetworkPolicy, PeerAuthentication, AuthorizationPolicy";
+const KINDS: &str = "Namespace, Node, ServiceAccount, ConfigMap, Pod, Deployment, Service, EndpointSlice, NetworkPolicy, ValidatingWebhookConfiguration, MutatingWebhookConfiguration, APIService, PeerAuthentication, AuthorizationPolicy";
 
 #[test]
 fn text_that_is_not_yaml_is_refused_with_its_line() {

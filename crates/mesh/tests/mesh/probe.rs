@@ -3,12 +3,13 @@
 use std::net::IpAddr;
 
 use mesh::{
-    AllowedProbe, Check, HttpProbe, MaybeProbe, Mode, OwnNode, Passes, PodUid, Probe, Probes, RefuseReason as No,
-    Request, Said, Uncaptured, View, authorize_probe, may_be_probe, probe_refused_now,
+    AllowedProbe, Check, HttpProbe, MaybeProbe, MeshSettings, Mode, OwnNode, Passes, PlaintextReason as Why, PodUid,
+    Probe, Probes, RefuseReason as No, Request, Resource, Said, Uncaptured, View, authorize_probe, may_be_probe,
+    probe_refused_now,
 };
 use proptest::prelude::*;
 
-use crate::world::{at, ip, pod, uncaptured, view, with_modes};
+use crate::world::{at, ip, pod, settings, uncaptured, view, with_modes};
 
 fn http(path: &str) -> Check {
     Check::Http(HttpProbe::new(path, None, []).unwrap())
@@ -20,6 +21,16 @@ fn probes(all: impl IntoIterator<Item = (u16, Check)>) -> Probes {
 
 fn get<'a>(target: &'a str, host: &'a str, headers: &[(&'a str, &'a str)]) -> Said<'a> {
     Said::Get(Request { target, host, headers: headers.to_vec() })
+}
+
+/// A hello that names a server, or none.
+fn tls(server_name: Option<&str>) -> Said<'static> {
+    Said::Tls { server_name: server_name.map(ToOwned::to_owned) }
+}
+
+/// The API server calls, by this name or without one.
+fn api_server(server_name: Option<&str>) -> Check {
+    Check::ApiServer(server_name.map(ToOwned::to_owned))
 }
 
 /// What the kubelet sends besides its target and host.
@@ -47,6 +58,14 @@ fn ask(view: &View, node: &Node, probes: &Probes, from: &str, to: &str, said: &S
 
 fn strict() -> View {
     view([with_modes(pod("server", 1), Mode::Strict, 9999), pod("client", 2)], [])
+}
+
+/// The same where API servers call from there.
+fn strict_with(api_servers: &[&str]) -> View {
+    let mut view = strict();
+    let api_servers = api_servers.iter().map(|range| range.parse().unwrap()).collect();
+    view.apply(Resource::Settings(MeshSettings { api_servers, ..settings() }));
+    view
 }
 
 #[test]
@@ -87,7 +106,8 @@ fn a_port_without_a_probe_and_an_address_of_another_pod_are_refused_as_ever() {
 #[test]
 fn each_kind_passes_as_what_it_is_and_as_nothing_else() {
     let all = [http("/live"), Check::Https, Check::Tcp, Check::Grpc];
-    let said = [get("/live", "10.0.0.1:80", &KUBELET), Said::Tls, Said::Nothing, Said::Http2, Said::Other];
+    let said =
+        [get("/live", "10.0.0.1:80", &KUBELET), tls(Some("any.example")), Said::Nothing, Said::Http2, Said::Other];
     for (declared, check) in all.iter().enumerate() {
         let probes = probes([(80, check.clone())]);
         for (spoken, said) in said.iter().enumerate() {
@@ -95,12 +115,13 @@ fn each_kind_passes_as_what_it_is_and_as_nothing_else() {
             assert_eq!(allowed.is_ok(), declared == spoken, "{check:?} {said:?}");
             assert!(allowed.is_ok() || allowed == Err(No::NotTheProbe));
             let Ok(allowed) = allowed else { continue };
-            assert!(!allowed.exposes().is_empty());
+            assert!(!allowed.exposes().is_empty() && allowed.because() == Why::Probe);
             assert_eq!((allowed.destination(), allowed.source()), (at("10.0.0.1:80"), ip("192.0.2.10")));
             match allowed.passes() {
                 Passes::Request(request) => assert!(declared == 0 && request.starts_with(b"GET /live HTTP/1.1\r\n")),
                 Passes::Opaque => assert!(declared == 1 || declared == 3),
                 Passes::Nothing => assert_eq!(declared, 2),
+                Passes::Stream => panic!("{check:?} is not bounded"),
             }
         }
     }
@@ -207,13 +228,138 @@ fn an_open_probe_goes_on_while_its_client_is_the_node() {
     let refused = |view: &View, source: &str| {
         let Node { addresses, gateways } = node();
         let node = OwnNode { addresses: &addresses, gateways: &gateways };
-        probe_refused_now(view, &PodUid::from("server"), 80, ip(source), node)
+        let (server, probes) = (PodUid::from("server"), Probes::default());
+        let maybe =
+            MaybeProbe { pod: &server, destination: at("10.0.0.1:80"), source: ip(source), node, probes: &probes };
+        probe_refused_now(view, Why::Probe, maybe)
     };
     assert_eq!(refused(&strict(), "10.0.0.254"), None);
     let taken = view([with_modes(pod("server", 1), Mode::Strict, 9999), pod("new", 254)], []);
     assert_eq!(refused(&taken, "10.0.0.254"), Some(No::Strict));
     let permissive = view([pod("server", 1), pod("new", 254)], []);
     assert_eq!(refused(&permissive, "10.0.0.254"), None);
+}
+
+#[test]
+fn the_api_server_is_known_by_its_addresses_and_by_those_of_its_node_and_is_no_pod_of_the_mesh() {
+    let has = |view: &View, source: &str| {
+        let Node { addresses, gateways } = node();
+        OwnNode { addresses: &addresses, gateways: &gateways }.has_api_server(view, ip(source))
+    };
+    // On another node, or outside of the cluster: that address alone, and not the pod's own node.
+    let elsewhere = strict_with(&["192.0.2.11/32", "203.0.113.0/24"]);
+    for (source, expected) in
+        [("192.0.2.11", true), ("203.0.113.9", true), ("192.0.2.10", false), ("10.0.0.254", false), ("10.0.0.2", false)]
+    {
+        assert_eq!(has(&elsewhere, source), expected, "{source}");
+    }
+    // On the pod's own node: by whichever of its addresses it shows itself.
+    let here = strict_with(&["192.0.2.10/32"]);
+    for (source, expected) in [("192.0.2.10", true), ("10.0.0.254", true), ("192.0.2.11", false), ("10.0.0.2", false)] {
+        assert_eq!(has(&here, source), expected, "{source}");
+    }
+    // Whoever is in the mesh, or is to be, would have proven itself, whatever an administrator lists; who is left out may be an
+    // agent of the API server's.
+    let mut listed = strict_with(&["10.0.0.0/24"]);
+    assert!(!has(&listed, "10.0.0.2"));
+    for (why, expected) in [
+        (Uncaptured::Pending, false),
+        (Uncaptured::SystemNamespace, true),
+        (Uncaptured::HostNetwork, true),
+        (Uncaptured::OptedOut, true),
+    ] {
+        listed.apply(Resource::Workload(Box::new(uncaptured(pod("agent", 3), why))));
+        assert_eq!(has(&listed, "10.0.0.3"), expected, "{why:?}");
+    }
+    // Nobody has said anything.
+    assert!(!has(&strict(), "192.0.2.10") && !has(&View::default(), "192.0.2.10"));
+}
+
+#[test]
+fn the_api_server_passes_by_the_name_of_what_it_calls_and_by_nothing_else() {
+    let view = strict_with(&["192.0.2.11/32"]);
+    let probes = probes([(8443, api_server(Some("hook.shop.svc"))), (8444, api_server(None)), (8443, http("/live"))]);
+    let from = |source: &str, to: &str, said: &Said<'_>| ask(&view, &node(), &probes, source, to, said);
+    let allowed = from("192.0.2.11", "10.0.0.1:8443", &tls(Some("Hook.shop.svc"))).unwrap();
+    assert_eq!((allowed.because(), allowed.exposes()), (Why::ApiServer, "TLS to hook.shop.svc"));
+    assert_eq!(allowed.passes(), Passes::Stream);
+    let nameless = from("192.0.2.11", "10.0.0.1:8444", &tls(None)).unwrap();
+    assert_eq!((nameless.because(), nameless.passes()), (Why::ApiServer, Passes::Stream));
+    for (to, said) in [
+        ("10.0.0.1:8443", tls(Some("hook.shop"))),
+        ("10.0.0.1:8443", tls(Some("other.shop.svc"))),
+        ("10.0.0.1:8443", tls(None)),
+        ("10.0.0.1:8444", tls(Some("hook.shop.svc"))),
+        ("10.0.0.1:8443", get("/live", "10.0.0.1:8443", &KUBELET)),
+        ("10.0.0.1:8443", Said::Http2),
+        ("10.0.0.1:8443", Said::Nothing),
+        ("10.0.0.1:8443", Said::Other),
+    ] {
+        assert_eq!(from("192.0.2.11", to, &said).err(), Some(No::NotTheApiServer), "{to} {said:?}");
+    }
+    // What is asked elsewhere or by somebody else is refused as ever; the kubelet has its probe, and not the API server's call.
+    for (source, to) in [("192.0.2.11", "10.0.0.1:80"), ("203.0.113.9", "10.0.0.1:8443"), ("10.0.0.2", "10.0.0.1:8443")]
+    {
+        assert_eq!(from(source, to, &tls(Some("hook.shop.svc"))).err(), Some(No::Strict), "{source} {to}");
+    }
+    assert!(from("192.0.2.10", "10.0.0.1:8443", &get("/live", "10.0.0.1:8443", &KUBELET)).is_ok());
+    assert_eq!(from("192.0.2.10", "10.0.0.1:8443", &tls(Some("hook.shop.svc"))).err(), Some(No::NotTheProbe));
+}
+
+#[test]
+fn an_open_call_of_the_api_server_goes_on_while_it_is_declared_and_its_client_is_known() {
+    let refused = |view: &View, source: &str, port: u16| {
+        let Node { addresses, gateways } = node();
+        let node = OwnNode { addresses: &addresses, gateways: &gateways };
+        let (server, probes) = (PodUid::from("server"), probes([(8443, api_server(None)), (80, http("/"))]));
+        let destination = at(&format!("10.0.0.1:{port}"));
+        let maybe = MaybeProbe { pod: &server, destination, source: ip(source), node, probes: &probes };
+        probe_refused_now(view, Why::ApiServer, maybe)
+    };
+    let view = strict_with(&["192.0.2.11/32"]);
+    assert_eq!(refused(&view, "192.0.2.11", 8443), None);
+    assert_eq!(refused(&view, "192.0.2.11", 80), Some(No::Strict));
+    assert_eq!(refused(&strict(), "192.0.2.11", 8443), Some(No::Strict));
+    let permissive = self::view([pod("server", 1)], []);
+    assert_eq!(refused(&permissive, "192.0.2.11", 8443), None);
+}
+
+const NAMES: [Option<&str>; 3] = [None, Some("hook.shop.svc"), Some("api.shop.svc")];
+
+proptest! {
+    #[test]
+    fn what_passes_of_the_api_server_is_what_the_model_says(
+        declared in prop::collection::vec((8443u16..8445, prop::option::of(0usize..3)), 0..4),
+        to in 8443u16..8445,
+        spoken in prop::option::of(0usize..3),
+        source in 0usize..4,
+        at_home in any::<bool>(),
+    ) {
+        // `None` is the kubelet's TLS of any name, said or declared: it is no call, and nobody else's hello is it.
+        let check = |name: Option<usize>| name.map_or(Check::Https, |name| api_server(NAMES[name]));
+        let probes = probes(declared.iter().map(|it| (it.0, check(it.1))));
+        let said = spoken.map_or(Said::Http2, |name| tls(NAMES[name]));
+        let source = ["192.0.2.10", "192.0.2.11", "10.0.0.2", "203.0.113.9"][source];
+        let view = strict_with(&[if at_home { "192.0.2.10/32" } else { "192.0.2.11/32" }]);
+        let kubelet = source == "192.0.2.10";
+        let caller = source == if at_home { "192.0.2.10" } else { "192.0.2.11" };
+        let asked: Vec<_> = declared.iter().filter(|it| it.0 == to && if it.1.is_some() { caller } else { kubelet }).collect();
+        let call = spoken.is_some_and(|name| asked.iter().any(|it| it.1 == Some(name)));
+        let https = spoken.is_some() && asked.iter().any(|it| it.1.is_none());
+        let expected = if call {
+            Ok(Why::ApiServer)
+        } else if https {
+            Ok(Why::Probe)
+        } else if asked.is_empty() {
+            Err(No::Strict)
+        } else if asked.iter().all(|it| it.1.is_some()) {
+            Err(No::NotTheApiServer)
+        } else {
+            Err(No::NotTheProbe)
+        };
+        let allowed = ask(&view, &node(), &probes, source, &format!("10.0.0.1:{to}"), &said);
+        prop_assert_eq!(allowed.map(|allowed| allowed.because()), expected);
+    }
 }
 
 const PATHS: [&str; 4] = ["/", "/live", "/live?x", "/li%76e"];
@@ -237,7 +383,8 @@ fn check_of((_, kind, path, host, header): Declared) -> Check {
 /// The same in other words: what a declared check lets a client say.
 fn passes((port, kind, path, host, header): Declared, at: u16, said: &Said<'_>) -> bool {
     let Said::Get(request) = said else {
-        return port == at && [None, Some(&Said::Tls), Some(&Said::Nothing), Some(&Said::Http2)][kind] == Some(said);
+        let said = [matches!(said, Said::Tls { .. }), *said == Said::Nothing, *said == Said::Http2];
+        return port == at && kind > 0 && said[kind - 1];
     };
     let spelled = |path: &str| path.replace("%76", "v");
     let named = if host { HOSTS[2].to_owned() } else { format!("10.0.0.1:{at}") };
@@ -264,7 +411,7 @@ proptest! {
         let (kind, path, host, headers) = spoken;
         let headers: Vec<_> = headers.into_iter().map(|header| EXTRA[header]).collect();
         let said = match kind {
-            0 => Said::Tls,
+            0 => tls(Some("any.example")),
             1 => Said::Nothing,
             2 => Said::Http2,
             3 => Said::Other,

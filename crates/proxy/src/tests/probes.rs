@@ -2,6 +2,7 @@
 //! name.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use mesh::{Check, HttpProbe, Mode, PlaintextReason, Probe, Probes, RefuseReason};
@@ -30,13 +31,22 @@ fn strict() -> World {
 }
 
 /// A connection to a port with a probe; what plays the application accepts later, if it ever may.
-async fn begin(world: &World, check: Check, gateway: IpAddr, first: &str) -> (TcpStream, Served, TcpListener) {
+async fn begin(
+    world: &World,
+    check: Check,
+    gateway: IpAddr,
+    first: impl AsRef<[u8]>,
+) -> (TcpStream, Served, TcpListener) {
     let capture = Capture::new().await;
     let port = capture.address.port();
     let probes = Probes::new([Probe { port, check }]).unwrap();
     world.server.declare(Declared { probes, gateways: vec![gateway] });
     let mut client = connect(CLIENT, capture.address).await;
-    client.write_all(first.replace("HOST", &format!("{SERVER}:{port}")).as_bytes()).await.unwrap();
+    let first = match str::from_utf8(first.as_ref()) {
+        Ok(text) => text.replace("HOST", &format!("{SERVER}:{port}")).into_bytes(),
+        Err(_) => first.as_ref().to_owned(),
+    };
+    client.write_all(&first).await.unwrap();
     let (served, application) = capture.accept(world).await;
     (client, served, application)
 }
@@ -213,26 +223,38 @@ fn a_tcp_probe_connects_and_says_nothing() {
 }
 
 /// A hello of a program's own, and HTTP/2 without TLS: both begin so, and go on as nobody here can tell.
-const HELLO: &str = "\u{16}\u{3}\u{1}\0\u{5}\u{2}hello";
-const PREFACE: &str = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+fn hello(server: &str) -> Vec<u8> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(rustls::RootCertStore::empty())
+        .with_no_client_auth();
+    let mut client = rustls::ClientConnection::new(config.into(), server.to_owned().try_into().unwrap()).unwrap();
+    let mut bytes = Vec::new();
+    client.write_tls(&mut bytes).unwrap();
+    bytes
+}
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 #[test]
 fn what_cannot_be_looked_into_passes_in_few_bytes_each_way() {
     run(async {
         let world = strict();
-        for (check, first) in [(Check::Https, HELLO), (Check::Grpc, PREFACE)] {
-            let (mut client, served, application) = begin(&world, check.clone(), CLIENT, first).await;
+        for (check, first) in [(Check::Https, hello("10.0.0.1")), (Check::Grpc, PREFACE.to_owned())] {
+            let (mut client, served, application) = begin(&world, check.clone(), CLIENT, &first).await;
             let (mut server, _) = timeout(LONG, application.accept()).await.expect("refused").unwrap();
             let mut got = vec![0; first.len()];
             server.read_exact(&mut got).await.unwrap();
-            assert_eq!(got, first.as_bytes());
+            assert_eq!(got, first);
             server.write_all(b"answer").await.unwrap();
             client.read_exact(&mut [0; 6]).await.unwrap();
             drop((client, server));
             assert_eq!(served.end().await, Ok(()));
 
             for client_says_more in [true, false] {
-                let (mut client, served, application) = begin(&world, check.clone(), CLIENT, first).await;
+                let (mut client, served, application) = begin(&world, check.clone(), CLIENT, &first).await;
                 let (mut server, _) = timeout(LONG, application.accept()).await.expect("refused").unwrap();
                 let (talker, listener) =
                     if client_says_more { (&mut client, &mut server) } else { (&mut server, &mut client) };
@@ -257,6 +279,16 @@ fn policies_do_not_touch_probes_and_permissive_calls_the_node_by_its_name() {
         assert!(matches!(security, Security::Plaintext(PlaintextReason::Node)), "{security:?}");
         drop((client, server));
         assert!(served.end().await.is_ok());
+        assert_eq!(edge_exposes(&world), [("node", None)], "strict would refuse it");
+
+        // What strict would let through is called so; all that is allowed is still allowed.
+        let (client, served, application) = begin(&world, http(), CLIENT, GET).await;
+        let (mut server, _) = timeout(LONG, application.accept()).await.expect("refused").unwrap();
+        assert!(!head(&mut server).await.contains("Accept"), "its own words");
+        assert!(matches!(served.connection.decision().unwrap().security, Security::Plaintext(PlaintextReason::Node)));
+        drop((client, server));
+        assert!(served.end().await.is_ok());
+        assert!(edge_exposes(&world).contains(&("probe", Some("GET /live".to_owned()))));
 
         let name = mesh::PolicyName { namespace: "b".into(), name: "nobody".into() };
         let nobody =
@@ -283,6 +315,88 @@ fn an_open_probe_ends_when_its_client_turns_out_to_be_a_pod() {
         judge(&world.node);
         assert!(served.connection.decision().is_some());
         world.apply(workload("new", &world.client.identity, CLIENT));
+        judge(&world.node);
+        assert_eq!(served.end().await, Err(RefuseReason::Strict.into()));
+        assert!(is_reset(&mut client).await);
+    });
+}
+
+/// A world in which the client's address is an API server's, and plaintext is refused.
+fn api_server() -> World {
+    let world = strict();
+    let api_servers = vec![CLIENT.into()];
+    let settings = mesh::MeshSettings { api_servers, ..mesh::MeshSettings::default() };
+    world.node.view.change(|view| view.apply(mesh::Resource::Settings(settings)));
+    world
+}
+
+const ELSEWHERE: &str = "127.77.0.9";
+
+fn hook() -> Check {
+    Check::ApiServer(Some("hook.shop.svc".to_owned()))
+}
+
+#[test]
+fn the_api_server_calls_by_name_for_as_long_as_it_likes_and_is_shown_as_such() {
+    run(async {
+        let world = api_server();
+        for (check, server, exposed) in
+            [(hook(), "hook.shop.svc", "TLS to hook.shop.svc"), (Check::ApiServer(None), "10.0.0.1", "TLS to no name")]
+        {
+            let first = hello(server);
+            let (mut client, served, application) = begin(&world, check, ELSEWHERE.parse().unwrap(), &first).await;
+            let (mut server, peer) = timeout(LONG, application.accept()).await.expect("refused").unwrap();
+            assert_eq!(peer.ip(), CLIENT, "the application sees its true client");
+            let mut got = vec![0; first.len()];
+            server.read_exact(&mut got).await.unwrap();
+            assert_eq!(got, first);
+            // More than a probe may carry, both ways.
+            let much = vec![7; 300 * 1024];
+            let mut got = vec![0; much.len()];
+            let (written, read) = tokio::join!(client.write_all(&much), server.read_exact(&mut got));
+            assert!(written.is_ok() && read.is_ok());
+            let (written, read) = tokio::join!(server.write_all(&much), client.read_exact(&mut got));
+            assert!(written.is_ok() && read.is_ok());
+            let security = served.connection.decision().unwrap().security.clone();
+            assert!(matches!(security, Security::Plaintext(PlaintextReason::ApiServer)));
+            drop((client, server));
+            assert!(served.end().await.is_ok());
+            assert!(edge_exposes(&world).contains(&("api-server", Some(exposed.to_owned()))));
+        }
+    });
+}
+
+#[test]
+fn what_else_comes_from_an_api_servers_address_reaches_nobody() {
+    run(async {
+        let world = api_server();
+        let half = hello("hook.shop.svc")[..100].to_owned();
+        for first in [hello("other.shop.svc"), hello("10.0.0.1"), GET.into(), PREFACE.to_owned(), half] {
+            let (mut client, served, application) = begin(&world, hook(), ELSEWHERE.parse().unwrap(), &first).await;
+            client.shutdown().await.unwrap();
+            assert!(is_reset(&mut client).await);
+            assert_eq!(served.end().await, Err(RefuseReason::NotTheApiServer.into()), "{first:?}");
+            assert!(untouched(application).await);
+        }
+        // The kubelet of the pod's node, which is another one, has no webhook to call.
+        world.node.view.change(|view| view.apply(mesh::Resource::Settings(mesh::MeshSettings::default())));
+        let (mut client, served, application) = begin(&world, hook(), CLIENT, hello("hook.shop.svc")).await;
+        assert!(is_reset(&mut client).await);
+        assert_eq!(served.end().await, Err(RefuseReason::Strict.into()));
+        assert!(untouched(application).await);
+    });
+}
+
+#[test]
+fn an_open_call_of_the_api_server_ends_when_it_is_not_declared_any_more() {
+    run(async {
+        let world = api_server();
+        let (mut client, served, application) =
+            begin(&world, hook(), ELSEWHERE.parse().unwrap(), hello("hook.shop.svc")).await;
+        let (_server, _) = timeout(LONG, application.accept()).await.expect("refused").unwrap();
+        judge(&world.node);
+        client.write_all(b"more").await.unwrap();
+        world.server.declare(Declared::default());
         judge(&world.node);
         assert_eq!(served.end().await, Err(RefuseReason::Strict.into()));
         assert!(is_reset(&mut client).await);

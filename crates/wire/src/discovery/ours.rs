@@ -31,6 +31,7 @@ pub(super) fn encode_settings(settings: &MeshSettings) -> Vec<u8> {
         inside: settings.inside.iter().map(ToString::to_string).collect(),
         mixed: settings.mixed.iter().map(ToString::to_string).collect(),
         nodes: settings.nodes.iter().map(ToString::to_string).collect(),
+        api_servers: settings.api_servers.iter().map(ToString::to_string).collect(),
         view_lifetime_milliseconds: settings.view_lifetime.as_millis().try_into().unwrap_or(u32::MAX),
     };
     message.encode_to_vec()
@@ -47,6 +48,7 @@ pub(super) fn decode_settings(content: &[u8]) -> Result<Resource, Fault> {
         inside: ranges(&message.inside, "inside")?,
         mixed: ranges(&message.mixed, "mixed")?,
         nodes: nodes.collect::<Result<_, _>>()?,
+        api_servers: ranges(&message.api_servers, "api_servers")?,
         view_lifetime: match message.view_lifetime_milliseconds {
             0 => mesh::VIEW_LIFETIME,
             milliseconds => Duration::from_millis(milliseconds.into()),
@@ -76,6 +78,7 @@ pub(super) fn encode_node_pod(pod: &NodePod) -> Vec<u8> {
         uncaptured: encode_uncaptured(pod.capture.err().unwrap_or(Uncaptured::Pending)).into(),
         excluded_ports: pod.excluded_ports.iter().map(|port| u32::from(*port)).collect(),
         probes: crate::probe::encode(&pod.probes),
+        api_server_calls: crate::probe::encode_calls(&pod.probes),
         release: pod.release,
     };
     message.encode_to_vec()
@@ -109,6 +112,7 @@ pub(super) fn decode_node_pod(content: &[u8]) -> Result<Resource, Fault> {
         capture,
         release: message.release && capture.is_err(),
         excluded_ports: excluded.collect::<Result<_, _>>()?,
-        probes: crate::probe::decode(&message.probes).ok_or(Fault::UnknownValue { field: "probes" })?,
+        probes: crate::probe::decode(&message.probes, &message.api_server_calls)
+            .ok_or(Fault::UnknownValue { field: "probes" })?,
     }))
 }

@@ -160,10 +160,10 @@ fn policy() -> impl Strategy<Value = Policy> {
 
 fn settings() -> impl Strategy<Value = MeshSettings> {
     let ranges = || prop::collection::vec(range(), 0..3);
-    (ranges(), ranges(), prop::collection::vec(any::<std::net::IpAddr>(), 0..3), 1..=u32::MAX).prop_map(
-        |(inside, mixed, nodes, milliseconds)| {
+    (ranges(), ranges(), prop::collection::vec(any::<std::net::IpAddr>(), 0..3), ranges(), 1..=u32::MAX).prop_map(
+        |(inside, mixed, nodes, api_servers, milliseconds)| {
             let view_lifetime = std::time::Duration::from_millis(milliseconds.into());
-            MeshSettings { inside, mixed, nodes, view_lifetime }
+            MeshSettings { inside, mixed, nodes, api_servers, view_lifetime }
         },
     )
 }

@@ -20,7 +20,23 @@ pub(crate) struct Node {
     /// The ranges that its pods' addresses come from.
     pub(crate) pod_ranges: Vec<IpNet>,
     pub(crate) addresses: Vec<IpAddr>,
+    /// By which pods of other nodes see it where an overlay carries its packets.
+    pub(crate) overlay: Vec<IpAddr>,
 }
+
+/// Where networks write down by which address a node shows itself in their overlay (Calico, `node/pkg/allocateip`; Cilium,
+/// `pkg/annotation`).
+const OVERLAY: [&str; 7] = [
+    "projectcalico.org/IPv4IPIPTunnelAddr",
+    "projectcalico.org/IPv4VXLANTunnelAddr",
+    "projectcalico.org/IPv6VXLANTunnelAddr",
+    "projectcalico.org/IPv4WireguardInterfaceAddr",
+    "projectcalico.org/IPv6WireguardInterfaceAddr",
+    "network.cilium.io/ipv4-cilium-host",
+    "network.cilium.io/ipv6-cilium-host",
+];
+/// Flannel gives its device the first address of the node's range, where it has one.
+const FLANNEL: (&str, &str) = ("flannel.alpha.coreos.com/backend-type", "host-gw");
 
 impl Node {
     pub(crate) fn read(node: &core::Node, problems: &mut Vec<Problem>) -> Self {
@@ -42,7 +58,14 @@ impl Node {
         // Besides addresses there are names (Hostname, InternalDNS), which nobody dials from.
         let listed = node.status.as_ref().and_then(|status| status.addresses.as_ref()).into_iter().flatten();
         let listed = listed.filter(|address| address.type_.ends_with("IP")).map(|address| address.address.as_str());
-        Self { pod_ranges, addresses: addresses(listed, &object, "status.addresses", problems) }
+        let annotation = |key: &str| node.metadata.annotations.as_ref()?.get(key).map(String::as_str);
+        let annotated = OVERLAY.iter().filter_map(|key| annotation(key)).filter(|text| !text.is_empty());
+        let mut overlay = addresses(annotated, &object, "metadata.annotations", problems);
+        if annotation(FLANNEL.0).is_some_and(|backend| backend != FLANNEL.1) {
+            overlay.extend(pod_ranges.iter().map(IpNet::network));
+        }
+        let addresses = addresses(listed, &object, "status.addresses", problems);
+        Self { pod_ranges, addresses, overlay }
     }
 }
 

@@ -35,6 +35,15 @@ fn palette() -> Vec<Object> {
             "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{namespace: {namespace}, name: p}}\nspec: {{{spec}}}\n"
         )
     };
+    let hook = |service: &str| {
+        format!(
+            "---\napiVersion: admissionregistration.k8s.io/v1\nkind: ValidatingWebhookConfiguration\nmetadata: {{name: h}}\nwebhooks: \
+             [{{name: a.b.c, sideEffects: None, admissionReviewVersions: [v1], clientConfig: {{service: {service}}}}}]\n"
+        )
+    };
+    let api = "---\napiVersion: apiregistration.k8s.io/v1\nkind: APIService\nmetadata: {name: v1.b.c}\nspec: {group: b.c, version: v1, \
+               groupPriorityMinimum: 1, versionPriority: 1, service: {namespace: shop, name: web, port: 80}}\n"
+        .to_owned();
     let config = |data: &str| {
         format!(
             "---\napiVersion: v1\nkind: ConfigMap\nmetadata: {{namespace: justmtls-system, name: justmtls}}\ndata: {{{data}}}\n"
@@ -77,6 +86,10 @@ fn palette() -> Vec<Object> {
         policy("shop", "selector: {matchLabels: {app: web}}, rules: [{}]"),
         policy("shop", "rules: [{}]"),
         policy("justmtls-system", "selector: {matchLabels: {app: web}}, action: DENY"),
+        hook("{namespace: shop, name: web, port: 80}"),
+        hook("{namespace: shop, name: other, port: 80}"),
+        api,
+        slice("{addresses: [10.88.0.10]}").replace("shop", "default").replace("name: web", "name: kubernetes"),
         config("excludedPorts: \"22\""),
         config("insideCIDRs: 192.0.2.0/24"),
     ];
