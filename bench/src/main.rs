@@ -8,7 +8,11 @@
 //! other programs' load, which is counted and printed; nothing stays when it ends, also by Ctrl-C.
 
 #![forbid(unsafe_code)]
+// One object of Kubernetes is one `json!`.
+#![recursion_limit = "256"]
 
+// The control plane, by itself
+mod control;
 // What is measured, and who
 mod contender;
 mod plan;
@@ -90,6 +94,8 @@ struct Measuring {
 
 #[derive(Debug, Subcommand)]
 enum Part {
+    /// Measure the control plane alone, with a simulated API server and simulated nodes.
+    Control(control::Args),
     /// In a pod: the server.
     #[command(hide = true)]
     Serve(load::server::Args),
@@ -107,6 +113,7 @@ const LIMIT: Duration = Duration::from_secs(30 * 60);
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match &arguments.part {
+        Some(Part::Control(args)) => control::run(args).map(|()| true),
         Some(Part::Serve(args)) => load::server::run(args).map(|()| true),
         Some(Part::Drive) => load::client::run().map(|()| true),
         Some(Part::Double(args)) => double::run(args).map(|()| true),
@@ -129,11 +136,7 @@ fn main() -> ExitCode {
 fn measure(options: &Measuring) -> Result<bool> {
     ensure!(nix::unistd::geteuid().is_root(), "this has to run as root: it binds processes to processors");
     let processors = processor::two_processors()?;
-    let binary = match &options.binary {
-        Some(path) => path.clone(),
-        None => std::env::current_exe()?.with_file_name("justmtls"),
-    };
-    ensure!(binary.is_file(), "there is no {}: build it first, as `cargo xtask bench` does", binary.display());
+    let binary = product(options.binary.as_deref())?;
     let ending = Ending::watch(binary.clone(), LIMIT)?;
     let start = |manifest: &str| Cluster::start(&binary, manifest, &ending);
 
@@ -165,6 +168,16 @@ fn measure(options: &Measuring) -> Result<bool> {
     }
     let missed = options.check && marks.iter().any(marks::Mark::is_missed);
     Ok(results.failed.is_empty() && !missed)
+}
+
+/// The product's binary: the one that was given, or the one beside this program.
+fn product(given: Option<&Path>) -> Result<PathBuf> {
+    let binary = match given {
+        Some(path) => path.to_owned(),
+        None => std::env::current_exe()?.with_file_name("justmtls"),
+    };
+    ensure!(binary.is_file(), "there is no {}: build it first, as `cargo xtask bench` does", binary.display());
+    Ok(binary)
 }
 
 fn compare_files(before: &Path, after: &Path) -> Result<()> {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use linux::channel::{Channel, Listener, Peer};
+use prometheus_client::metrics::counter::Counter;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -22,6 +23,8 @@ pub(crate) struct Door {
     path: PathBuf,
     /// Who may come in.
     users: Vec<u32>,
+    /// How many were sent away.
+    strangers: Counter,
 }
 
 impl Door {
@@ -29,17 +32,17 @@ impl Door {
     ///
     /// # Errors
     /// The socket cannot be made there, or not be given to `owner`.
-    pub(crate) fn open(path: &Path, owner: u32, users: Vec<u32>) -> io::Result<Self> {
+    pub(crate) fn open(path: &Path, owner: u32, users: Vec<u32>, strangers: &Counter) -> io::Result<Self> {
         let listener = Listener::bind(path, 0o600)?;
         listener.set_nonblocking(true)?;
         // Until here it was ours alone. Only where it differs: giving away takes a capability.
         if owner != own_uid()? {
             chown(path, Some(owner), None)?;
         }
-        Ok(Self { listener: watched(listener)?, path: path.to_owned(), users })
+        Ok(Self { listener: watched(listener)?, path: path.to_owned(), users, strangers: strangers.clone() })
     }
 
-    /// The next peer that may come in. Others are sent away, and said by name.
+    /// The next peer that may come in. Others are sent away, said by name and counted.
     pub(crate) async fn next(&self) -> AsyncFd<Channel> {
         loop {
             let admitted = match self.listener.async_io(Interest::READABLE, Listener::accept).await {
@@ -61,6 +64,7 @@ impl Door {
         let peer = channel.peer_credentials()?;
         if !may_enter(&self.users, peer) {
             tracing::warn!(socket = %self.path.display(), pid = peer.pid, uid = peer.uid, "refused a stranger");
+            self.strangers.inc();
             return Ok(None);
         }
         channel.set_nonblocking(true)?;
@@ -100,7 +104,8 @@ mod tests {
         let own = own_uid().unwrap();
         for (users, enters) in [(vec![own.wrapping_add(1)], false), (vec![own], true)] {
             let path = place.path().join("socket");
-            let door = Door::open(&path, own, users).unwrap();
+            let strangers = Counter::default();
+            let door = Door::open(&path, own, users, &strangers).unwrap();
             assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
             let outside = Channel::connect(&path).unwrap();
             let heard = tokio::task::spawn_blocking(move || outside.recv(&mut [0; 16]).unwrap().0);
@@ -113,6 +118,7 @@ mod tests {
                 // Nothing was said before the end: the door has sent it away.
                 length = &mut heard => assert_eq!((length.unwrap(), enters), (0, false)),
             }
+            assert_eq!(strangers.get(), u64::from(!enters));
         }
     }
 }

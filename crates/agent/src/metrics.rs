@@ -44,6 +44,8 @@ pub(crate) struct Metrics {
     pub(crate) guard_drops: Counter,
     /// Captures that could not be looked at, or not be made anew.
     pub(crate) repair_failures: Counter,
+    /// Connections to the agent's sockets that were refused for their user.
+    pub(crate) strangers: Counter,
     /// Pods that a runtime started without the plugin, while it was in place.
     pub(crate) missed: Counter,
     /// Connections of theirs that were ended.
@@ -103,6 +105,7 @@ impl Default for Metrics {
             repairs: Counter::default(),
             guard_drops: Counter::default(),
             repair_failures: Counter::default(),
+            strangers: Counter::default(),
             missed: Counter::default(),
             missed_connections: Counter::default(),
             plugin_restored: Counter::default(),
@@ -132,6 +135,8 @@ impl Metrics {
         all.counter("guard_drops", help, self.guard_drops.clone());
         let help = "Captures that could not be verified or made anew";
         all.counter("repair_failures", help, self.repair_failures.clone());
+        let help = "Connections to the agent's sockets that were refused for their user";
+        all.counter("strangers", help, self.strangers.clone());
         all.counter("missed_pods", "Pods that started without the plugin while it was in place", self.missed.clone());
         let help = "Connections that such pods had before they were captured, and that were ended";
         all.counter("missed_connections_ended", help, self.missed_connections.clone());

@@ -207,11 +207,13 @@ async fn serve(args: Args) -> Result<()> {
     });
 
     let own = own_uid().context("cannot read the agent's own uid")?;
-    let proxies = Door::open(&args.proxy_socket, args.proxy_uid, vec![args.proxy_uid]).with_context(|| {
+    let strangers = &shown.metrics.strangers;
+    let proxies = Door::open(&args.proxy_socket, args.proxy_uid, vec![args.proxy_uid], strangers);
+    let proxies = proxies.with_context(|| {
         let path = args.proxy_socket.display();
         format!("cannot make {path} (--proxy-socket) for uid {} (--proxy-uid)", args.proxy_uid)
     })?;
-    let runtimes = Door::open(&args.cni_socket, own, vec![0, own])
+    let runtimes = Door::open(&args.cni_socket, own, vec![0, own], strangers)
         .with_context(|| format!("cannot make {} (--cni-socket)", args.cni_socket.display()))?;
     admin::serve(&args.admin, shown.clone())
         .with_context(|| format!("cannot make {} (--admin)", args.admin.display()))?;

@@ -50,6 +50,8 @@ const UNREADY: Duration = Duration::from_secs(3);
 /// The longest sleep before the time of day is looked at again: it can be set while we sleep.
 const LOOK_AT_CLOCK: Duration = Duration::from_secs(30);
 
+/// How long after a change it is looked at what is wrong: each look is at everything that is, however little changed.
+const LOOK_AT_PROBLEMS: Duration = Duration::from_millis(200);
 /// How often it is looked for records of captured pods that are gone.
 const LOOK_AROUND: Duration = Duration::from_secs(10);
 
@@ -151,6 +153,8 @@ pub(crate) struct Control {
     behind: bool,
     /// What was wrong when it was last looked at, so that each problem is logged once.
     logged: BTreeSet<Problem>,
+    /// When to look next, if anything may be different.
+    looks_at_problems: Option<Instant>,
     own: Svid,
     looks_around: Instant,
     jitter: f64,
@@ -177,7 +181,7 @@ impl Control {
         info!(address = %self.address, workloads = self.index.views().workloads.len(), "serving");
         loop {
             let look = self.looks_around.min(Instant::now() + self.until_renewal());
-            let look = self.leaving.next_look().map_or(look, |leaving| look.min(leaving));
+            let look = self.leaving.next_look().into_iter().chain(self.looks_at_problems).fold(look, Instant::min);
             let event = select! {
                 event = self.events.recv() => event.unwrap_or(Event::Terminate),
                 ended = &mut self.serving => {
@@ -194,7 +198,7 @@ impl Control {
                     if let Record::Shared(shared) = &mut self.record {
                         shared.written(&node, failure);
                     }
-                    self.log_problems();
+                    self.problems_may_differ();
                 }
                 Event::NodeOfPod { pod, answer } => {
                     let _ = answer.send(self.index.node_of(&pod).map(str::to_owned));
@@ -215,6 +219,10 @@ impl Control {
             if Instant::now() >= self.looks_around {
                 self.looks_around = Instant::now() + LOOK_AROUND;
                 self.look_around();
+            }
+            if self.looks_at_problems.is_some_and(|look| Instant::now() >= look) {
+                self.looks_at_problems = None;
+                self.log_problems();
             }
         }
     }
@@ -237,14 +245,19 @@ impl Control {
     }
 
     fn take(&mut self, mut batch: Batch) {
-        let mut touched = index::Touched::new();
+        // Whose reports may be confirmed by it: to look at all that wait, for each change, would cost their square.
+        let (mut touched, mut nodes) = (index::Touched::new(), BTreeSet::new());
         if let Record::Shared(shared) = &mut self.record {
-            touched.extend(shared.take_in(&batch.changes, &mut self.index));
+            (touched, nodes) = shared.take_in(&batch.changes, &mut self.index);
             if batch.behind {
                 shared.forget_missing();
             }
         }
         touched.extend(take_in(&mut self.index, &mut batch, &self.metrics));
+        nodes.extend(touched.iter().filter_map(|told| match told {
+            Told::NodePod(node, _) => Some(node.clone()),
+            _ => None,
+        }));
         self.publish(touched);
         self.publication.withhold(withheld(self.follows, &batch));
         self.behind = batch.behind;
@@ -252,26 +265,27 @@ impl Control {
         if let Some(replica) = &self.replica {
             replica.tell_policies(&self.index, batch.conditions);
         }
-        self.confirm();
-        self.log_problems();
+        nodes.iter().for_each(|node| self.confirm(node));
+        self.problems_may_differ();
     }
 
     /// An agent says what its node has captured.
     fn captured(&mut self, report: Report) {
         match &mut self.record {
             Record::Shared(shared) => {
+                let node = report.node.clone();
                 shared.report(report, &self.index);
-                self.confirm();
+                self.confirm(&node);
             }
             Record::File(_) => self.publish_captured(report),
         }
-        self.log_problems();
+        self.problems_may_differ();
     }
 
-    /// Confirms the reports that every replica can read by now.
-    fn confirm(&mut self) {
+    /// Confirms the reports of a node that every replica can read by now.
+    fn confirm(&mut self, node: &str) {
         let Record::Shared(shared) = &mut self.record else { return };
-        for report in shared.confirmed(&self.index) {
+        for report in shared.confirmed(node, &self.index) {
             self.publish_captured(report);
         }
     }
@@ -293,7 +307,7 @@ impl Control {
         {
             shared.tidy(&self.index, self.clock.monotonic());
         }
-        self.log_problems();
+        self.problems_may_differ();
     }
 
     fn publish(&mut self, touched: index::Touched) {
@@ -324,7 +338,8 @@ impl Control {
     /// Releases pods that leave, where all peers know it.
     fn let_go(&mut self) {
         // What is known here may not be all that decides it.
-        if self.leaving.next_look().is_none() || self.publication.withheld().is_some() {
+        let is_due = self.leaving.next_look().is_some_and(|look| Instant::now() >= look);
+        if !is_due || self.publication.withheld().is_some() {
             return;
         }
         let lifetime = self.index.views().settings.view_lifetime;
@@ -359,6 +374,10 @@ impl Control {
         let withheld = self.publication.withheld().map(|because| Problem::error("the control plane", because));
         let elsewhere = elsewhere.chain(withheld);
         self.index.problems().into_iter().chain(&self.source_problems).cloned().chain(elsewhere).collect()
+    }
+
+    fn problems_may_differ(&mut self) {
+        self.looks_at_problems.get_or_insert_with(|| Instant::now() + LOOK_AT_PROBLEMS);
     }
 
     fn log_problems(&mut self) {
@@ -433,7 +452,7 @@ fn withheld(follows: bool, batch: &Batch) -> Option<String> {
 /// Applies a batch to the index.
 fn take_in(index: &mut Index, batch: &mut Batch, metrics: &Metrics) -> index::Touched {
     metrics.changes.inc_by(batch.changes.len() as u64);
-    let mut touched: index::Touched = batch.changes.drain(..).flat_map(|change| index.apply(change)).collect();
+    let mut touched = index.apply(batch.changes.drain(..));
     touched.extend(index.unreadable(&batch.unreadable));
     touched
 }

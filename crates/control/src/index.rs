@@ -1,6 +1,6 @@
 //! From Kubernetes objects to what nodes are told.
 //!
-//! [`Index::apply`] takes one change and says what is different now. It is synchronous and knows no client, no clock and
+//! [`Index::apply`] takes changes and says what is different now. It is synchronous and knows no client, no clock and
 //! no stream; the order in which objects come does not matter, but for what [`Index::captured`] once heard (T47) and for
 //! settings that could not be read.
 //!
@@ -138,12 +138,14 @@ impl Index {
         self.problems.values().flatten().collect()
     }
 
-    /// Takes in one change.
-    pub(crate) fn apply(&mut self, change: Change) -> Touched {
+    /// Takes in changes, in their order. What several of them touch is computed once.
+    pub(crate) fn apply(&mut self, changes: impl IntoIterator<Item = Change>) -> Touched {
         let mut dirty = Dirty::default();
-        match change {
-            Change::Applied(object) => self.applied(&object, &mut dirty),
-            Change::Deleted(key) => self.deleted(&key, &mut dirty),
+        for change in changes {
+            match change {
+                Change::Applied(object) => self.applied(&object, &mut dirty),
+                Change::Deleted(key) => self.deleted(&key, &mut dirty),
+            }
         }
         self.refresh(dirty)
     }
@@ -269,8 +271,9 @@ impl Index {
             }
             Object::Node(node) => {
                 let facts = facts::Node::read(node, &mut problems);
-                // What kubelet says of itself every few minutes is none of it.
-                dirty.settings = self.cluster.nodes.insert(key.name.clone(), facts.clone()) != Some(facts);
+                // A node says every few minutes that it is well, and mostly nothing else.
+                let old = self.cluster.nodes.insert(key.name.clone(), facts.clone());
+                dirty.settings |= old != Some(facts);
             }
             Object::Pod(pod) => {
                 let facts = Pod::read(pod, self.cluster.trust_domain(), &mut problems);

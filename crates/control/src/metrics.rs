@@ -17,6 +17,7 @@ pub(crate) struct Metrics {
     registry: Names,
     certificates: Family<Outcome, Counter>,
     refused_calls: Family<Outcome, Counter>,
+    refused_connections: Family<Outcome, Counter>,
     token_reviews: Family<Outcome, Counter>,
     /// Whole lists of a kind that the API server gave.
     pub(crate) lists: Counter,
@@ -74,6 +75,9 @@ impl Metrics {
         registry.counter("certificates", "Certificates asked for, by outcome", certificates.clone());
         let refused_calls = Family::<Outcome, Counter>::default();
         registry.counter("refused_calls", "Calls and streams that were refused, by reason", refused_calls.clone());
+        let refused_connections = Family::<Outcome, Counter>::default();
+        let help = "Connections that did not come to TLS, by reason";
+        registry.counter("refused_connections", help, refused_connections.clone());
         let token_reviews = Family::<Outcome, Counter>::default();
         registry.counter(
             "token_reviews",
@@ -114,6 +118,7 @@ impl Metrics {
             registry,
             certificates,
             refused_calls,
+            refused_connections,
             token_reviews,
             lists,
             changes,
@@ -140,6 +145,11 @@ impl Metrics {
     /// Counts a call that was refused.
     pub(crate) fn refused_call(&self, reason: &str) {
         self.refused_calls.get_or_create(&Outcome { outcome: reason.to_owned() }).inc();
+    }
+
+    /// Counts a connection that did not come to TLS.
+    pub(crate) fn refused_connection(&self, reason: &str) {
+        self.refused_connections.get_or_create(&Outcome { outcome: reason.to_owned() }).inc();
     }
 
     /// Counts a review of a token: `vouched-for`, or why not.

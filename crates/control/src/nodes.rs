@@ -1,6 +1,6 @@
 //! Which nodes are connected, and what each has acknowledged: the control plane knows N of N.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -22,6 +22,8 @@ pub(crate) struct Nodes(Arc<Mutex<Open>>);
 struct Open {
     last_id: u64,
     streams: BTreeMap<u64, Stream>,
+    /// The open ones of each process.
+    by_process: HashMap<(String, &'static str), BTreeSet<u64>>,
     /// What the last stream of a process had come to when it ended. As many as there are tokens, at most.
     ended: BTreeMap<(String, &'static str), Stream>,
 }
@@ -80,16 +82,17 @@ impl Nodes {
     /// Notes a new stream; `None` where its process has too many.
     pub(crate) fn register(&self, caller: &Caller) -> Option<Registered> {
         let mut open = self.lock();
-        let same = |stream: &&Stream| stream.node == caller.node && stream.role == caller.role.as_str();
-        if open.streams.values().filter(same).count() >= MAX_STREAMS {
+        let role = caller.role.as_str();
+        let process = (caller.node.clone(), role);
+        if open.by_process.get(&process).is_some_and(|streams| streams.len() >= MAX_STREAMS) {
             return None;
         }
         open.last_id += 1;
         let number = open.last_id;
-        let role = caller.role.as_str();
         let stream = Stream { node: caller.node.clone(), role, open: true, ended: None, kinds: BTreeMap::new() };
-        open.ended.remove(&(caller.node.clone(), role));
+        open.ended.remove(&process);
         open.streams.insert(number, stream);
+        open.by_process.entry(process).or_default().insert(number);
         Some(Registered { nodes: self.clone(), id: number })
     }
 
@@ -135,7 +138,7 @@ impl Nodes {
 
     /// Whether a node's agent is told here, and by no other replica, what to capture.
     pub(crate) fn serves_agent_of(&self, node: &str) -> bool {
-        self.lock().streams.values().any(|stream| stream.node == node && stream.role == Role::Agent.as_str())
+        self.lock().by_process.contains_key(&(node.to_owned(), Role::Agent.as_str()))
     }
 
     /// How many streams are open.
@@ -164,8 +167,12 @@ impl Drop for Registered {
         let Some(mut stream) = open.streams.remove(&self.id) else { return };
         stream.open = false;
         stream.ended = Some(Instant::now());
-        if !open.streams.values().any(|other| other.node == stream.node && other.role == stream.role) {
-            open.ended.insert((stream.node.clone(), stream.role), stream);
+        let process = (stream.node.clone(), stream.role);
+        let Some(others) = open.by_process.get_mut(&process) else { return };
+        others.remove(&self.id);
+        if others.is_empty() {
+            open.by_process.remove(&process);
+            open.ended.insert(process, stream);
         }
     }
 }

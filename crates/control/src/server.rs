@@ -1,10 +1,11 @@
 //! What nodes may call. A caller is nobody until its token was looked up.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, info, warn};
-use wire::server::{self, CaptureStream, CertificateRequest, DiscoveryStream, Handler, Refused};
+use wire::server::{self, CaptureStream, CertificateRequest, DiscoveryStream, Handler, NoTls, Refused};
 
 use crate::ca::token::{Caller, Tokens, Unknown};
 use crate::ca::{self, Certifier};
@@ -116,5 +117,10 @@ impl Handler for Served {
     async fn captures(&self, caller: server::Caller, stream: CaptureStream) -> Result<(), Refused> {
         let caller = self.authenticate(&caller).await?;
         self.count(report::serve(&self.events, caller, stream).await)
+    }
+
+    fn stranger(&self, address: SocketAddr, because: NoTls) {
+        debug!(%address, reason = because.as_str(), "a connection did not come to TLS");
+        self.metrics.refused_connection(because.as_str());
     }
 }

@@ -132,6 +132,14 @@ pub(crate) fn decode(probes: &[v1::Probe], calls: &[v1::ApiServerCall]) -> Optio
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use identity::UnixTime;
+    use identity::issuer::Root;
+    use identity::tls::api_client_config;
+    use rustls::time_provider::DefaultTimeProvider;
+
     use super::*;
 
     /// One of each kind.
@@ -199,12 +207,12 @@ pub(crate) mod tests {
 
     /// The hello of a client that wants this server: by name, or by an address, which no hello names.
     fn hello_to(server: &str) -> Vec<u8> {
-        let provider = std::sync::Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let config = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .expect("versions")
-            .with_root_certificates(rustls::RootCertStore::empty())
-            .with_no_client_auth();
+        let domain = "cluster.local".parse().expect("a trust domain");
+        let now = UnixTime::since_unix_epoch(Duration::from_secs(1 << 30));
+        let root = Root::generate(&domain, now, Duration::from_secs(1 << 20)).expect("a root");
+        let roots = root.bundle().expect("a bundle").to_pem();
+        let mut config = (*api_client_config(&roots, Arc::new(DefaultTimeProvider)).expect("its roots")).clone();
+        config.enable_sni = true;
         let server = server.to_owned().try_into().expect("a name or an address");
         let mut client = rustls::ClientConnection::new(config.into(), server).expect("a client");
         let mut bytes = Vec::new();

@@ -31,6 +31,7 @@ use crate::proto::istio::ca::istio_certificate_service_server::{
 use crate::proto::v1::reports_server::{Reports, ReportsServer};
 use crate::proto::v1::{CaptureConfirmed, CaptureReport};
 
+pub use accept::NoTls;
 pub use captures::CaptureStream;
 pub use discovery::DiscoveryStream;
 
@@ -65,6 +66,9 @@ pub trait Handler: Send + Sync + 'static {
 
     /// Takes reports of captured pods until they end.
     fn captures(&self, caller: Caller, stream: CaptureStream) -> impl Future<Output = Result<(), Refused>> + Send;
+
+    /// Takes note of a connection that did not come to TLS, and so not to a call.
+    fn stranger(&self, address: SocketAddr, because: NoTls);
 }
 
 /// Who calls, as far as the call shows.
@@ -140,8 +144,9 @@ pub async fn serve<H: Handler>(
     spread: Duration,
 ) -> Result<(), tonic::transport::Error> {
     let (close, closing) = watch::channel(false);
-    let service = Service { handler, closing: closing.clone(), spread };
-    let incoming = accept::incoming(listener, config, closing.clone());
+    let service = Service { handler: handler.clone(), closing: closing.clone(), spread };
+    let stranger = move |address, because| handler.stranger(address, because);
+    let incoming = accept::incoming(listener, config, stranger, closing.clone());
     let mut stopped = closing.clone();
     let router = tonic::transport::Server::builder()
         .max_concurrent_streams(MAX_CALLS)

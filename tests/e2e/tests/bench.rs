@@ -24,15 +24,13 @@ impl Place {
     }
 
     fn bench(&self, arguments: &[&str]) -> Program {
+        self.program().args(["--quick", "--connections", "64", "--pods", "2"]).args(arguments)
+    }
+
+    fn program(&self) -> Program {
         let beside = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("bench");
         assert!(beside.is_file(), "build it first: `cargo build --release -p bench`, as `cargo xtask test` does");
-        let all = ["--quick", "--connections", "64", "--pods", "2"];
-        Program::new(beside)
-            .env("TMPDIR", self.0.path())
-            .env("JUSTMTLS_BIN", binary())
-            .args(all)
-            .args(arguments)
-            .within(RUN)
+        Program::new(beside).env("TMPDIR", self.0.path()).env("JUSTMTLS_BIN", binary()).within(RUN)
     }
 
     fn entries(&self) -> Vec<PathBuf> {
@@ -98,4 +96,29 @@ fn ctrl_c_in_the_middle_leaves_nothing() {
         left if left.is_empty() => Ok(()),
         left => Err(format!("{left:?}")),
     });
+}
+
+#[test]
+fn the_control_plane_of_a_cluster_that_changes_tells_every_node_what_it_is_to_know() {
+    needs!("root", "ip", "ss");
+    let place = Place::new();
+    let file = place.0.path().join("control.json");
+    let small = ["control", "--nodes", "20", "--pods", "1000", "--churn", "100", "--seconds", "3", "--json"];
+    // It fails where one node knows anything else in the end than is so.
+    let table = place.program().args(small).args([&file]).run().ok();
+    assert!(table.contains("resident, churn, most"), "{table}");
+
+    let run: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+    assert_eq!(run["replaced"], 300, "{run:#}");
+    // Each pod is on a node, whose agent and proxy hear of it; and five of twenty Services are dialled from each of the others.
+    let at_least = [("placed", 300), ("with_address", 1000), ("gone", 1000)];
+    for (delay, least) in at_least {
+        assert!(run[delay]["count"].as_u64().unwrap() >= least, "{delay} of at least {least}: {run:#}");
+        assert!(run[delay]["p50"].as_f64().unwrap() > 0.0, "{run:#}");
+    }
+    for number in ["ready_after", "resident_ready", "churn_processor", "bytes_per_node", "told"] {
+        assert!(run[number].as_f64().unwrap() > 0.0, "{number}: {run:#}");
+    }
+    assert_eq!(run["lists_again"], 0.0, "changes came by watches: {run:#}");
+    assert_eq!(place.entries(), [file], "only what was asked for is left");
 }

@@ -19,7 +19,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("demo", &["identity", "mesh", "wire", "linux", "manifests"]),
     ("install", &["manifests"]),
     ("cli", &["identity", "mesh", "wire", "linux", "manifests", "proxy", "agent", "control", "demo", "install"]),
-    ("bench", &["linux"]),
+    ("bench", &["mesh", "wire", "linux"]),
     ("e2e", &["identity", "mesh", "wire", "linux", "manifests"]),
     ("fuzzing", &["identity", "wire", "manifests"]),
     ("xtask", &[]),

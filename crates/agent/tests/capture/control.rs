@@ -122,4 +122,8 @@ impl Handler for Control {
         }
         Ok(())
     }
+
+    fn stranger(&self, address: SocketAddr, because: server::NoTls) {
+        panic!("{address} did not come to TLS: {because:?}");
+    }
 }

@@ -39,8 +39,8 @@ pub(crate) struct Shared {
     wanted: BTreeMap<String, Change>,
     /// Nodes whose record is being written.
     writing: BTreeSet<String>,
-    /// Reports that are not confirmed yet.
-    waiting: Vec<Report>,
+    /// Reports that are not confirmed yet, by node.
+    waiting: BTreeMap<String, Vec<Report>>,
     missing: HashMap<(String, PodUid), Instant>,
     problems: BTreeMap<String, Problem>,
 }
@@ -71,16 +71,20 @@ impl Shared {
             shown: BTreeMap::new(),
             wanted: BTreeMap::new(),
             writing: BTreeSet::new(),
-            waiting: Vec::new(),
+            waiting: BTreeMap::new(),
             missing: HashMap::new(),
             problems: BTreeMap::new(),
         }
     }
 
-    /// Takes in what the watch says, as far as it is about records.
-    pub(crate) fn take_in(&mut self, changes: &[ObjectChange], index: &mut Index) -> Touched {
-        let records = changes.iter().filter_map(|change| self.show(change));
-        records.flat_map(|record| index.recorded(&record.node, record.pods)).collect()
+    /// Takes in what the watch says, as far as it is about records. What that touches, and the nodes that it is about.
+    pub(crate) fn take_in(&mut self, changes: &[ObjectChange], index: &mut Index) -> (Touched, BTreeSet<String>) {
+        let (mut touched, mut nodes) = (Touched::new(), BTreeSet::new());
+        for record in changes.iter().filter_map(|change| self.show(change)) {
+            touched.extend(index.recorded(&record.node, record.pods));
+            nodes.insert(record.node);
+        }
+        (touched, nodes)
     }
 
     /// Where a change is about a record, what that says now.
@@ -116,14 +120,17 @@ impl Shared {
         if !self.names(&report.node, &add) {
             self.want(&report.node, Change { add, ..Change::default() });
         }
-        self.waiting.push(report);
+        self.waiting.entry(report.node.clone()).or_default().push(report);
     }
 
-    /// The reports that the watch shows by now. An agent that is gone needs no answer.
-    pub(crate) fn confirmed(&mut self, index: &Index) -> Vec<Report> {
-        let waiting = std::mem::take(&mut self.waiting).into_iter().filter(|report| !report.published.is_closed());
-        let (confirmed, waiting) = waiting.partition(|report| self.names(&report.node, &staying(report, index)));
-        self.waiting = waiting;
+    /// The reports of a node that the watch shows by now. An agent that is gone needs no answer.
+    pub(crate) fn confirmed(&mut self, node: &str, index: &Index) -> Vec<Report> {
+        let waiting = self.waiting.remove(node).into_iter().flatten().filter(|report| !report.published.is_closed());
+        let (confirmed, waiting): (_, Vec<_>) =
+            waiting.partition(|report| self.names(&report.node, &staying(report, index)));
+        if !waiting.is_empty() {
+            self.waiting.insert(node.to_owned(), waiting);
+        }
         confirmed
     }
 

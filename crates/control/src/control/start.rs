@@ -188,6 +188,7 @@ impl Control {
             source_problems: first.problems,
             behind: first.behind,
             logged: BTreeSet::new(),
+            looks_at_problems: None,
             own,
             looks_around: Instant::now(),
             jitter: wire::dice::fraction(),

@@ -202,9 +202,9 @@ impl Cluster {
         self.slices_by_address.get(&address).into_iter().flatten().filter_map(|name| self.slices.get_key_value(name))
     }
 
-    /// All addresses that slices name.
-    pub(crate) fn endpoint_addresses(&self) -> impl Iterator<Item = IpAddr> {
-        self.slices_by_address.keys().copied()
+    /// The addresses that slices name and that are no pod's own.
+    pub(crate) fn bare_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.slices_by_address.keys().copied().filter(|address| !self.owners.contains_key(address))
     }
 
     /// The pods that say that an address is theirs; more than one while an address goes from pod to pod.

@@ -92,6 +92,10 @@ impl Index {
             self.note(Origin::Service(service), problems);
         }
         for (node, uid) in dirty.gone {
+            // Among changes that came together it may have come back, and is dirty.
+            if self.has_pod(&node, &uid) {
+                continue;
+            }
             self.store_node_pod(node, uid, None, &mut touched);
         }
         for pod in dirty.pods {
@@ -119,7 +123,7 @@ impl Index {
         if settings != self.views.settings {
             self.views.settings = settings;
             touched.insert(Told::Settings);
-            dirty.addresses.extend(self.cluster.endpoint_addresses());
+            dirty.addresses.extend(self.cluster.bare_addresses());
         }
     }
 

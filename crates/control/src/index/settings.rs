@@ -161,12 +161,13 @@ impl Settings {
                 problems.push(Problem::warning(format!("{} {name}", Kind::Node), message));
             }
         }
-        let inside: BTreeSet<_> = pods.union(&self.inside).chain(&self.services).copied().collect();
+        let inside: Vec<_> = pods.union(&self.inside).chain(&self.services).copied().collect();
         let api_servers: BTreeSet<_> = api_servers.iter().map(|address| IpNet::from(*address)).collect();
         let api_servers: BTreeSet<_> = api_servers.into_iter().chain(self.api_servers.iter().map(|it| it.0)).collect();
         let nodes: BTreeSet<_> = nodes.values().flat_map(|node| node.addresses.iter().copied()).collect();
         MeshSettings {
-            inside: inside.into_iter().collect(),
+            // Every node has a range of its own, and mostly they are neighbours: told and looked at as one.
+            inside: IpNet::aggregate(&inside),
             mixed: self.mixed.iter().copied().collect(),
             nodes: nodes.into_iter().collect(),
             api_servers: api_servers.into_iter().collect(),

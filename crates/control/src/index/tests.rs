@@ -22,13 +22,13 @@ fn index(yaml: &str) -> Index {
 }
 
 fn apply(index: &mut Index, yaml: &str) -> Touched {
-    objects(yaml).into_iter().flat_map(|object| index.apply(Change::Applied(object))).collect()
+    objects(yaml).into_iter().flat_map(|object| index.apply([Change::Applied(object)])).collect()
 }
 
 fn delete(index: &mut Index, kind: &str, namespace: &str, name: &str) -> Touched {
     let kind = manifests::Kind::from_name(kind).unwrap();
     let namespace = kind.is_namespaced().then(|| namespace.to_owned());
-    index.apply(Change::Deleted(ObjectKey { kind, namespace, name: name.to_owned() }))
+    index.apply([Change::Deleted(ObjectKey { kind, namespace, name: name.to_owned() })])
 }
 
 fn objects(yaml: &str) -> Vec<manifests::Object> {

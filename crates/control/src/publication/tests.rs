@@ -71,7 +71,7 @@ impl Bed {
     fn with(objects: impl IntoIterator<Item = Object>) -> Self {
         let mut index = Index::new("cluster.local".parse().unwrap());
         for object in objects {
-            index.apply(object);
+            index.apply([object]);
         }
         let publication = Publication::new(&bundle(), index.views());
         Self { index, publication }
@@ -119,7 +119,7 @@ async fn a_change_wakes_those_whom_it_concerns() {
     let Bed { mut index, publication } = Bed::with([]);
     let proxies = ["node-a", "node-b"].map(|node| publication.open(&caller(Role::Proxy, node)));
     let agents = ["node-a", "node-b"].map(|node| publication.open(&caller(Role::Agent, node)));
-    let touched = index.apply(pod("web", "node-a", 5));
+    let touched = index.apply([pod("web", "node-a", 5)]);
     publication.publish(index.views(), touched);
     for reading in proxies.iter().chain([&agents[0]]) {
         reading.mailbox().arrived().await;
@@ -128,7 +128,7 @@ async fn a_change_wakes_those_whom_it_concerns() {
     let of = |reading: &Reading<'_>| reading.mailbox().take();
     let pods = BTreeMap::from([(Kind::NodePod, set(["uid-web".into()]))]);
     assert_eq!((of(&agents[0]), of(&agents[1])), (News::Of(pods), News::Of(BTreeMap::new())));
-    let touched = index.apply(pod("web", "node-a", 5));
+    let touched = index.apply([pod("web", "node-a", 5)]);
     publication.publish(index.views(), touched);
     assert!(proxies.iter().all(|proxy| news(proxy).is_empty()), "nothing changed");
 }
@@ -141,7 +141,7 @@ fn a_large_mesh_is_told_by_node_and_by_question() {
     let proxy = publication.open(&caller(Role::Proxy, "node-a"));
     assert_eq!(everything(&proxy, Kind::Address), BTreeSet::from([uid("here").to_string()]));
     let mut change = |object| {
-        let touched = index.apply(object);
+        let touched = index.apply([object]);
         publication.publish(index.views(), touched);
     };
     change(pod("there", "node-b", 16));
@@ -176,7 +176,7 @@ fn an_address_outside_of_the_ranges_is_told_to_everybody() {
     let proxy = publication.open(&caller(Role::Proxy, "node-a"));
     assert_eq!(everything(&proxy, Kind::Address), BTreeSet::from([uid("web").to_string()]));
     for (object, expected) in [(settings(0), News::Of(BTreeMap::new())), (object(ranges), News::Everything)] {
-        let touched = index.apply(object);
+        let touched = index.apply([object]);
         publication.publish(index.views(), touched);
         let mut taken = proxy.mailbox().take();
         if let News::Of(news) = &mut taken {
@@ -193,7 +193,7 @@ fn a_mesh_that_grows_and_shrinks_is_told_wholly_again_at_half_of_the_bound() {
     let proxy = publication.open(&caller(Role::Proxy, "node-a"));
     assert_eq!(everything(&proxy, Kind::Address).len(), 4);
     let mut change = |object| {
-        let touched = index.apply(object);
+        let touched = index.apply([object]);
         publication.publish(index.views(), touched);
     };
     change(pod("p5", "node-b", 5));
@@ -292,7 +292,7 @@ proptest! {
         let mut clients: Vec<_> = (0..3).map(open).collect();
         for step in steps {
             let mut change = |object: Object| {
-                let touched = index.apply(object);
+                let touched = index.apply([object]);
                 publication.publish(index.views(), touched);
             };
             let deleted = |object: Object| match object {

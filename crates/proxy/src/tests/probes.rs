@@ -6,11 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh::{Check, HttpProbe, Mode, PlaintextReason, Probe, Probes, RefuseReason};
+use rustls::time_provider::DefaultTimeProvider;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, timeout};
 
-use super::world::{CLIENT, Capture, LONG, SERVER, Served, World, connect, run, workload};
+use super::world::{Authority, CLIENT, Capture, LONG, SERVER, Served, World, connect, run, workload};
+use crate::clock::Clock;
 use crate::connections::Security;
 use crate::judge::judge;
 use crate::pod::Declared;
@@ -224,12 +226,9 @@ fn a_tcp_probe_connects_and_says_nothing() {
 
 /// A hello of a program's own, and HTTP/2 without TLS: both begin so, and go on as nobody here can tell.
 fn hello(server: &str) -> Vec<u8> {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(rustls::RootCertStore::empty())
-        .with_no_client_auth();
+    let roots = Authority::new(&Clock::default()).bundle.to_pem();
+    let mut config = (*identity::tls::api_client_config(&roots, Arc::new(DefaultTimeProvider)).unwrap()).clone();
+    config.enable_sni = true;
     let mut client = rustls::ClientConnection::new(config.into(), server.to_owned().try_into().unwrap()).unwrap();
     let mut bytes = Vec::new();
     client.write_tls(&mut bytes).unwrap();

@@ -30,6 +30,39 @@ const PAUSE: Duration = Duration::from_millis(100);
 #[derive(Clone, Copy)]
 pub(super) struct Peer(pub(super) SocketAddr);
 
+/// Why a connection did not come to TLS.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum NoTls {
+    /// What it says is no TLS.
+    NotTls,
+    /// It ended before.
+    Ended,
+    /// It took longer than a handshake may.
+    TimedOut,
+    /// The two do not agree; mostly it does not believe the certificate that it was shown.
+    Handshake,
+}
+
+impl NoTls {
+    /// The name in logs and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NotTls => "not-tls",
+            Self::Ended => "ended",
+            Self::TimedOut => "timed-out",
+            Self::Handshake => "handshake",
+        }
+    }
+
+    fn of(error: &io::Error) -> Self {
+        match error.get_ref().and_then(|error| error.downcast_ref()) {
+            Some(rustls::Error::InvalidMessage(_)) => Self::NotTls,
+            Some(_) => Self::Handshake,
+            None => Self::Ended,
+        }
+    }
+}
+
 /// A TLS connection, and its place among [`MAX_CONNECTIONS`].
 pub(super) struct Connection {
     stream: TlsStream<TcpStream>,
@@ -37,16 +70,19 @@ pub(super) struct Connection {
     _place: OwnedSemaphorePermit,
 }
 
-/// Accepts until `closing`. A connection that fails is logged and affects only itself.
+/// Accepts until `closing`. A connection that fails affects only itself.
+///
+/// `stranger` is told of each that did not come to TLS.
 pub(super) fn incoming(
     listener: TcpListener,
     config: impl Fn() -> Arc<ServerConfig> + Send + Sync + 'static,
+    stranger: impl Fn(SocketAddr, NoTls) + Send + Sync + 'static,
     mut closing: watch::Receiver<bool>,
 ) -> ReceiverStream<io::Result<Connection>> {
     let (connections, incoming) = mpsc::channel(1);
     tokio::spawn(async move {
         tokio::select! {
-            () = accept(listener, config, connections) => {}
+            () = accept(listener, config, Arc::new(stranger), connections) => {}
             _ = closing.wait_for(|closed| *closed) => {}
         }
     });
@@ -56,6 +92,7 @@ pub(super) fn incoming(
 async fn accept(
     listener: TcpListener,
     config: impl Fn() -> Arc<ServerConfig>,
+    stranger: Arc<impl Fn(SocketAddr, NoTls) + Send + Sync + 'static>,
     connections: mpsc::Sender<io::Result<Connection>>,
 ) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
@@ -75,16 +112,15 @@ async fn accept(
             }
         };
         let acceptor = TlsAcceptor::from(config());
-        let connections = connections.clone();
+        let (connections, stranger) = (connections.clone(), stranger.clone());
         tokio::spawn(async move {
             let _handshake = handshake;
-            let tls =
-                timeout(HANDSHAKE, shake_hands(acceptor, tcp)).await.unwrap_or(Err(io::ErrorKind::TimedOut.into()));
-            match tls {
-                Ok(stream) => {
+            match timeout(HANDSHAKE, shake_hands(acceptor, tcp)).await {
+                Ok(Ok(stream)) => {
                     let _ = connections.send(Ok(Connection { stream, peer, _place: place })).await;
                 }
-                Err(error) => tracing::debug!(%peer, %error, "a handshake failed"),
+                Ok(Err(error)) => stranger(peer, NoTls::of(&error)),
+                Err(_) => stranger(peer, NoTls::TimedOut),
             }
         });
     }

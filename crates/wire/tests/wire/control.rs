@@ -11,7 +11,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use wire::discovery::{Asked, Kind, Published};
-use wire::server::{Caller, CaptureStream, CertificateRequest, DiscoveryStream, Handler, Refused, serve};
+use wire::server::{Caller, CaptureStream, CertificateRequest, DiscoveryStream, Handler, NoTls, Refused, serve};
 
 use crate::pki::{Authority, clock};
 
@@ -24,6 +24,7 @@ pub(crate) struct Control {
     pub(crate) heard: watch::Sender<Vec<Asked>>,
     pub(crate) captured: watch::Sender<BTreeSet<PodUid>>,
     pub(crate) asked_for: Mutex<Option<CertificateRequest>>,
+    pub(crate) strangers: watch::Sender<Vec<(SocketAddr, NoTls)>>,
 }
 
 impl Control {
@@ -81,6 +82,10 @@ impl Handler for Control {
         }
         Ok(())
     }
+
+    fn stranger(&self, address: SocketAddr, because: NoTls) {
+        self.strangers.send_modify(|strangers| strangers.push((address, because)));
+    }
 }
 
 /// A running control plane.
@@ -102,6 +107,7 @@ impl Running {
             heard: watch::Sender::new(Vec::new()),
             captured: watch::Sender::new(BTreeSet::new()),
             asked_for: Mutex::new(None),
+            strangers: watch::Sender::new(Vec::new()),
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

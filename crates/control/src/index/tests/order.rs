@@ -98,8 +98,8 @@ fn palette() -> Vec<Object> {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Apply(usize),
-    Delete(usize),
+    /// States that come, or their objects that go, all at once.
+    Change(Vec<(usize, bool)>),
     Report(&'static str, Vec<&'static str>),
     /// Whoever leaves is let go.
     Release,
@@ -107,9 +107,10 @@ enum Step {
 
 fn step(states: usize) -> impl Strategy<Value = Step> {
     let uids = prop::sample::subsequence(vec!["uid-shop-web", "uid-again", "uid-shop-db", "uid-kube-system-dns"], 0..4);
+    let changes = |most| prop::collection::vec((0..states, prop::bool::weighted(0.75)), 1..most);
     prop_oneof![
-        6 => (0..states).prop_map(Step::Apply),
-        2 => (0..states).prop_map(Step::Delete),
+        6 => changes(2).prop_map(Step::Change),
+        2 => changes(8).prop_map(Step::Change),
         1 => (prop::sample::select(vec!["node-a", "node-b"]), uids).prop_map(|(node, uids)| Step::Report(node, uids)),
         1 => Just(Step::Release),
     ]
@@ -117,8 +118,10 @@ fn step(states: usize) -> impl Strategy<Value = Step> {
 
 fn run(index: &mut Index, states: &[Object], step: &Step) -> Touched {
     match step {
-        Step::Apply(state) => index.apply(Change::Applied(states[*state].clone())),
-        Step::Delete(state) => index.apply(Change::Deleted(states[*state].key())),
+        Step::Change(changes) => index.apply(changes.iter().map(|(state, comes)| match comes {
+            true => Change::Applied(states[*state].clone()),
+            false => Change::Deleted(states[*state].key()),
+        })),
         Step::Report(node, uids) => captured(index, node, uids),
         Step::Release => {
             let leaving = index.leaving().clone();
@@ -140,7 +143,7 @@ fn from_scratch(objects: &BTreeMap<ObjectKey, Object>, of: &Index) -> Index {
     everything.pods.extend(keys.iter().cloned());
     everything.services.extend(keys.iter().cloned());
     everything.policies.extend(keys);
-    everything.addresses.extend(index.cluster.endpoint_addresses());
+    everything.addresses.extend(index.cluster.bare_addresses());
     index.refresh(everything);
     index
 }
@@ -175,11 +178,14 @@ proptest! {
         for step in &steps {
             let before = from_scratch(&objects, &index);
             match step {
-                Step::Apply(state) => {
-                    objects.insert(states[*state].key(), states[*state].clone());
-                }
-                Step::Delete(state) => {
-                    objects.remove(&states[*state].key());
+                Step::Change(changes) => {
+                    for (state, comes) in changes {
+                        let key = states[*state].key();
+                        match comes {
+                            true => objects.insert(key, states[*state].clone()),
+                            false => objects.remove(&key),
+                        };
+                    }
                 }
                 Step::Report(..) | Step::Release => {}
             }
@@ -202,7 +208,7 @@ proptest! {
         let build = |order: &[usize]| {
             let mut index = Index::new("cluster.local".parse().unwrap());
             for state in order.iter().filter(|state| chosen[&states[**state].key()] == **state) {
-                index.apply(Change::Applied(states[*state].clone()));
+                index.apply([Change::Applied(states[*state].clone())]);
             }
             index
         };
