@@ -128,7 +128,7 @@ impl Index {
         self.views.node_pods.get(node).and_then(|pods| pods.get(pod)).is_some_and(|pod| pod.capture.is_err())
     }
 
-    /// Lets go of pods that are [leaving](Index::leaving): everybody who was told has acknowledged.
+    /// Lets go of pods that leave: everybody who was told has acknowledged.
     pub(crate) fn release(&mut self, pods: impl IntoIterator<Item = Place>) -> Touched {
         let mut dirty = Dirty::default();
         for place in pods {
