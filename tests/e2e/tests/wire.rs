@@ -102,7 +102,10 @@ fn the_wire_shows_the_applications_own_addresses_and_port() {
     let fields = ["ip.src", "ipv6.src", "ip.dst", "ipv6.dst", "tcp.dstport"];
     let clients = Family::BOTH.map(|family| cluster.address("app/client", family).to_string());
     let servers = Family::BOTH.map(|family| cluster.address("app/server", family).to_string());
-    let from_client = |line: &Vec<String>| clients.contains(&line[0]) || clients.contains(&line[1]);
+    // The other tests of this file dial in the same box at the same time, each its own port.
+    let from_client = |line: &Vec<String>| {
+        (clients.contains(&line[0]) || clients.contains(&line[1])) && !["7000", "7010", "7020"].contains(&&*line[4])
+    };
     let opened: BTreeSet<_> = tap.fields(7030, opening, &fields).into_iter().filter(from_client).collect();
     let expected = [
         vec![clients[0].clone(), String::new(), servers[0].clone(), String::new(), "7030".to_owned()],
