@@ -10,8 +10,11 @@ use e2e::{Kubernetes, PATIENCE, SHOP, SHOP_IS_STRICT, eventually, needs, wait_un
 const SOON: Duration = Duration::from_secs(120);
 /// From the first command to the table, once everything is built (README).
 const FIVE_MINUTES: Duration = Duration::from_secs(300);
+/// Of one request: longer than a name is asked for again.
+const ANSWER: Duration = Duration::from_secs(8);
+
 fn ask(cluster: &Kubernetes, from: &str) -> bool {
-    cluster.ask(from, "web.shop:80", Duration::from_secs(4)).success()
+    cluster.ask(from, "web.shop:80", ANSWER).success()
 }
 
 /// There is traffic, and an edge that says how it passes.

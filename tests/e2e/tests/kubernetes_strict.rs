@@ -11,9 +11,11 @@ const STRICT: &str = include_str!("../manifests/kubernetes_strict.yaml");
 const CALLED: &str = include_str!("../manifests/kubernetes_called.yaml");
 const SERVICES: &str = include_str!("../manifests/kubernetes_services.yaml");
 const SOON: Duration = Duration::from_secs(120);
+/// Of one request: longer than a name is asked for again.
+const ANSWER: Duration = Duration::from_secs(8);
 
 fn ask(cluster: &Kubernetes, from: &str, to: &str) -> Finished {
-    cluster.ask(from, to, Duration::from_secs(4))
+    cluster.ask(from, to, ANSWER)
 }
 
 #[track_caller]
