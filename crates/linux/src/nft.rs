@@ -151,7 +151,6 @@ pub fn replace(socket: &mut Socket, table: &Table) -> Result<(), Error> {
     load(socket, table, Change::Anew)
 }
 
-#[derive(PartialEq, Eq)]
 enum Change {
     /// Chains, sets and time-outs stay: they are as they are to be.
     InPlace,
@@ -161,7 +160,12 @@ enum Change {
 fn load(socket: &mut Socket, table: &Table, change: Change) -> Result<(), Error> {
     let mut batch = Batch::new();
     match change {
-        Change::InPlace => batch.push(NfTablesMessage::DeleteRule(every_rule(&table.name)), 0),
+        Change::InPlace => {
+            batch.push(NfTablesMessage::DeleteRule(every_rule(&table.name)), 0);
+            for set in &table.sets {
+                batch.push(NfTablesMessage::DeleteSetElement(elements(&table.name, set, None)), 0);
+            }
+        }
         Change::Anew => {
             // Deleting what may not be there fails, so it is added first.
             batch.push(NfTablesMessage::NewTable(named(&table.name)), NLM_F_CREATE);
@@ -170,25 +174,18 @@ fn load(socket: &mut Socket, table: &Table, change: Change) -> Result<(), Error>
             for timeout in &table.timeouts {
                 batch.push(NfTablesMessage::NewObject(encode::timeout(&table.name, timeout)), NLM_F_CREATE);
             }
-        }
-    }
-    for (set, id) in table.sets.iter().zip(1..) {
-        match change {
-            Change::InPlace => {
-                batch.push(NfTablesMessage::DeleteSetElement(elements(&table.name, set, None)), 0);
+            for (set, id) in table.sets.iter().zip(1..) {
+                batch.push(new_set(&table.name, set, id), NLM_F_CREATE);
             }
-            Change::Anew => batch.push(new_set(&table.name, set, id), NLM_F_CREATE),
-        }
-        if !set.ports.is_empty() {
-            let ports = elements(&table.name, set, Some(&set.ports));
-            batch.push(NfTablesMessage::NewSetElement(ports), NLM_F_CREATE);
+            // All chains before the first rule, as a rule may jump to a chain that is written below it.
+            for chain in &table.chains {
+                batch.push(new_chain(&table.name, chain), NLM_F_CREATE);
+            }
         }
     }
-    if change == Change::Anew {
-        // All chains before the first rule, as a rule may jump to a chain that is written below it.
-        for chain in &table.chains {
-            batch.push(new_chain(&table.name, chain), NLM_F_CREATE);
-        }
+    for set in table.sets.iter().filter(|set| !set.ports.is_empty()) {
+        let ports = elements(&table.name, set, Some(&set.ports));
+        batch.push(NfTablesMessage::NewSetElement(ports), NLM_F_CREATE);
     }
     for chain in &table.chains {
         for rule in &chain.rules {

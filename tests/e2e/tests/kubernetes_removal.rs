@@ -5,7 +5,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use e2e::{ENOUGH, Kubernetes, SHOP, SHOP_IS_STRICT, needs};
+use e2e::{ENOUGH, Kubernetes, SHOP, SHOP_IS_STRICT, meanwhile, needs};
 
 /// What a node has that we could leave behind: files, processes, mounts, links, and rules in every pod's network.
 const STATE: &str = r#"
@@ -47,18 +47,14 @@ fn what_is_uninstalled_leaves_nothing_and_pods_go_on() {
     ask();
     // At the pod's own address: SPECIFICATION names what a Service's address adds to a storm of short connections (T4).
     let web = SocketAddr::new(cluster.addresses("shop/web")[0], 8080).to_string();
-    let mut load = cluster.load("shop/client", &web).short(2).long(LONG, EVERY).start();
+    let load = cluster.load("shop/client", &web).short(2).long(LONG, EVERY).start();
     load.wait_for_more(ENOUGH);
-    load.event();
-    let said = cluster.justmtls(&["uninstall"]).within(Duration::from_secs(300)).run().ok();
-    println!("{said}");
-    // Somebody's own object keeps its definition.
-    assert!(said.contains("justmtls is uninstalled") && said.contains("peerauthentications"), "{said}");
-    load.over();
-    load.wait_for_more(ENOUGH);
-    let report = load.finish();
-    println!("{report}");
-    report.assert_spans_the_event();
+    let report = meanwhile(load, |_| {
+        let said = cluster.justmtls(&["uninstall"]).within(Duration::from_secs(300)).run().ok();
+        println!("{said}");
+        // Somebody's own object keeps its definition.
+        assert!(said.contains("justmtls is uninstalled") && said.contains("peerauthentications"), "{said}");
+    });
     report.assert_no_short_failed();
     // What was open had its drain time, and an end that no program takes for a good one.
     assert_eq!(report.long(), (LONG, LONG, 0), "{report}");
