@@ -4,6 +4,7 @@
 //! where, what, and what to do.
 
 mod docs;
+mod features;
 mod house;
 mod lexer;
 mod modules;
@@ -66,11 +67,12 @@ const RULES: &[Rule] = &[
 pub(crate) fn run(root: &Path) -> Result<ExitCode> {
     let tree = Tree::read(root)?;
     let mut violations: Vec<Violation> = RULES.iter().flat_map(|rule| rule(&tree)).collect();
+    violations.extend(features::are_the_same_for_all_selections(root)?);
     violations.sort();
     violations.dedup();
     for violation in &violations {
         println!("{violation}");
     }
-    println!("tidy: {} files, {} rules, {} violations", tree.files.len(), RULES.len(), violations.len());
+    println!("tidy: {} files, {} rules, {} violations", tree.files.len(), RULES.len() + 1, violations.len());
     Ok(if violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

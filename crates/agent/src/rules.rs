@@ -188,6 +188,11 @@ fn table(plan: &CapturePlan, judging: Vec<Chain>) -> Table {
     }
 }
 
+/// Whether this is the zone of flows of the proxy's.
+pub(crate) fn is_zone(zone: u16) -> bool {
+    [NUMBER, WIRE_ZONE].contains(&zone)
+}
+
 fn zone(plan: &CapturePlan) -> Vec<Rule> {
     // The reply has no zone: it is sent by the application, whose socket has no mark, or comes from the wire.
     vec![

@@ -32,7 +32,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<i32> {
     let socket = arguments.socket.display();
     let mut stream = UnixStream::connect(&arguments.socket).with_context(|| format!("nobody listens at {socket}"))?;
     stream.set_read_timeout(Some(PATIENCE))?;
-    write!(stream, "GET {page} HTTP/1.0\r\n\r\n").with_context(|| format!("cannot ask at {socket}"))?;
+    stream
+        .write_all(format!("GET {page} HTTP/1.0\r\n\r\n").as_bytes())
+        .with_context(|| format!("cannot ask at {socket}"))?;
     let mut answer = Vec::new();
     stream.take(LARGEST).read_to_end(&mut answer).with_context(|| format!("no answer at {socket}"))?;
     let (status, body) = split(&answer).with_context(|| format!("the answer at {socket} is not understood"))?;
@@ -73,9 +75,10 @@ mod tests {
         let serving = std::thread::spawn(move || {
             for status in ["200 OK", "503 Service Unavailable", "404 Not Found"] {
                 let (mut stream, _) = listener.accept().unwrap();
-                let mut asked = [0; 64];
-                let length = stream.read(&mut asked).unwrap();
-                assert!(asked[..length].starts_with(b"GET /readyz HTTP/1.0\r\n"));
+                let mut asked = *b"GET /readyz HTTP/1.0\r\n\r\n";
+                asked.fill(0);
+                stream.read_exact(&mut asked).unwrap();
+                assert_eq!(&asked, b"GET /readyz HTTP/1.0\r\n\r\n");
                 write!(stream, "HTTP/1.0 {status}\r\n\r\n{{}}").unwrap();
             }
         });

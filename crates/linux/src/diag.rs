@@ -31,11 +31,12 @@ const ANSWER: usize = 72;
 const ID: usize = 4;
 /// All states in which a socket may still send, or be sent to: not LISTEN (10), TIME_WAIT (6) and CLOSE (7).
 const OPEN: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11 | 1 << 12;
+const TIME_WAIT: u32 = 1 << 6;
 
 /// All TCP connections of the namespace of the socket, one of [`Protocol::SocketDiagnosis`](crate::netlink::Protocol), that
 /// are being opened, open or being closed.
 pub fn connections(socket: &mut Socket) -> Result<Vec<Connection>, Error> {
-    Ok(listed(socket)?.into_iter().map(|(connection, ..)| connection).collect())
+    Ok(listed(socket, OPEN)?.into_iter().map(|(connection, ..)| connection).collect())
 }
 
 /// Ends those connections of the socket's namespace that `these` says, as if their program had aborted them: both ends see
@@ -45,27 +46,48 @@ pub fn connections(socket: &mut Socket) -> Result<Vec<Connection>, Error> {
 /// The kernel lists none, or was built without the means to end them (`CONFIG_INET_DIAG_DESTROY`).
 pub fn destroy(socket: &mut Socket, these: impl Fn(&Connection) -> bool) -> Result<usize, Error> {
     let mut ended = 0;
-    for (_, family, body) in listed(socket)?.into_iter().filter(|(connection, ..)| these(connection)) {
-        let mut order = question(family);
-        order.kind = DESTROY;
-        // The whole identity as the kernel told it, with its cookie: whoever has the ports next is not meant.
-        order.body[HEAD..].copy_from_slice(&body[ID..ID + REQUEST - HEAD]);
-        match socket.request("end a TCP connection", order, 0) {
-            Ok(()) => ended += 1,
-            // It has ended by itself.
-            Err(error) if error.errno() == Some(libc::ENOENT) => {}
-            Err(error) => return Err(error),
-        }
+    for (_, family, body) in listed(socket, OPEN)?.into_iter().filter(|(connection, ..)| these(connection)) {
+        ended += usize::from(end(socket, family, &body)?);
     }
     Ok(ended)
 }
 
-/// Each of them, with the list in which it stands and the answer that tells of it.
-fn listed(socket: &mut Socket) -> Result<Vec<(Connection, IpFamily, Vec<u8>)>, Error> {
+/// Forgets those connections of the socket's namespace that have ended, whose ports the kernel keeps for a minute (TIME_WAIT) and
+/// that `these` says. Returns how many; none where the kernel cannot forget them.
+///
+/// # Errors
+/// The kernel lists none, or was built without the means to end them (`CONFIG_INET_DIAG_DESTROY`).
+pub fn forget_ended(socket: &mut Socket, these: impl Fn(&Connection) -> bool) -> Result<usize, Error> {
+    let mut forgotten = 0;
+    for (_, family, body) in listed(socket, TIME_WAIT)?.into_iter().filter(|(connection, ..)| these(connection)) {
+        match end(socket, family, &body) {
+            Ok(gone) => forgotten += usize::from(gone),
+            Err(error) if error.errno() == Some(libc::EOPNOTSUPP) => return Ok(forgotten),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(forgotten)
+}
+
+/// Ends the connection of which the kernel told by this answer. Whether it was still there.
+fn end(socket: &mut Socket, family: IpFamily, answer: &[u8]) -> Result<bool, Error> {
+    let mut order = question(family, 0);
+    order.kind = DESTROY;
+    // The whole identity as the kernel told it, with its cookie: whoever has the ports next is not meant.
+    order.body[HEAD..].copy_from_slice(&answer[ID..ID + REQUEST - HEAD]);
+    match socket.request("end a TCP connection", order, 0) {
+        Ok(()) => Ok(true),
+        Err(error) if error.errno() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Each connection in one of these states, with the list in which it stands and the answer that tells of it.
+fn listed(socket: &mut Socket, states: u32) -> Result<Vec<(Connection, IpFamily, Vec<u8>)>, Error> {
     let what = "list TCP connections";
     let mut all = Vec::new();
     for family in [IpFamily::V4, IpFamily::V6] {
-        let answers = match socket.dump(what, question(family)) {
+        let answers = match socket.dump(what, question(family, states)) {
             // This kernel has no IPv6, or no list of its connections.
             Err(error) if family == IpFamily::V6 && error.errno() == Some(libc::ENOENT) => continue,
             other => other?,
@@ -80,14 +102,14 @@ fn listed(socket: &mut Socket) -> Result<Vec<(Connection, IpFamily, Vec<u8>)>, E
     Ok(all)
 }
 
-fn question(family: IpFamily) -> Raw {
+fn question(family: IpFamily, states: u32) -> Raw {
     let mut body = vec![0; REQUEST];
     body[0] = match family {
         IpFamily::V4 => libc::AF_INET as u8,
         IpFamily::V6 => libc::AF_INET6 as u8,
     };
     body[1] = libc::IPPROTO_TCP as u8;
-    body[4..8].copy_from_slice(&OPEN.to_ne_bytes());
+    body[4..8].copy_from_slice(&states.to_ne_bytes());
     Raw { kind: BY_FAMILY, body }
 }
 

@@ -1,19 +1,30 @@
-//! TCP flows as connection tracking knows them (`ctnetlink`): those of a network namespace that are not translated, looked at,
-//! added and forgotten.
+//! TCP flows as connection tracking knows them (`ctnetlink`): those of a network namespace, looked at, added and forgotten.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::netlink::{Error, Raw, Socket, attributes};
 
-/// A TCP flow that is not translated, of the zone that flows have by themselves.
+/// A TCP flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Flow {
     /// Who sent its first packet.
     pub source: SocketAddr,
     /// To whom.
     pub destination: SocketAddr,
+    /// From whom to whom its answers go: the other way round where nothing is translated.
+    pub answers: (SocketAddr, SocketAddr),
+    /// The zone of its first packet; 0 is the one that flows have by themselves.
+    pub zone: u16,
     /// Neither end is known to have ended it for good: a SYN does not begin it anew, and goes where the flow goes.
     pub open: bool,
+}
+
+impl Flow {
+    /// Whether the kernel changes addresses or ports of its packets.
+    #[must_use]
+    pub fn is_translated(&self) -> bool {
+        self.answers != (self.destination, self.source)
+    }
 }
 
 /// `NFNL_SUBSYS_CTNETLINK` with `IPCTNL_MSG_CT_NEW`, `…_GET` and `…_DELETE` (`linux/netfilter/nfnetlink_conntrack.h`).
@@ -42,8 +53,6 @@ const PROTO_DESTINATION: u16 = 3;
 const TCP: u16 = 1;
 const TCP_STATE: u16 = 1;
 
-/// `IPS_SRC_NAT | IPS_DST_NAT`.
-const TRANSLATED: u32 = 1 << 4 | 1 << 5;
 /// `IPS_SEEN_REPLY | IPS_ASSURED | IPS_CONFIRMED`.
 const ESTABLISHED: u32 = 1 << 1 | 1 << 2 | 1 << 3;
 /// `enum tcp_conntrack`: established, and the states of ending up to the last acknowledgement.
@@ -52,12 +61,11 @@ const OPEN: std::ops::RangeInclusive<u8> = STATE_ESTABLISHED..=6;
 /// As the kernel keeps an established flow, in seconds.
 const FIVE_DAYS: u32 = 432_000;
 
-/// All TCP flows of the namespace of the socket, one of [`Protocol::Netfilter`](crate::netlink::Protocol), that are not
-/// translated and have no zone of their own.
+/// All TCP flows of the namespace of the socket, one of [`Protocol::Netfilter`](crate::netlink::Protocol).
 ///
 /// # Errors
 /// The kernel lists none, or the list does not end.
-pub fn untranslated(socket: &mut Socket) -> Result<Vec<Flow>, Error> {
+pub fn list(socket: &mut Socket) -> Result<Vec<Flow>, Error> {
     let question = Raw { kind: GET, body: vec![libc::AF_UNSPEC as u8, 0, 0, 0] };
     let all = socket.dump("list the flows that are tracked", question)?;
     // What is not TCP, or not as it is described, is none of these.
@@ -71,8 +79,8 @@ pub fn untranslated(socket: &mut Socket) -> Result<Vec<Flow>, Error> {
 /// The kernel refuses it.
 pub fn add(socket: &mut Socket, source: SocketAddr, destination: SocketAddr) -> Result<(), Error> {
     let mut body = head(source);
-    body.extend(tuple(TUPLE_ORIG, source, destination));
-    body.extend(tuple(TUPLE_REPLY, destination, source));
+    body.extend(tuple(TUPLE_ORIG, source, destination, 0));
+    body.extend(tuple(TUPLE_REPLY, destination, source, 0));
     body.extend(attribute(STATUS, &ESTABLISHED.to_be_bytes()));
     body.extend(attribute(TIMEOUT, &FIVE_DAYS.to_be_bytes()));
     body.extend(nested(PROTOINFO, &[nested(TCP, &[attribute(TCP_STATE, &[STATE_ESTABLISHED])])]));
@@ -89,7 +97,7 @@ pub fn add(socket: &mut Socket, source: SocketAddr, destination: SocketAddr) -> 
 /// The kernel refuses it.
 pub fn forget(socket: &mut Socket, flow: &Flow) -> Result<bool, Error> {
     let mut body = head(flow.source);
-    body.extend(tuple(TUPLE_ORIG, flow.source, flow.destination));
+    body.extend(tuple(TUPLE_ORIG, flow.source, flow.destination, flow.zone));
     match socket.request("forget a tracked flow", Raw { kind: DELETE, body }, 0) {
         Ok(()) => Ok(true),
         Err(error) if error.errno() == Some(libc::ENOENT) => Ok(false),
@@ -99,14 +107,29 @@ pub fn forget(socket: &mut Socket, flow: &Flow) -> Result<bool, Error> {
 
 fn read(body: &[u8]) -> Option<Flow> {
     let all = attributes(body).ok()?;
-    let find = |of: &[(u16, Vec<u8>)], kind: u16| of.iter().find(|(it, _)| *it == kind).map(|(_, value)| value.clone());
-    let inside = |kind| attributes(&find(&all, kind)?).ok();
-    let original = inside(TUPLE_ORIG)?;
-    let status = u32::from_be_bytes(find(&all, STATUS)?.try_into().ok()?);
-    if status & TRANSLATED != 0 || find(&all, ZONE).is_some() || find(&original, TUPLE_ZONE).is_some() {
-        return None;
-    }
-    let (ip, ports) = (attributes(&find(&original, TUPLE_IP)?).ok()?, attributes(&find(&original, TUPLE_PROTO)?).ok()?);
+    let [original, answers] = [TUPLE_ORIG, TUPLE_REPLY].map(|kind| attributes(find(&all, kind)?).ok());
+    let original = original?;
+    let (source, destination) = ends(&original)?;
+    let zone = find(&all, ZONE).or_else(|| find(&original, TUPLE_ZONE));
+    let state =
+        find(&attributes(find(&attributes(find(&all, PROTOINFO)?).ok()?, TCP)?).ok()?, TCP_STATE)?.first().copied();
+    Some(Flow {
+        source,
+        destination,
+        answers: ends(&answers?)?,
+        zone: zone.map_or(Some(0), |zone| Some(u16::from_be_bytes(zone.try_into().ok()?)))?,
+        open: OPEN.contains(&state?),
+    })
+}
+
+fn find(of: &[(u16, Vec<u8>)], kind: u16) -> Option<&[u8]> {
+    of.iter().find(|(it, _)| *it == kind).map(|(_, value)| value.as_slice())
+}
+
+/// From whom to whom a direction of a TCP flow goes.
+fn ends(tuple: &[(u16, Vec<u8>)]) -> Option<(SocketAddr, SocketAddr)> {
+    let [ip, ports] = [TUPLE_IP, TUPLE_PROTO].map(|kind| attributes(find(tuple, kind)?).ok());
+    let (ip, ports) = (ip?, ports?);
     if find(&ports, PROTO_NUMBER)? != [libc::IPPROTO_TCP as u8] {
         return None;
     }
@@ -117,19 +140,14 @@ fn read(body: &[u8]) -> Option<Flow> {
         };
         Some(SocketAddr::new(address, u16::from_be_bytes(find(&ports, port)?.try_into().ok()?)))
     };
-    let state = attributes(&find(&inside(PROTOINFO)?, TCP)?).ok().and_then(|it| find(&it, TCP_STATE))?;
-    Some(Flow {
-        source: end(1, 3, PROTO_SOURCE)?,
-        destination: end(2, 4, PROTO_DESTINATION)?,
-        open: OPEN.contains(state.first()?),
-    })
+    Some((end(1, 3, PROTO_SOURCE)?, end(2, 4, PROTO_DESTINATION)?))
 }
 
 fn head(source: SocketAddr) -> Vec<u8> {
     vec![if source.is_ipv4() { libc::AF_INET as u8 } else { libc::AF_INET6 as u8 }, 0, 0, 0]
 }
 
-fn tuple(kind: u16, source: SocketAddr, destination: SocketAddr) -> Vec<u8> {
+fn tuple(kind: u16, source: SocketAddr, destination: SocketAddr, zone: u16) -> Vec<u8> {
     let address = |address: IpAddr, v4, v6| match address {
         IpAddr::V4(it) => attribute(v4, &Ipv4Addr::octets(&it)),
         IpAddr::V6(it) => attribute(v6, &Ipv6Addr::octets(&it)),
@@ -146,6 +164,7 @@ fn tuple(kind: u16, source: SocketAddr, destination: SocketAddr) -> Vec<u8> {
                     attribute(PROTO_DESTINATION, &destination.port().to_be_bytes()),
                 ],
             ),
+            if zone == 0 { Vec::new() } else { attribute(TUPLE_ZONE, &zone.to_be_bytes()) },
         ],
     )
 }

@@ -373,7 +373,10 @@ impl fmt::Display for Report {
         if opened > 0 {
             write!(f, "\n  long connections: {opened} opened, {lost} broken, {closed} closed")?;
         }
-        for failure in self.last["failures"].as_array().into_iter().flatten().take(10) {
+        // The short ones first: of long connections all end at once, and would hide them.
+        let mut failures: Vec<_> = self.last["failures"].as_array().into_iter().flatten().collect();
+        failures.sort_by_key(|failure| failure["work"] != "short");
+        for failure in failures.into_iter().take(10) {
             write!(f, "\n  {failure}")?;
         }
         Ok(())

@@ -2,7 +2,6 @@
 
 #![forbid(unsafe_code)]
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use e2e::{ENOUGH, Kubernetes, SHOP, SHOP_IS_STRICT, meanwhile, needs};
@@ -19,8 +18,6 @@ done
 
 const DRAIN: Duration = Duration::from_secs(10);
 const LONG: u64 = 10;
-/// Short connections a second; of ports there are 28,000.
-const RATE: u64 = 100;
 const EVERY: Duration = Duration::from_millis(100);
 
 #[test]
@@ -47,10 +44,7 @@ fn what_is_uninstalled_leaves_nothing_and_pods_go_on() {
         cluster.load("shop/client", "web.shop:80").short(2).count(ENOUGH).run(e2e::PATIENCE * 6).assert_nothing_failed()
     };
     ask();
-    // No port comes back within the minute for which a kernel remembers it, and at the pod's own address: SPECIFICATION names
-    // what happens otherwise (T4).
-    let web = SocketAddr::new(cluster.addresses("shop/web")[0], 8080).to_string();
-    let load = cluster.load("shop/client", &web).short_at(2, RATE).long(LONG, EVERY).start();
+    let load = cluster.load("shop/client", "web.shop:80").short(4).long(LONG, EVERY).start();
     load.wait_for_more(ENOUGH);
     let report = meanwhile(load, |_| {
         let said = cluster.justmtls(&["uninstall"]).within(Duration::from_secs(300)).run().ok();

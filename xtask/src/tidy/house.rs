@@ -1,6 +1,7 @@
 //! The walls of the house: which crate may know which, and which may know nothing of the world.
 
 use super::Violation;
+use super::features;
 use super::lexer::{Views, line_of, word_offsets};
 use super::modules::{TestCode, files_of};
 use super::tree::{Crate, Tree};
@@ -22,6 +23,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("bench", &["mesh", "wire", "linux"]),
     ("e2e", &["identity", "mesh", "wire", "linux", "manifests"]),
     ("fuzzing", &["identity", "wire", "manifests"]),
+    ("workspace-hack", &[]),
     ("xtask", &[]),
 ];
 
@@ -82,7 +84,7 @@ pub(crate) fn dependency_direction(tree: &Tree) -> Vec<Violation> {
         };
         for dependency in &member.dependencies {
             let name = dependency.name.as_str();
-            if ours.contains(name) && !allowed.contains(&name) {
+            if ours.contains(name) && name != features::COMMON && !allowed.contains(&name) {
                 let what = format!("`{}` must not know `{name}`", member.name);
                 let remedy = "move what both need to the crate below them, or pass it as a value";
                 violations.push(Violation::new(&member.manifest, line_of_dependency(tree, member, name), what, remedy));
@@ -142,7 +144,8 @@ pub(crate) fn dependencies_are_used(tree: &Tree) -> Vec<Violation> {
             let library =
                 LIBRARY_NAMES.iter().find(|(package, _)| *package == name).map_or(name, |(_, library)| library);
             let word = library.replace('-', "_");
-            let used = files.keys().any(|file| !word_offsets(tree.text(file), &word).is_empty());
+            let used = files.keys().any(|file| !word_offsets(tree.text(file), &word).is_empty())
+                || [name, &member.name].contains(&features::COMMON);
             if !used && !USED_BY_GENERATED_CODE.contains(&name) {
                 let what = format!("`{}` does not use `{name}`", member.name);
                 let line = line_of_dependency(tree, member, name);

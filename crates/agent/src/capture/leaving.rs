@@ -1,7 +1,16 @@
 //! A pod that is let go while it runs (T4): first nothing new is captured, and when the last captured connection has ended the
 //! rules go.
+//!
+//! While the rules stand, connection tracking may also give a connection that is not captured another port: its own is
+//! remembered of a flow that the proxy had, whose socket is gone. With the rules goes what it translates, and such a
+//! connection would hang. So flows without a socket are forgotten, and the rules wait for what is translated nevertheless.
 
-use linux::diag;
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use linux::diag::{self, Connection};
+use linux::flows::{self, Flow};
 use linux::netlink::{Error, Socket};
 use linux::nft;
 
@@ -23,40 +32,78 @@ impl Capture {
     }
 
     /// One step of letting the pod go: first [`Capture::drain`], then a look each time, and [`Capture::remove`] when two looks in
-    /// a row found no connection of the data path. One look could come while a connection is between the rule that captured
+    /// a row found nothing that needs the rules. One look could come while a connection is between the rule that captured
     /// it and its socket. Whether everything is gone.
     pub fn leave(&mut self) -> Result<bool, CaptureError> {
         if !self.is_draining() {
             self.drain()?;
+            self.needs_rules()?;
+            self.forget_ended()?;
             return Ok(false);
         }
+        self.forget_ended()?;
         if let Standing::Broken(_) = self.verify()? {
             self.repair()?;
             return Ok(false);
         }
-        let idle = is_idle(&mut self.diagnosis()?, self.plan.marks)?;
+        let idle = self.needs_rules()?.is_empty();
         if std::mem::replace(&mut self.idle, idle) && idle {
             self.remove()?;
+            self.end_translated()?;
             return Ok(true);
         }
         Ok(false)
     }
 
     /// Lets a pod that leaves go at once: both ends of what it still has open through the data path see a reset, then everything
-    /// goes. Returns how many connections were ended.
+    /// goes. What is not captured and translated has a moment to end by itself. Returns how many connections were ended; the
+    /// proxy may end some by itself when it sees others end.
     pub fn cut_short(&mut self) -> Result<usize, CaptureError> {
         // What was about to be accepted comes into the list with its last acknowledgement.
         const LOOKS: usize = 5;
-        let (mut socket, marks) = (self.diagnosis()?, self.plan.marks);
+        const MOMENT: Duration = Duration::from_secs(1);
+        const PAUSE: Duration = Duration::from_millis(5);
+        let marks = self.plan.marks;
         let mut ended = 0;
-        for _ in 0..LOOKS {
-            ended += diag::destroy(&mut socket, |it| is_ours(marks, it))?;
-            if is_idle(&mut socket, marks)? {
-                self.remove()?;
-                return Ok(ended);
+        for look in 0.. {
+            ended += diag::destroy(&mut self.diagnosis()?, |it| is_ours(marks, it))?;
+            match self.needs_rules()?.iter().any(|it| is_ours(marks, it)) {
+                false => break,
+                true if look == LOOKS => return Err(CaptureError::StillOpen),
+                true => {}
             }
         }
-        Err(CaptureError::StillOpen)
+        self.forget_ended()?;
+        let until = Instant::now() + MOMENT;
+        while !self.needs_rules()?.is_empty() && Instant::now() < until {
+            std::thread::sleep(PAUSE);
+        }
+        ended += self.end_translated()?;
+        self.remove()?;
+        Ok(ended + self.end_translated()?)
+    }
+
+    /// What is open and cannot go on without the rules: connections of the data path, and those that are translated.
+    fn needs_rules(&mut self) -> Result<HashSet<Connection>, CaptureError> {
+        let flows = flows::list(&mut self.netfilter)?;
+        // Afterwards: what was opened meanwhile is not taken for one that is gone.
+        let open = diag::connections(&mut self.diagnosis()?)?;
+        let sockets: HashSet<_> = open.iter().map(|it| (it.local, it.remote)).collect();
+        for flow in flows.iter().filter(|flow| rules::is_zone(flow.zone)) {
+            if !sockets_of(flow).iter().any(|socket| sockets.contains(socket)) {
+                flows::forget(&mut self.netfilter, flow)?;
+            }
+        }
+        let marks = self.plan.marks;
+        let translated = translated(&flows);
+        let needs = |it: &Connection| is_ours(marks, it) || translated.contains(&(it.local, it.remote));
+        Ok(open.into_iter().filter(needs).collect())
+    }
+
+    /// Ends what is translated: without the rules it would wait in vain. Returns how many.
+    fn end_translated(&mut self) -> Result<usize, CaptureError> {
+        let translated = translated(&flows::list(&mut self.netfilter)?);
+        Ok(diag::destroy(&mut self.diagnosis()?, |it| translated.contains(&(it.local, it.remote)))?)
     }
 
     /// Takes everything out of the pod. Only when no captured connection is left: the next bytes of one would leave in
@@ -75,6 +122,24 @@ impl Capture {
 /// Whether no connection of the data path is left in the socket's namespace.
 pub(crate) fn is_idle(socket: &mut Socket, marks: Marks) -> Result<bool, Error> {
     Ok(!diag::connections(socket)?.iter().any(|it| is_ours(marks, it)))
+}
+
+/// The sockets, by their own and their peer's address, that the pod may have of a flow: of who began it, and of who answers.
+fn sockets_of(flow: &Flow) -> [(SocketAddr, SocketAddr); 2] {
+    [(flow.source, flow.destination), flow.answers]
+}
+
+/// The sockets of all flows that our rules translate.
+fn translated(flows: &[Flow]) -> HashSet<(SocketAddr, SocketAddr)> {
+    flows.iter().filter(|flow| is_translated_by_us(flow)).flat_map(sockets_of).collect()
+}
+
+/// Whether a flow goes to a listener, or has another source port and else nothing changed. What somebody else's rules in the pod
+/// translate goes on without ours.
+fn is_translated_by_us(flow: &Flow) -> bool {
+    let (from, to) = flow.answers;
+    let other_port = from == flow.destination && to.ip() == flow.source.ip() && to.port() != flow.source.port();
+    other_port || [INBOUND_PORT, OUTBOUND_PORT].contains(&from.port())
 }
 
 /// Whether a connection is of the data path: the proxy's to the wire or to a program, or one that waits for it.

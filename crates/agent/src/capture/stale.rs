@@ -4,6 +4,10 @@
 //! connection fits no flow, and would be dropped (T22): so it is told of what is open. And a last acknowledgement looks to it like
 //! a connection that goes on for days: whoever has that port next would not be captured, and what is not captured does not leave
 //! (T46). Such a flow has no socket, and is forgotten.
+//!
+//! So is a connection that has ended and whose port the kernel keeps for a minute. Whoever has that port next at the other end is
+//! refused where his timestamps are older (RFC 7323, 5.3); and they are of another clock where a program dialled a Service's
+//! address before, and the proxy dials the pod's own now.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -52,14 +56,23 @@ impl Capture {
     pub(crate) fn forget_stale_when_due(&mut self) -> Result<usize, CaptureError> {
         let Some(looks) = self.looks.filter(|looks| looks.next <= Instant::now()) else { return Ok(0) };
         self.looks = looks.after();
+        self.forget_ended()?;
         self.forget_stale()
+    }
+
+    /// Forgets the pod's connections that have ended and whose ports are kept. Returns how many.
+    pub fn forget_ended(&mut self) -> Result<usize, CaptureError> {
+        let own = &self.plan.addresses;
+        Ok(diag::forget_ended(&mut self.diagnosis()?, |it| own.contains(&it.local.ip()))?)
     }
 
     /// Forgets the flows of the pod that no socket has any more. Returns how many.
     pub fn forget_stale(&mut self) -> Result<usize, CaptureError> {
         let own = |address: &SocketAddr| self.plan.addresses.contains(&address.ip());
-        let mut open = flows::untranslated(&mut self.netfilter)?;
-        open.retain(|flow| flow.open && (own(&flow.source) || own(&flow.destination)));
+        let mut open = flows::list(&mut self.netfilter)?;
+        open.retain(|flow| {
+            flow.open && !flow.is_translated() && flow.zone == 0 && (own(&flow.source) || own(&flow.destination))
+        });
         // Afterwards: what was opened meanwhile is not taken for one that is gone.
         let live: HashSet<(SocketAddr, SocketAddr)> =
             diag::connections(&mut self.diagnosis()?)?.iter().map(|it| (it.local, it.remote)).collect();

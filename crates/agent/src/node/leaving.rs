@@ -19,12 +19,18 @@ impl Node {
     /// Nobody serves what pods that leave have open when this process ends, and nobody looks after their rules: connections are
     /// ended, and rules go. Pods that do not leave keep theirs, and say nothing in clear.
     pub(crate) async fn end_leaving(&self) {
-        for (pod, captured) in self.captures.iter().filter(|(pod, _)| self.pods.is_leaving(pod)) {
-            let capture = captured.capture.clone();
-            let cut = tokio::task::spawn_blocking(move || {
-                let mut capture = lock(&capture);
-                capture.is_draining().then(|| capture.cut_short())
-            });
+        let leaving = self.captures.iter().filter(|(pod, _)| self.pods.is_leaving(pod));
+        let cuts: Vec<_> = leaving
+            .map(|(pod, captured)| {
+                let capture = captured.capture.clone();
+                let cut = tokio::task::spawn_blocking(move || {
+                    let mut capture = lock(&capture);
+                    capture.is_draining().then(|| capture.cut_short())
+                });
+                (pod, cut)
+            })
+            .collect();
+        for (pod, cut) in cuts {
             match cut.await {
                 Ok(Some(Ok(ended))) => {
                     let how = format!("its rules are gone, and {ended} connections that were open");
