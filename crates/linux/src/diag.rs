@@ -1,5 +1,6 @@
 //! Which TCP connections a network namespace has, as the kernel lists its sockets (`sock_diag`).
 
+use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::netlink::{Error, Raw, Socket, attributes};
@@ -32,6 +33,7 @@ const ID: usize = 4;
 /// All states in which a socket may still send, or be sent to: not LISTEN (10), TIME_WAIT (6) and CLOSE (7).
 const OPEN: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11 | 1 << 12;
 const TIME_WAIT: u32 = 1 << 6;
+const LISTEN: u32 = 1 << 10;
 
 /// All TCP connections of the namespace of the socket, one of [`Protocol::SocketDiagnosis`](crate::netlink::Protocol), that
 /// are being opened, open or being closed.
@@ -50,6 +52,14 @@ pub fn destroy(socket: &mut Socket, these: impl Fn(&Connection) -> bool) -> Resu
         ended += usize::from(end(socket, family, &body)?);
     }
     Ok(ended)
+}
+
+/// The ports at which somebody listens in the socket's namespace, at whichever address.
+///
+/// # Errors
+/// The kernel lists none.
+pub fn listening(socket: &mut Socket) -> Result<HashSet<u16>, Error> {
+    Ok(listed(socket, LISTEN)?.into_iter().map(|(listener, ..)| listener.local.port()).collect())
 }
 
 /// Forgets those connections of the socket's namespace that have ended, whose ports the kernel keeps for a minute (TIME_WAIT) and

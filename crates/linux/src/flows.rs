@@ -15,8 +15,19 @@ pub struct Flow {
     pub answers: (SocketAddr, SocketAddr),
     /// The zone of its first packet; 0 is the one that flows have by themselves.
     pub zone: u16,
-    /// Neither end is known to have ended it for good: a SYN does not begin it anew, and goes where the flow goes.
-    pub open: bool,
+    /// How far it is.
+    pub phase: Phase,
+}
+
+/// How far a flow is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// Its handshake is not over.
+    Opening,
+    /// Not both ends are known to have ended it for good: a SYN does not begin it anew, and goes where the flow goes.
+    Open,
+    /// It is remembered, and no more.
+    Ended,
 }
 
 impl Flow {
@@ -55,9 +66,11 @@ const TCP_STATE: u16 = 1;
 
 /// `IPS_SEEN_REPLY | IPS_ASSURED | IPS_CONFIRMED`.
 const ESTABLISHED: u32 = 1 << 1 | 1 << 2 | 1 << 3;
-/// `enum tcp_conntrack`: established, and the states of ending up to the last acknowledgement.
+/// `enum tcp_conntrack`: established; the states of ending up to the last acknowledgement; what is over.
 const STATE_ESTABLISHED: u8 = 3;
-const OPEN: std::ops::RangeInclusive<u8> = STATE_ESTABLISHED..=6;
+const STATE_LAST_ACK: u8 = 6;
+const STATE_TIME_WAIT: u8 = 7;
+const STATE_CLOSE: u8 = 8;
 /// As the kernel keeps an established flow, in seconds.
 const FIVE_DAYS: u32 = 432_000;
 
@@ -118,7 +131,11 @@ fn read(body: &[u8]) -> Option<Flow> {
         destination,
         answers: ends(&answers?)?,
         zone: zone.map_or(Some(0), |zone| Some(u16::from_be_bytes(zone.try_into().ok()?)))?,
-        open: OPEN.contains(&state?),
+        phase: match state? {
+            STATE_ESTABLISHED..=STATE_LAST_ACK => Phase::Open,
+            STATE_TIME_WAIT | STATE_CLOSE => Phase::Ended,
+            _ => Phase::Opening,
+        },
     })
 }
 

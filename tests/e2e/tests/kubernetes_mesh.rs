@@ -1,8 +1,9 @@
-//! On a real Kubernetes, under a load of short and long connections: installation, kills, rolling restarts, upgrades, an agent
-//! that is away, and Deployments that roll.
+//! On a real Kubernetes, under a load of short and long connections: installation, kills, rolling restarts, upgrades, an API
+//! server and an agent that are away, and Deployments that roll.
 
 #![forbid(unsafe_code)]
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use e2e::{ENOUGH, Kubernetes, Loaded, SHOP, eventually, meanwhile, needs, wait_until};
@@ -87,6 +88,8 @@ fn nobody_notices_installation_restarts_kills_and_rollouts() {
     });
     report.assert_nothing_failed();
 
+    api_server_is_away(&cluster, &first, &worker);
+
     println!("the agent is away");
     assert_eq!(cluster.signal(&worker, "agent", "-STOP"), 1);
     cluster.apply(LATE);
@@ -100,6 +103,28 @@ fn nobody_notices_installation_restarts_kills_and_rollouts() {
     wait_edge(&cluster, "shop/late", "shop/web", "mtls", None);
 
     deployment_rolls(&cluster, "after");
+}
+
+/// Nobody notices, and a proxy that begins anew meanwhile gets certificates and view.
+fn api_server_is_away(cluster: &Kubernetes, first: &str, worker: &str) {
+    println!("the API server is away");
+    let web = SocketAddr::new(cluster.addresses("shop/web")[0], 8080).to_string();
+    let load = || {
+        let load = cluster.load_from_node(first, "shop/client", &web);
+        let load = load.short(4).long(LONG, Duration::from_millis(100)).start();
+        load.wait_for_more(ENOUGH);
+        load
+    };
+    let [quiet, beside_a_kill] = [load(), load()];
+    cluster.stop_api_server(first, true);
+    meanwhile(quiet, |load| load.wait_for_more(10 * ENOUGH)).assert_nothing_failed();
+    let report = meanwhile(beside_a_kill, |_| cluster.kill(worker, "proxy"));
+    for kind in ["refused", "early-end", "wrong-bytes", "timeout", "other"] {
+        report.assert_never(kind);
+    }
+    assert_eq!(report.of_phase("after", "short").failed, 0, "{report}");
+    cluster.stop_api_server(first, false);
+    cluster.rolled_out("justmtls-system", "daemonset/justmtls-node");
 }
 
 /// On the worker, like the server.

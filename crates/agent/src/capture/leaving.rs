@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use linux::diag::{self, Connection};
-use linux::flows::{self, Flow};
+use linux::flows::{self, Flow, Phase};
 use linux::netlink::{Error, Socket};
 use linux::nft;
 
@@ -129,9 +129,10 @@ fn sockets_of(flow: &Flow) -> [(SocketAddr, SocketAddr); 2] {
     [(flow.source, flow.destination), flow.answers]
 }
 
-/// The sockets of all flows that our rules translate.
+/// The sockets of all flows that our rules translate. Those that have ended have none: who has their ports meanwhile is another.
 fn translated(flows: &[Flow]) -> HashSet<(SocketAddr, SocketAddr)> {
-    flows.iter().filter(|flow| is_translated_by_us(flow)).flat_map(sockets_of).collect()
+    let goes_on = |flow: &&Flow| flow.phase != Phase::Ended && is_translated_by_us(flow);
+    flows.iter().filter(goes_on).flat_map(sockets_of).collect()
 }
 
 /// Whether a flow goes to a listener, or has another source port and else nothing changed. What somebody else's rules in the pod

@@ -5,7 +5,7 @@
 //! a connection that goes on for days: whoever has that port next would not be captured, and what is not captured does not leave
 //! (T46). Such a flow has no socket, and is forgotten.
 //!
-//! So is a connection that has ended and whose port the kernel keeps for a minute. Whoever has that port next at the other end is
+//! So is a connection that was accepted and has ended, and whose port the kernel keeps for a minute. Whoever has that port next at the other end is
 //! refused where his timestamps are older (RFC 7323, 5.3); and they are of another clock where a program dialled a Service's
 //! address before, and the proxy dials the pod's own now.
 
@@ -14,7 +14,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use linux::diag;
-use linux::flows;
+use linux::flows::{self, Phase};
 
 use super::{Capture, CaptureError};
 
@@ -60,10 +60,15 @@ impl Capture {
         self.forget_stale()
     }
 
-    /// Forgets the pod's connections that have ended and whose ports are kept. Returns how many.
+    /// Forgets the pod's connections that were accepted and have ended, and whose ports are kept. Returns how many. A client's are
+    /// kept: connection tracking remembers them, too, and would take who has the port next for who had it before.
     pub fn forget_ended(&mut self) -> Result<usize, CaptureError> {
-        let own = &self.plan.addresses;
-        Ok(diag::forget_ended(&mut self.diagnosis()?, |it| own.contains(&it.local.ip()))?)
+        let mut socket = self.diagnosis()?;
+        let listening = diag::listening(&mut socket)?;
+        let accepted = |it: &diag::Connection| {
+            self.plan.addresses.contains(&it.local.ip()) && listening.contains(&it.local.port())
+        };
+        Ok(diag::forget_ended(&mut socket, accepted)?)
     }
 
     /// Forgets the flows of the pod that no socket has any more. Returns how many.
@@ -71,7 +76,10 @@ impl Capture {
         let own = |address: &SocketAddr| self.plan.addresses.contains(&address.ip());
         let mut open = flows::list(&mut self.netfilter)?;
         open.retain(|flow| {
-            flow.open && !flow.is_translated() && flow.zone == 0 && (own(&flow.source) || own(&flow.destination))
+            flow.phase == Phase::Open
+                && !flow.is_translated()
+                && flow.zone == 0
+                && (own(&flow.source) || own(&flow.destination))
         });
         // Afterwards: what was opened meanwhile is not taken for one that is gone.
         let live: HashSet<(SocketAddr, SocketAddr)> =

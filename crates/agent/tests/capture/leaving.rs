@@ -197,9 +197,16 @@ fn a_port_that_a_server_keeps_is_free_for_who_dials_by_another_clock() {
     with_privilege(a_port_that_a_server_keeps_is_free_for_who_dials_by_another_clock, || {
         let lab = Lab::new();
         let b = Proxy::start(prepared(&lab.b, plan(B))).begin();
-        let _apps = FAMILIES.map(|family| App::anywhere(&lab.b, family, 8080));
+        let _apps = [&lab.a, &lab.b].map(|pod| FAMILIES.map(|family| App::anywhere(pod, family, 8080)));
         let mut sockets = lab.b.enter(|| Netlink::open(Protocol::SocketDiagnosis)).unwrap().unwrap();
         let mut kept = |port| diag::forget_ended(&mut sockets, |it| it.remote.port() == port).unwrap();
+        // Who ends first keeps the port, here a client in the same pod.
+        let client_of = |family| {
+            let mut client = Client::connect(&lab.b, A[family], 8080).unwrap();
+            client.seen().unwrap();
+            client.stream.get_ref().shutdown(Shutdown::Write).unwrap();
+            assert_eq!((client.line().unwrap().as_str(), client.end()), ("bye", ErrorKind::UnexpectedEof));
+        };
         for family in FAMILIES {
             let ended = || {
                 let mut client = Client::connect(&lab.a, B[family], 8080).unwrap();
@@ -215,9 +222,10 @@ fn a_port_that_a_server_keeps_is_free_for_who_dials_by_another_clock() {
             let port = ended();
             eventually("the server keeps the port", || kept(port) > 0);
             let port = ended();
-            let mut capture = b.capture.lock().unwrap();
-            eventually("it is kept no longer", || capture.forget_ended().unwrap() > 0);
+            client_of(family);
+            eventually("it is kept no longer", || b.capture.lock().unwrap().forget_ended().unwrap() > 0);
             assert_eq!(kept(port), 0);
+            assert!(kept(8080) > 0, "a client's ports are kept");
         }
     });
 }

@@ -32,6 +32,17 @@ impl Kubernetes {
         Load::of(self.exec(pod, &["/justmtls", "demo-app", "load"]), to)
     }
 
+    /// The same as its node starts it, without the API server: `kubectl exec` is a stream through that.
+    pub fn load_from_node(&self, node: &str, pod: &str, to: &str) -> Load {
+        let address = self.addresses(pod)[0];
+        let find = format!(
+            "for p in $(pgrep -f 'demo-app serve'); do nsenter -t $p -n ip -o addr | grep -qF ' {address}/' && echo $p && break; done"
+        );
+        let pid = self.on_node(node, &["sh", "-c", &find]).run().ok();
+        let inside = ["nsenter", "-t", pid.trim(), "-n", "-m", "/justmtls", "demo-app", "load"];
+        Load::of(self.on_node(node, &inside), to)
+    }
+
     /// One request of a pod that runs the product's image; it ends well where it is answered in time.
     #[track_caller]
     pub fn ask(&self, pod: &str, to: &str, patience: Duration) -> Finished {

@@ -37,6 +37,12 @@ impl Kubernetes {
         all.len()
     }
 
+    /// Stops the API server on a node, so that it answers nobody, or lets it go on.
+    #[track_caller]
+    pub fn stop_api_server(&self, node: &str, stop: bool) {
+        self.on_node(node, &["pkill", if stop { "-STOP" } else { "-CONT" }, "-x", "kube-apiserver"]).run().ok();
+    }
+
     /// Kills a process of the product, and waits until another one runs in its place.
     #[track_caller]
     pub fn kill(&self, node: &str, kind: &str) {
