@@ -21,7 +21,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail, ensure};
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
-use mesh::WorkloadUid;
+use mesh::{PodUid, WorkloadUid};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::json;
@@ -360,8 +360,11 @@ async fn settled(
 
 /// What a node knows and is not so, or the other way round.
 fn differs(node: &Node, own: &[(usize, &Pod)], asked: &[usize], world: &World) -> Option<String> {
-    if node.pods() != own.len() {
-        return Some(format!("its agent knows {} pods of {}", node.pods(), own.len()));
+    {
+        let pods = node.pods();
+        if pods.len() != own.len() || !own.iter().all(|(_, pod)| pods.contains(&PodUid::from(pod.uid.as_str()))) {
+            return Some(format!("its agent knows {} pods, and not just these {}", pods.len(), own.len()));
+        }
     }
     let dialled = asked.iter().flat_map(|number| world.services[*number].pods.iter().map(move |pod| (*number, pod)));
     let others = own.iter().filter(|(number, _)| !asked.contains(number)).copied();

@@ -1,4 +1,4 @@
-//! A simulated API server over HTTP: lists as streams and by pages, watches, reads and writes with versions, and reviews of
+//! A simulated API server over HTTP: lists as streams or whole, watches, reads and writes with versions, and reviews of
 //! tokens; no more than the control plane asks for.
 
 use std::collections::{BTreeMap, HashMap};

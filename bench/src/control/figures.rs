@@ -24,6 +24,9 @@ impl Delay {
     }
 
     fn row(&self) -> String {
+        if self.count == 0 {
+            return "none seen".to_owned();
+        }
         format!("{:.0} ms, {:.0} ms, {:.0} ms", self.p50, self.p99, self.most)
     }
 }

@@ -131,9 +131,9 @@ impl Node {
         lock(&self.proxy)
     }
 
-    /// How many pods its agent knows.
-    pub(super) fn pods(&self) -> usize {
-        lock(&self.agent).len()
+    /// The pods that its agent knows.
+    pub(super) fn pods(&self) -> MutexGuard<'_, BTreeSet<PodUid>> {
+        lock(&self.agent)
     }
 }
 

@@ -1,11 +1,12 @@
 //! A cluster, by its API server: requests, and errors as sentences.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use http::{Method, Request};
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config, Error};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -43,17 +44,22 @@ impl Cluster {
         let kubeconfig = match &place.kubeconfig {
             Some(path) => Kubeconfig::read_from(path)
                 .with_context(|| format!("--kubeconfig {}: it cannot be read", path.display()))?,
-            None => Kubeconfig::read()
-                .context("there is no kubeconfig: name one by --kubeconfig FILE or $KUBECONFIG, as kubectl takes it")?,
+            None => Kubeconfig::read().map_err(no_kubeconfig)?,
         };
         let names: Vec<_> = kubeconfig.contexts.iter().map(|context| context.name.clone()).collect();
         if let Some(context) = place.context.as_ref().filter(|context| !names.contains(context)) {
-            bail!("--context {context}: the kubeconfig has no such context; it has {}", names.join(", "));
+            bail!(
+                "--context {context}: the kubeconfig has no such context; it has {}",
+                if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+            );
         }
         let options = KubeConfigOptions { context: place.context.clone(), ..KubeConfigOptions::default() };
-        let mut config = Config::from_custom_kubeconfig(kubeconfig, &options)
-            .await
-            .context("the kubeconfig names no usable cluster: name a context by --context")?;
+        let mut config = Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(|error| {
+            anyhow!(
+                "the kubeconfig names no usable cluster: {}; mend it, or name another context by --context",
+                innermost(&error)
+            )
+        })?;
         config.connect_timeout = Some(CONNECT);
         config.read_timeout = Some(ANSWER);
         let server = config.cluster_url.to_string();
@@ -181,6 +187,19 @@ fn of_status(code: u16, message: &str) -> String {
     }
 }
 
+/// Why there is no kubeconfig to be had where none was named.
+fn no_kubeconfig(error: KubeconfigError) -> anyhow::Error {
+    match &error {
+        KubeconfigError::ReadConfig(cause, _) if cause.kind() != ErrorKind::NotFound => {
+            anyhow!("the kubeconfig cannot be read: {error}")
+        }
+        KubeconfigError::ReadConfig(..) | KubeconfigError::FindPath => {
+            anyhow!("there is no kubeconfig: name one by --kubeconfig FILE or $KUBECONFIG, as kubectl takes it")
+        }
+        _ => anyhow!("the kubeconfig cannot be understood: {}", innermost(&error)),
+    }
+}
+
 /// The cause that a person can do something about.
 fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
     let mut cause = error;
@@ -290,5 +309,14 @@ mod tests {
             unreachable.contains("http://127.0.0.1:1") && unreachable.contains("cannot be reached"),
             "{unreachable}"
         );
+    }
+
+    #[test]
+    fn a_kubeconfig_that_is_there_and_of_no_use_is_not_said_to_be_missing() {
+        let said = |kind: ErrorKind| no_kubeconfig(KubeconfigError::ReadConfig(kind.into(), "/x".into())).to_string();
+        assert!(said(ErrorKind::NotFound).starts_with("there is no kubeconfig: name one"));
+        assert!(said(ErrorKind::PermissionDenied).starts_with("the kubeconfig cannot be read: "));
+        let unclear = no_kubeconfig(KubeconfigError::CurrentContextNotSet).to_string();
+        assert!(unclear.starts_with("the kubeconfig cannot be understood: "), "{unclear}");
     }
 }

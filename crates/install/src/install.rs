@@ -8,8 +8,9 @@ use serde_json::Value;
 
 use crate::apply::{self, Outcome};
 use crate::cluster::{Cluster, Place, path};
-use crate::objects::{CONTROL, NAMESPACE, NODE, Object, all, definitions, objects};
+use crate::objects::{CONTROL, NAMESPACE, NODE, Object, SETTINGS, all, definitions, objects};
 use crate::source::Source;
+use crate::table::printable;
 use crate::values::{Key, VERSION, Values};
 use crate::warn::{self, Judge};
 use crate::{distribution, wait};
@@ -67,12 +68,10 @@ pub(crate) async fn run(verb: Verb, arguments: &Arguments, judge: Judge) -> anyh
     if let Some(sentence) = distribution::fill_in(&mut values, &nodes).map_err(|sentence| anyhow!(sentence))? {
         anstream::eprintln!("{sentence}");
     }
-    if values.get(Key::TrustDomain) != recorded.get(Key::TrustDomain) && installed.is_some() {
-        bail!(
-            "trustDomain is {} here and cannot become {}: every identity would change; uninstall first, or leave it",
-            recorded.get(Key::TrustDomain),
-            values.get(Key::TrustDomain)
-        );
+    // By what is installed, whatever is recorded of it and also where that is set aside.
+    let settings = cluster.get(&format!("/api/v1/namespaces/{NAMESPACE}/configmaps/{SETTINGS}")).await?;
+    if let Some(sentence) = other_trust_domain(settings.as_ref(), &values) {
+        bail!("{sentence}");
     }
     for warning in warn::warnings(&warn::gather(&cluster).await?, &values, judge) {
         anstream::eprintln!("{WARNING}warning{WARNING:#}: {warning}");
@@ -179,6 +178,17 @@ fn lines(title: &str, outcome: &Outcome) -> Vec<String> {
     }
 }
 
+/// Why these values cannot be installed over settings of another trust domain.
+fn other_trust_domain(settings: Option<&Value>, values: &Values) -> Option<String> {
+    let (is, wanted) = (settings?["data"]["trustDomain"].as_str()?, values.get(Key::TrustDomain));
+    (is != wanted).then(|| {
+        format!(
+            "trustDomain is {} here and cannot become {wanted}: every identity would change; uninstall first, or leave it",
+            printable(is)
+        )
+    })
+}
+
 /// The values that the installation was made with.
 pub(crate) fn recorded(namespace: &Value) -> anyhow::Result<Values> {
     let metadata = &namespace["metadata"];
@@ -232,5 +242,15 @@ mod tests {
         assert_eq!(recorded(&older).unwrap(), values);
         assert_eq!(recorded(&json!({ "metadata": {} })).unwrap(), Values::default());
         assert!(recorded(&json!({ "metadata": { "annotations": { crate::objects::VALUES: "x" } } })).is_err());
+    }
+
+    #[test]
+    fn the_trust_domain_of_what_is_installed_stays_whatever_was_recorded() {
+        let values = Values::from_words(&["trustDomain=example.org".to_owned()]).unwrap();
+        let installed = |domain: &str| serde_json::json!({ "data": { "trustDomain": domain } });
+        assert_eq!(other_trust_domain(None, &values), None);
+        assert_eq!(other_trust_domain(Some(&installed("example.org")), &values), None);
+        let sentence = other_trust_domain(Some(&installed("example.org")), &Values::default()).unwrap();
+        assert!(sentence.contains("example.org here and cannot become cluster.local"), "{sentence}");
     }
 }

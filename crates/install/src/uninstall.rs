@@ -113,8 +113,17 @@ impl Work {
         // Who leaves first must not be refused by who leaves later.
         let patience = Instant::now() + Duration::from_secs(LEAVE);
         self.tell(&mut settings, "announced").await?;
-        while !self.nothing_is_enforced().await? && Instant::now() < patience {
+        let mut enforcing = self.enforcing().await?;
+        while !enforcing.is_empty() && Instant::now() < patience {
             tokio::time::sleep(LOOK).await;
+            enforcing = self.enforcing().await?;
+        }
+        if !enforcing.is_empty() {
+            anstream::eprintln!(
+                "the proxies of {} do not say that they let plaintext in by now; where they do not, pods that leave first are refused \
+                 until theirs have left, too",
+                enforcing.join(", ")
+            );
         }
         self.tell(&mut settings, "begun").await?;
         let drain = values.drain();
@@ -167,8 +176,8 @@ impl Work {
         told.map(drop).map_err(|error| self.cluster.explain(error, "telling every pod to leave"))
     }
 
-    /// Whether every proxy knows that plaintext is refused nowhere any more.
-    async fn nothing_is_enforced(&self) -> anyhow::Result<bool> {
+    /// The nodes whose proxies do not know, or do not say, that plaintext is refused nowhere any more.
+    async fn enforcing(&self) -> anyhow::Result<Vec<String>> {
         let pages = pages::of_nodes(&self.cluster, &[(Process::Proxy, "/workloads")]).await?;
         let permissive = |workload: &Value| {
             let ports = workload["port_modes"].as_object();
@@ -178,7 +187,7 @@ impl Work {
             let workloads = pages.page(Process::Proxy, "/workloads")["workloads"].as_array();
             workloads.is_some_and(|workloads| workloads.iter().all(permissive))
         };
-        Ok(pages.values().all(known))
+        Ok(pages.iter().filter(|(_, pages)| !known(pages)).map(|(node, _)| printable(node)).collect())
     }
 
     /// By node, the pods that have rules of ours; `None` where its agent does not say. Nodes without any are left out.

@@ -123,6 +123,7 @@ fn api_server_is_away(cluster: &Kubernetes, first: &str, worker: &str) {
         report.assert_never(kind);
     }
     assert_eq!(report.of_phase("after", "short").failed, 0, "{report}");
+    assert_eq!(report.long().1, LONG, "what the dead proxy had ends with an error: {report}");
     cluster.stop_api_server(first, false);
     cluster.rolled_out("justmtls-system", "daemonset/justmtls-node");
 }

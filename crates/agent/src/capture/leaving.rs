@@ -140,7 +140,7 @@ fn translated(flows: &[Flow]) -> HashSet<(SocketAddr, SocketAddr)> {
 fn is_translated_by_us(flow: &Flow) -> bool {
     let (from, to) = flow.answers;
     let other_port = from == flow.destination && to.ip() == flow.source.ip() && to.port() != flow.source.port();
-    other_port || [INBOUND_PORT, OUTBOUND_PORT].contains(&from.port())
+    other_port || (flow.is_translated() && [INBOUND_PORT, OUTBOUND_PORT].contains(&from.port()))
 }
 
 /// Whether a connection is of the data path: the proxy's to the wire or to a program, or one that waits for it.

@@ -20,6 +20,8 @@ use crate::problem::Problem;
 
 /// How long a pod must be missing before it is taken out: its name may be there before the pod is seen here.
 const MISSING: Duration = Duration::from_secs(120);
+/// How often that is looked at: it is a look at every pod of every record.
+const TIDY: Duration = Duration::from_secs(10);
 
 /// Where captured pods are written down.
 pub(crate) enum Record {
@@ -43,6 +45,8 @@ pub(crate) struct Shared {
     waiting: BTreeMap<String, Vec<Report>>,
     missing: HashMap<(String, PodUid), Instant>,
     problems: BTreeMap<String, Problem>,
+    /// When to look next for what is gone.
+    tidies: Option<Instant>,
 }
 
 /// What an agent says.
@@ -74,6 +78,7 @@ impl Shared {
             waiting: BTreeMap::new(),
             missing: HashMap::new(),
             problems: BTreeMap::new(),
+            tidies: None,
         }
     }
 
@@ -205,6 +210,10 @@ impl Shared {
 
     /// Takes out pods that are gone, and records of nodes that are: the leader's part.
     pub(crate) fn tidy(&mut self, index: &Index, now: Instant) {
+        if self.tidies.is_some_and(|next| now < next) {
+            return;
+        }
+        self.tidies = Some(now + TIDY);
         let nodes: BTreeSet<&str> = index.nodes().collect();
         let mut missing = HashMap::new();
         let mut wanted = Vec::new();
