@@ -28,7 +28,7 @@ impl Streams {
     /// From lines of tshark: stream, source (v4, v6), port, destination (v4, v6), port, relative sequence number, payload.
     #[track_caller]
     pub(crate) fn from_segments(port: u16, lines: &[Vec<String>]) -> Streams {
-        let mut segments: BTreeMap<(u64, SocketAddr, SocketAddr), BTreeMap<u64, Vec<u8>>> = BTreeMap::new();
+        let mut segments: BTreeMap<(u64, SocketAddr, SocketAddr), BTreeMap<i64, Vec<u8>>> = BTreeMap::new();
         for line in lines {
             let [stream, from4, from6, from_port, to4, to6, to_port, sequence, payload] = &line[..] else {
                 panic!("tshark printed something else: {line:?}");
@@ -38,7 +38,7 @@ impl Streams {
             }
             let key = (number(stream), socket(from4, from6, from_port), socket(to4, to6, to_port));
             let bytes = from_hex(payload);
-            let kept = segments.entry(key).or_default().entry(number(sequence)).or_default();
+            let kept = segments.entry(key).or_default().entry(place(number(sequence))).or_default();
             // A segment that was sent again may have grown.
             if bytes.len() > kept.len() {
                 *kept = bytes;
@@ -113,7 +113,7 @@ pub fn tls_records(bytes: &[u8]) -> Result<usize, String> {
 
 /// Puts segments in order; those that were sent again overlap. A gap ends the direction, because what follows cannot be judged.
 #[track_caller]
-fn join(parts: BTreeMap<u64, Vec<u8>>) -> Vec<u8> {
+fn join(parts: BTreeMap<i64, Vec<u8>>) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut next = parts.keys().next().copied().unwrap_or_default();
     for (sequence, part) in parts {
@@ -121,10 +121,18 @@ fn join(parts: BTreeMap<u64, Vec<u8>>) -> Vec<u8> {
         let known = usize::try_from(next - sequence).expect("a recording fits in memory");
         if let Some(new) = part.get(known..) {
             bytes.extend_from_slice(new);
-            next += new.len() as u64;
+            next += new.len() as i64;
         }
     }
     bytes
+}
+
+/// Where a segment stands, counted from the first packet of the recording. What was lost before that and is sent again after it
+/// stands before it.
+fn place(sequence: u64) -> i64 {
+    const WHOLE: i64 = 1 << 32;
+    let sequence = sequence as i64;
+    if sequence < WHOLE / 2 { sequence } else { sequence - WHOLE }
 }
 
 fn number(text: &str) -> u64 {
@@ -179,5 +187,8 @@ mod tests {
             [line("7", "4", "64656667"), line("7", "1", "616263"), line("7", "4", "6465"), line("7", "6", "66676869")];
         let streams = Streams::from_segments(80, &lines);
         assert_eq!(streams.from_clients().map(|it| it.bytes.clone()).collect::<Vec<_>>(), [b"abcdefghi"]);
+        let again = [line("7", "0", "636465"), line("7", "4294967294", "6162")];
+        let streams = Streams::from_segments(80, &again);
+        assert_eq!(streams.from_clients().map(|it| it.bytes.clone()).collect::<Vec<_>>(), [b"abcde"]);
     }
 }
