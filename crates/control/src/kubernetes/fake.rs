@@ -36,7 +36,7 @@ struct State {
     without_streaming: bool,
     /// Watches that began before are cut.
     era: u64,
-    writes: usize,
+    writes: Vec<String>,
     lists: usize,
     reviews: usize,
     review: Option<Review>,
@@ -103,7 +103,12 @@ impl Fake {
 
     /// How many objects were written by calls.
     pub(crate) fn writes(&self) -> usize {
-        self.lock().writes
+        self.lock().writes.len()
+    }
+
+    /// How often this object was.
+    pub(crate) fn writes_to(&self, path: &str) -> usize {
+        self.lock().writes.iter().filter(|written| *written == path).count()
     }
 
     /// How often something was listed, by pages or as a stream.
@@ -228,7 +233,7 @@ impl Fake {
                 if let Some(namespace) = target.namespace {
                     object["metadata"]["namespace"] = json!(namespace);
                 }
-                state.writes += 1;
+                state.writes.push(path.clone());
                 whole(201, &self.store(&mut state, &path, object))
             }
             (method, Some(_)) => {
@@ -241,7 +246,7 @@ impl Fake {
                 if !version.is_null() && *version != there["metadata"]["resourceVersion"] {
                     return status(409, "it is another version");
                 }
-                state.writes += 1;
+                state.writes.push(path.clone());
                 match *method {
                     Method::PUT => whole(200, &self.store(&mut state, &path, body)),
                     Method::PATCH => {
