@@ -86,14 +86,9 @@ impl Load {
     }
 
     /// So many ask at the same time as often as they can, each request on a connection of its own.
-    pub fn short(self, workers: u64) -> Self {
-        self.short_at(workers, 0)
-    }
-
-    /// The same, so often a second; 0: as often as they can.
-    pub fn short_at(mut self, workers: u64, rate: u64) -> Self {
+    pub fn short(mut self, workers: u64) -> Self {
         self.short = workers;
-        self.with("--short", workers).with("--rate", rate)
+        self.with("--short", workers).with("--rate", 0)
     }
 
     /// Short connections altogether.

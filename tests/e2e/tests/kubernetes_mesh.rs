@@ -71,12 +71,7 @@ fn nobody_notices_installation_restarts_kills_and_rollouts() {
 
     println!("a proxy is killed");
     for node in [&first, &worker] {
-        let report = meanwhile(load(&cluster), |_| cluster.kill(node, "proxy"));
-        for kind in ["refused", "early-end", "wrong-bytes", "timeout", "other"] {
-            report.assert_never(kind);
-        }
-        assert_eq!(report.of_phase("after", "short").failed, 0, "{report}");
-        assert_eq!(report.long().1, LONG, "what the dead proxy had ends with an error: {report}");
+        proxy_is_killed(&cluster, node, load(&cluster));
     }
 
     println!("an agent and a control plane are killed");
@@ -105,6 +100,16 @@ fn nobody_notices_installation_restarts_kills_and_rollouts() {
     deployment_rolls(&cluster, "after");
 }
 
+/// Nobody is refused, and what the dead proxy had ends with an error.
+fn proxy_is_killed(cluster: &Kubernetes, node: &str, load: Loaded) {
+    let report = meanwhile(load, |_| cluster.kill(node, "proxy"));
+    for kind in ["refused", "early-end", "wrong-bytes", "timeout", "other"] {
+        report.assert_never(kind);
+    }
+    assert_eq!(report.of_phase("after", "short").failed, 0, "{report}");
+    assert_eq!(report.long().1, LONG, "what the dead proxy had ends with an error: {report}");
+}
+
 /// Nobody notices, and a proxy that begins anew meanwhile gets certificates and view.
 fn api_server_is_away(cluster: &Kubernetes, first: &str, worker: &str) {
     println!("the API server is away");
@@ -118,12 +123,7 @@ fn api_server_is_away(cluster: &Kubernetes, first: &str, worker: &str) {
     let [quiet, beside_a_kill] = [load(), load()];
     cluster.stop_api_server(first, true);
     meanwhile(quiet, |load| load.wait_for_more(10 * ENOUGH)).assert_nothing_failed();
-    let report = meanwhile(beside_a_kill, |_| cluster.kill(worker, "proxy"));
-    for kind in ["refused", "early-end", "wrong-bytes", "timeout", "other"] {
-        report.assert_never(kind);
-    }
-    assert_eq!(report.of_phase("after", "short").failed, 0, "{report}");
-    assert_eq!(report.long().1, LONG, "what the dead proxy had ends with an error: {report}");
+    proxy_is_killed(cluster, worker, beside_a_kill);
     cluster.stop_api_server(first, false);
     cluster.rolled_out("justmtls-system", "daemonset/justmtls-node");
 }

@@ -9,11 +9,12 @@ use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use linux::diag::{self, Connection};
+use linux::diag;
 use linux::flows::{self, Flow, Phase};
 use linux::netlink::{Error, Socket};
 use linux::nft;
 
+use super::stale::sockets_of;
 use super::{Capture, CaptureError, Rules, Standing};
 use crate::rules::{self, INBOUND_PORT, Marks, OUTBOUND_PORT};
 
@@ -37,16 +38,15 @@ impl Capture {
     pub fn leave(&mut self) -> Result<bool, CaptureError> {
         if !self.is_draining() {
             self.drain()?;
-            self.needs_rules()?;
-            self.forget_ended()?;
+            self.forget_what_is_over()?;
             return Ok(false);
         }
-        self.forget_ended()?;
+        self.forget_what_is_over()?;
         if let Standing::Broken(_) = self.verify()? {
             self.repair()?;
             return Ok(false);
         }
-        let idle = self.needs_rules()?.is_empty();
+        let idle = !self.needs_rules()?;
         if std::mem::replace(&mut self.idle, idle) && idle {
             self.remove()?;
             self.end_translated()?;
@@ -63,19 +63,19 @@ impl Capture {
         const LOOKS: usize = 5;
         const MOMENT: Duration = Duration::from_secs(1);
         const PAUSE: Duration = Duration::from_millis(5);
-        let marks = self.plan.marks;
+        let (mut socket, marks) = (self.diagnosis()?, self.plan.marks);
         let mut ended = 0;
-        for look in 0.. {
-            ended += diag::destroy(&mut self.diagnosis()?, |it| is_ours(marks, it))?;
-            match self.needs_rules()?.iter().any(|it| is_ours(marks, it)) {
-                false => break,
-                true if look == LOOKS => return Err(CaptureError::StillOpen),
-                true => {}
+        let mut looks = 0..LOOKS;
+        loop {
+            looks.next().ok_or(CaptureError::StillOpen)?;
+            ended += diag::destroy(&mut socket, |it| is_ours(marks, it))?;
+            if is_idle(&mut socket, marks)? {
+                break;
             }
         }
-        self.forget_ended()?;
+        self.forget_what_is_over()?;
         let until = Instant::now() + MOMENT;
-        while !self.needs_rules()?.is_empty() && Instant::now() < until {
+        while self.needs_rules()? && Instant::now() < until {
             std::thread::sleep(PAUSE);
         }
         ended += self.end_translated()?;
@@ -83,21 +83,19 @@ impl Capture {
         Ok(ended + self.end_translated()?)
     }
 
-    /// What is open and cannot go on without the rules: connections of the data path, and those that are translated.
-    fn needs_rules(&mut self) -> Result<HashSet<Connection>, CaptureError> {
-        let flows = flows::list(&mut self.netfilter)?;
-        // Afterwards: what was opened meanwhile is not taken for one that is gone.
-        let open = diag::connections(&mut self.diagnosis()?)?;
-        let sockets: HashSet<_> = open.iter().map(|it| (it.local, it.remote)).collect();
-        for flow in flows.iter().filter(|flow| rules::is_zone(flow.zone)) {
-            if !sockets_of(flow).iter().any(|socket| sockets.contains(socket)) {
-                flows::forget(&mut self.netfilter, flow)?;
-            }
-        }
+    /// Whether something is open that cannot go on without the rules: a connection of the data path, or one that is translated.
+    fn needs_rules(&mut self) -> Result<bool, CaptureError> {
+        let translated = translated(&flows::list(&mut self.netfilter)?);
         let marks = self.plan.marks;
-        let translated = translated(&flows);
-        let needs = |it: &Connection| is_ours(marks, it) || translated.contains(&(it.local, it.remote));
-        Ok(open.into_iter().filter(needs).collect())
+        let open = diag::connections(&mut self.diagnosis()?)?;
+        Ok(open.iter().any(|it| is_ours(marks, it) || translated.contains(&(it.local, it.remote))))
+    }
+
+    /// Forgets what would stand in the way of who has a port next: flows of the proxy's, and kept ports.
+    fn forget_what_is_over(&mut self) -> Result<(), CaptureError> {
+        self.forget_without_socket(|flow| rules::is_zone(flow.zone))?;
+        self.forget_ended()?;
+        Ok(())
     }
 
     /// Ends what is translated: without the rules it would wait in vain. Returns how many.
@@ -122,11 +120,6 @@ impl Capture {
 /// Whether no connection of the data path is left in the socket's namespace.
 pub(crate) fn is_idle(socket: &mut Socket, marks: Marks) -> Result<bool, Error> {
     Ok(!diag::connections(socket)?.iter().any(|it| is_ours(marks, it)))
-}
-
-/// The sockets, by their own and their peer's address, that the pod may have of a flow: of who began it, and of who answers.
-fn sockets_of(flow: &Flow) -> [(SocketAddr, SocketAddr); 2] {
-    [(flow.source, flow.destination), flow.answers]
 }
 
 /// The sockets of all flows that our rules translate. Those that have ended have none: who has their ports meanwhile is another.

@@ -5,16 +5,16 @@
 //! a connection that goes on for days: whoever has that port next would not be captured, and what is not captured does not leave
 //! (T46). Such a flow has no socket, and is forgotten.
 //!
-//! So is a connection that was accepted and has ended, and whose port the kernel keeps for a minute. Whoever has that port next at the other end is
-//! refused where his timestamps are older (RFC 7323, 5.3); and they are of another clock where a program dialled a Service's
-//! address before, and the proxy dials the pod's own now.
+//! So is a connection that was accepted and has ended, and whose port the kernel keeps for a minute. Whoever has that port next
+//! at the other end is refused where his timestamps are older (RFC 7323, 5.3); and they are of another clock where a program
+//! dialled a Service's address before, and the proxy dials the pod's own now.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use linux::diag;
-use linux::flows::{self, Phase};
+use linux::flows::{self, Flow, Phase};
 
 use super::{Capture, CaptureError};
 
@@ -73,23 +73,32 @@ impl Capture {
 
     /// Forgets the flows of the pod that no socket has any more. Returns how many.
     pub fn forget_stale(&mut self) -> Result<usize, CaptureError> {
-        let own = |address: &SocketAddr| self.plan.addresses.contains(&address.ip());
-        let mut open = flows::list(&mut self.netfilter)?;
-        open.retain(|flow| {
+        let own = self.plan.addresses.clone();
+        self.forget_without_socket(|flow| {
             flow.phase == Phase::Open
                 && !flow.is_translated()
                 && flow.zone == 0
-                && (own(&flow.source) || own(&flow.destination))
-        });
+                && [flow.source, flow.destination].iter().any(|end| own.contains(&end.ip()))
+        })
+    }
+
+    /// Forgets those of `these` flows that no socket of the pod has. Returns how many.
+    pub(super) fn forget_without_socket(&mut self, these: impl Fn(&Flow) -> bool) -> Result<usize, CaptureError> {
+        let flows = flows::list(&mut self.netfilter)?;
         // Afterwards: what was opened meanwhile is not taken for one that is gone.
         let live: HashSet<(SocketAddr, SocketAddr)> =
             diag::connections(&mut self.diagnosis()?)?.iter().map(|it| (it.local, it.remote)).collect();
         let mut forgotten = 0;
-        for flow in open {
-            if !live.contains(&(flow.source, flow.destination)) && !live.contains(&(flow.destination, flow.source)) {
-                forgotten += usize::from(flows::forget(&mut self.netfilter, &flow)?);
+        for flow in flows.iter().filter(|flow| these(flow)) {
+            if !sockets_of(flow).iter().any(|socket| live.contains(socket)) {
+                forgotten += usize::from(flows::forget(&mut self.netfilter, flow)?);
             }
         }
         Ok(forgotten)
     }
+}
+
+/// The sockets, by their own and their peer's address, that the pod may have of a flow: of who began it, and of who answers.
+pub(super) fn sockets_of(flow: &Flow) -> [(SocketAddr, SocketAddr); 2] {
+    [(flow.source, flow.destination), flow.answers]
 }

@@ -1,7 +1,7 @@
 //! Pods that are let go while they run.
 
 use std::io::ErrorKind;
-use std::net::{Shutdown, SocketAddr};
+use std::net::{IpAddr, Shutdown, SocketAddr};
 
 use agent::capture::{Capture, Standing};
 use agent::guard::Strength;
@@ -113,17 +113,24 @@ fn what_a_pod_that_leaves_has_open_at_the_end_of_its_time_is_reset_and_nothing_o
     );
 }
 
+/// A connection that the application ends first, with its proxy's: the port that the client has, and the one that is seen.
+fn ended_by_the_application(from: &NetNs, to: IpAddr, proxy: &Proxy) -> (u16, u16) {
+    let mut client = Client::connect(from, to, 8080).unwrap();
+    let (_, seen) = client.seen().unwrap();
+    let own = client.local_port();
+    client.say("quit\n").unwrap();
+    assert_eq!(client.line().unwrap(), "bye");
+    assert_eq!(client.end(), ErrorKind::UnexpectedEof);
+    drop(client);
+    eventually("the proxy's connections end", || proxy.live() == 0);
+    (own, seen)
+}
+
 /// A pod that leaves, and the port of a flow to the wire that is remembered although its socket is gone.
 fn leaving_with_a_port_that_is_remembered(lab: &Lab) -> (Proxy, u16) {
     let a = Proxy::start(prepared(&lab.a, plan(A))).begin();
-    let mut captured = Client::connect(&lab.a, B[0], 8080).unwrap();
-    let (_, port) = captured.seen().unwrap();
     // Who ends first has the port for a minute longer.
-    captured.say("quit\n").unwrap();
-    assert_eq!(captured.line().unwrap(), "bye");
-    assert_eq!(captured.end(), ErrorKind::UnexpectedEof);
-    drop(captured);
-    eventually("the proxy's connections end", || a.live() == 0);
+    let (_, port) = ended_by_the_application(&lab.a, B[0], &a);
     a.capture.lock().unwrap().drain().unwrap();
     (a, port)
 }
@@ -208,20 +215,10 @@ fn a_port_that_a_server_keeps_is_free_for_who_dials_by_another_clock() {
             assert_eq!((client.line().unwrap().as_str(), client.end()), ("bye", ErrorKind::UnexpectedEof));
         };
         for family in FAMILIES {
-            let ended = || {
-                let mut client = Client::connect(&lab.a, B[family], 8080).unwrap();
-                client.seen().unwrap();
-                let port = client.local_port();
-                client.say("quit\n").unwrap();
-                assert_eq!(client.line().unwrap(), "bye");
-                assert_eq!(client.end(), ErrorKind::UnexpectedEof);
-                drop(client);
-                eventually("the proxy's connections end", || b.live() == 0);
-                port
-            };
-            let port = ended();
+            let ended = || ended_by_the_application(&lab.a, B[family], &b);
+            let (port, _) = ended();
             eventually("the server keeps the port", || kept(port) > 0);
-            let port = ended();
+            let (port, _) = ended();
             client_of(family);
             eventually("it is kept no longer", || b.capture.lock().unwrap().forget_ended().unwrap() > 0);
             assert_eq!(kept(port), 0);
