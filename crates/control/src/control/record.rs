@@ -21,7 +21,7 @@ use crate::problem::Problem;
 /// How long a pod must be missing before it is taken out: its name may be there before the pod is seen here.
 const MISSING: Duration = Duration::from_secs(120);
 /// How often that is looked at: it is a look at every pod of every record.
-const TIDY: Duration = Duration::from_secs(10);
+const TIDY: Duration = Duration::from_secs(30);
 
 /// Where captured pods are written down.
 pub(crate) enum Record {

@@ -3,6 +3,7 @@
 //! No object is kept: what is read goes to the index, and here are the names that there are. Nothing is said to be gone but what
 //! a watch says or a whole list lacks; a kind that cannot be followed keeps its last good state, and that is said.
 
+mod events;
 mod follow;
 mod read;
 
@@ -10,12 +11,12 @@ mod read;
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
 use kube::api::DynamicObject;
-use kube::{Api, Client, Resource};
+use kube::core::Request;
+use kube::{Client, Resource};
 use manifests::k8s_openapi::api::admissionregistration::v1::{
     MutatingWebhookConfiguration, ValidatingWebhookConfiguration,
 };
@@ -29,7 +30,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use self::follow::Follower;
-use self::read::Reading;
+use self::read::{Read, Reading};
 use super::Batch;
 use crate::ROOT_NAMESPACE;
 use crate::kubernetes::resource;
@@ -37,7 +38,8 @@ use crate::kubernetes::status::Conditions;
 use crate::metrics::Metrics;
 use crate::problem::Problem;
 
-/// Pieces that may wait, each of at most [`follow::PIECE`] objects: with more, the objects themselves would fill the memory.
+/// Pieces that may wait, each of [`follow::PIECE`] objects or of what one read of a watch gave: with more, the objects themselves
+/// would fill the memory.
 const QUEUE: usize = 4;
 /// How often it is looked whether every kind is heard of.
 const LOOK: Duration = Duration::from_secs(5);
@@ -101,8 +103,8 @@ impl Kubernetes {
         followers.all::<MutatingWebhookConfiguration>(Kind::MutatingWebhookConfiguration);
         followers.all::<APIService>(Kind::APIService);
         // Settings and records are ours; other ConfigMaps are nobody's business.
-        let ours: Api<ConfigMap> = Api::namespaced(client.clone(), ROOT_NAMESPACE);
-        followers.start(vec![ours], Kind::ConfigMap, read::plain);
+        let ours = Request::new(ConfigMap::url_path(&(), Some(ROOT_NAMESPACE)));
+        followers.start(vec![ours], Kind::ConfigMap, read::plain::<ConfigMap>);
         for kind in [Kind::PeerAuthentication, Kind::AuthorizationPolicy] {
             followers.policies(kind);
         }
@@ -184,7 +186,7 @@ impl Kubernetes {
     }
 
     fn read(&mut self, reading: Reading, changes: &mut Vec<Change>) {
-        let Reading { key, object, problems, condition } = reading;
+        let Reading { key, object, problems, condition, version: _ } = reading;
         let is_policy = crate::kubernetes::status::concerns(key.kind);
         match condition {
             Some(condition) => drop(self.conditions.insert(key.clone(), condition)),
@@ -262,30 +264,23 @@ struct Followers<'a> {
 }
 
 impl Followers<'_> {
-    fn all<K>(&mut self, kind: Kind)
-    where
-        K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Into<Object> + Send + Sync + 'static,
-    {
-        self.start(vec![Api::<K>::all(self.client.clone())], kind, read::plain);
+    fn all<K: Resource<DynamicType = ()> + DeserializeOwned + Into<Object>>(&mut self, kind: Kind) {
+        self.start(vec![Request::new(K::url_path(&(), None))], kind, read::plain::<K>);
     }
 
     /// Istio's kinds, in each version in which a cluster may have them.
     fn policies(&mut self, kind: Kind) {
-        let client = self.client;
-        let api = |version: &&str| Api::<DynamicObject>::all_with(client.clone(), &resource(kind, version));
-        let read = match kind {
-            Kind::PeerAuthentication => |object| read::policy(Kind::PeerAuthentication, object),
-            _ => |object| read::policy(Kind::AuthorizationPolicy, object),
+        let place = |version: &&str| Request::new(DynamicObject::url_path(&resource(kind, version), None));
+        let read: Read = match kind {
+            Kind::PeerAuthentication => |json| read::policy(Kind::PeerAuthentication, json),
+            _ => |json| read::policy(Kind::AuthorizationPolicy, json),
         };
-        self.start(kind.api_versions().iter().map(api).collect(), kind, read);
+        self.start(kind.api_versions().iter().map(place).collect(), kind, read);
     }
 
-    fn start<K>(&mut self, apis: Vec<Api<K>>, kind: Kind, read: fn(K) -> Reading)
-    where
-        K: Resource + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
-    {
+    fn start(&mut self, places: Vec<Request>, kind: Kind, read: Read) {
         self.kinds.insert(kind, Followed::begun());
-        let follower = Follower::new(self.client, apis, kind, read, self.sender.clone(), self.metrics.clone());
+        let follower = Follower::new(self.client, places, kind, read, self.sender.clone(), self.metrics.clone());
         tokio::spawn(follower.run());
     }
 }

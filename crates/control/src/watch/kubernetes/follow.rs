@@ -1,25 +1,26 @@
 //! One kind: listed wholly, and then watched from there; listed anew when the API server has forgotten where we were.
 
 use std::collections::HashSet;
-use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::{Stream, StreamExt};
-use kube::api::{ListParams, WatchEvent, WatchParams};
-use kube::{Api, Client, Resource};
+use kube::Client;
+use kube::api::{ListMeta, ListParams, WatchParams};
+use kube::core::Request;
 use manifests::{Kind, ObjectKey};
-use serde::de::DeserializeOwned;
+use serde::Deserialize;
+use serde_json::value::RawValue;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, info};
 
 use super::Said;
-use super::read::Reading;
+use super::events::{Event, Events};
+use super::read::{Read, Reading};
 use crate::kubernetes::{Failure, ask, pause};
 use crate::metrics::Metrics;
 
-/// Objects that are passed on at once.
+/// Objects of a list that are passed on at once.
 pub(super) const PIECE: usize = 200;
 /// Objects of one page of a list.
 const PAGE: u32 = 500;
@@ -35,18 +36,16 @@ const LIST_PATIENCE: Duration = Duration::from_secs(30);
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 /// How often in a row a kind of which there were objects must be missing before it counts as gone, with them.
 const GONE_AFTER: usize = 4;
-/// The bookmark at the end of a list as a stream.
-const END_OF_LIST: &str = "k8s.io/initial-events-end";
 
 /// Follows one kind for as long as somebody listens.
-pub(super) struct Follower<K> {
+pub(super) struct Follower {
     client: Client,
-    /// The kind in each version that a cluster may have; the first is asked first.
-    apis: Vec<Api<K>>,
+    /// Where the kind is, in each version that a cluster may have; the first is asked first.
+    places: Vec<Request>,
     /// Which of them is asked.
     version: usize,
     kind: Kind,
-    read: fn(K) -> Reading,
+    read: Read,
     said: mpsc::Sender<Said>,
     metrics: Arc<Metrics>,
     /// Lists come as a stream, where the API server can.
@@ -71,27 +70,26 @@ impl From<Failure> for End {
     }
 }
 
-impl From<kube::Error> for End {
-    fn from(error: kube::Error) -> Self {
-        Self::Failure(error.into())
-    }
+/// One page of a list.
+#[derive(Deserialize)]
+struct Page<'a> {
+    metadata: ListMeta,
+    #[serde(borrow)]
+    items: Vec<&'a RawValue>,
 }
 
-impl<K> Follower<K>
-where
-    K: Resource + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
-{
+impl Follower {
     pub(super) fn new(
         client: &Client,
-        apis: Vec<Api<K>>,
+        places: Vec<Request>,
         kind: Kind,
-        read: fn(K) -> Reading,
+        read: Read,
         said: mpsc::Sender<Said>,
         metrics: Arc<Metrics>,
     ) -> Self {
         let client = client.clone();
         let known = HashSet::new();
-        Self { client, apis, version: 0, kind, read, said, metrics, streams: true, known, missing: 0 }
+        Self { client, places, version: 0, kind, read, said, metrics, streams: true, known, missing: 0 }
     }
 
     pub(super) async fn run(mut self) {
@@ -145,15 +143,15 @@ where
             // The next version of a kind is asked for at once.
             let wait = match self.missing {
                 0 => pause(failures),
-                missing if missing % self.apis.len() == 0 => LOOK_AGAIN,
+                missing if missing % self.places.len() == 0 => LOOK_AGAIN,
                 _ => Duration::ZERO,
             };
             sleep(wait).await;
         }
     }
 
-    fn api(&self) -> &Api<K> {
-        &self.apis[self.version % self.apis.len()]
+    fn place(&self) -> &Request {
+        &self.places[self.version % self.places.len()]
     }
 
     async fn say(&self, said: Said) -> Result<(), End> {
@@ -183,28 +181,25 @@ where
     async fn list_as_stream(&mut self) -> Result<String, End> {
         let parameters = WatchParams::streaming_lists().timeout(seconds(WATCH + SPREAD));
         // No version: at least as new as what is there now.
-        let events = ask(self.api().watch(&parameters, "")).await?;
-        let mut pieces = std::pin::pin!(pieces(events));
+        let mut events = Events::of(&self.client, self.place().watch(&parameters, ""), self.read).await?;
         let mut seen = HashSet::new();
         loop {
-            let piece = match timeout(LIST_PATIENCE, pieces.next()).await {
-                Ok(Some(piece)) => piece,
+            let came = match timeout(LIST_PATIENCE, events.next()).await {
+                Ok(Some(came)) => came,
                 // A server that knows nothing of such lists watches, and never says that the list is over.
                 Ok(None) | Err(_) => return Err(Failure::Refused("the list does not end".to_owned()).into()),
             };
             let mut readings = Vec::new();
             let mut end = None;
-            for event in piece {
+            for event in came {
                 match event? {
-                    WatchEvent::Added(object) | WatchEvent::Modified(object) => readings.push((self.read)(object)),
-                    WatchEvent::Deleted(object) => drop(seen.remove(&(self.read)(object).key)),
-                    WatchEvent::Bookmark(bookmark) => {
-                        if bookmark.metadata.annotations.contains_key(END_OF_LIST) {
-                            end = Some(bookmark.metadata.resource_version);
-                            break;
-                        }
+                    Event::There(reading) => readings.push(reading),
+                    Event::Gone(key, _) => drop(seen.remove(&key)),
+                    Event::Bookmark { version, ends_list: true } => {
+                        end = Some(version);
+                        break;
                     }
-                    WatchEvent::Error(status) => return Err(Failure::of(status.code, &status.message).into()),
+                    Event::Bookmark { ends_list: false, .. } => {}
                 }
             }
             seen.extend(readings.iter().map(|reading| reading.key.clone()));
@@ -220,10 +215,14 @@ where
         let mut parameters = ListParams::default().limit(PAGE);
         let mut seen = HashSet::new();
         loop {
-            let page = ask(self.api().list(&parameters)).await?;
+            let request =
+                self.place().list(&parameters).map_err(|error| Failure::from(kube::Error::BuildRequest(error)))?;
+            let text = ask(self.client.request_text(request)).await?;
+            let unreadable = |error| Failure::from(kube::Error::SerdeError(error));
+            let page: Page<'_> = serde_json::from_str(&text).map_err(unreadable)?;
             let mut readings = Vec::with_capacity(PIECE);
             for object in page.items {
-                let reading = (self.read)(object);
+                let reading = (self.read)(object.get()).map_err(unreadable)?;
                 seen.insert(reading.key.clone());
                 readings.push(reading);
                 if readings.len() == PIECE {
@@ -263,40 +262,40 @@ where
     async fn watch_from(&mut self, version: &mut String) -> Result<(), End> {
         let lasts = WATCH + SPREAD.mul_f64(wire::dice::fraction());
         let parameters = WatchParams::default().timeout(seconds(lasts));
-        let events = ask(self.api().watch(&parameters, version)).await?;
+        let mut events = Events::of(&self.client, self.place().watch(&parameters, version), self.read).await?;
         self.say(Said::Word(self.kind)).await?;
-        let mut pieces = std::pin::pin!(pieces(events));
         loop {
-            let piece = match timeout(lasts + PATIENCE, pieces.next()).await {
-                Ok(Some(piece)) => piece,
+            let came = match timeout(lasts + PATIENCE, events.next()).await {
+                Ok(Some(came)) => came,
                 Ok(None) => return Ok(()),
                 Err(_) => return Err(Failure::Away("a watch says nothing and does not end".to_owned()).into()),
             };
             let mut readings: Vec<Reading> = Vec::new();
             let mut gone: Vec<ObjectKey> = Vec::new();
             let mut failure = None;
-            for event in piece {
-                match event {
-                    Ok(WatchEvent::Added(object) | WatchEvent::Modified(object)) => {
-                        reach(&object, version);
-                        let reading = (self.read)(object);
+            for event in came {
+                let reached = match event {
+                    Ok(Event::There(reading)) => {
+                        let reached = reading.version.clone();
                         self.known.insert(reading.key.clone());
                         gone.retain(|key| *key != reading.key);
                         readings.push(reading);
+                        reached
                     }
-                    Ok(WatchEvent::Deleted(object)) => {
-                        reach(&object, version);
-                        let key = (self.read)(object).key;
+                    Ok(Event::Gone(key, reached)) => {
                         self.known.remove(&key);
                         readings.retain(|reading| reading.key != key);
                         gone.push(key);
+                        reached
                     }
-                    Ok(WatchEvent::Bookmark(bookmark)) => *version = bookmark.metadata.resource_version,
-                    Ok(WatchEvent::Error(status)) => failure = Some(Failure::of(status.code, &status.message)),
-                    Err(error) => failure = Some(error.into()),
-                }
-                if failure.is_some() {
-                    break;
+                    Ok(Event::Bookmark { version, .. }) => Some(version),
+                    Err(failed) => {
+                        failure = Some(failed);
+                        None
+                    }
+                };
+                if let Some(reached) = reached {
+                    *version = reached;
                 }
             }
             // An error takes nothing back of what was said before it.
@@ -313,11 +312,12 @@ where
     async fn absent(&mut self) -> Result<(), End> {
         self.version = self.version.wrapping_add(1);
         self.missing = self.missing.saturating_add(1);
-        let (missing, versions) = (self.missing, self.apis.len());
+        let (missing, versions) = (self.missing, self.places.len());
         if missing % versions != 0 {
             return Ok(());
         }
-        let request = axum::http::Request::get("/readyz").body(Vec::new()).map_err(kube::Error::HttpError)?;
+        let request = axum::http::Request::get("/readyz").body(Vec::new());
+        let request = request.map_err(|error| Failure::from(kube::Error::HttpError(error)))?;
         ask(self.client.request_text(request)).await?;
         if !self.known.is_empty() && missing < GONE_AFTER * versions {
             return Err(Failure::Absent.into());
@@ -327,20 +327,6 @@ where
         }
         self.listed(HashSet::new()).await
     }
-}
-
-/// Takes over the version of an object, where it has one.
-fn reach<K: Resource>(object: &K, version: &mut String) {
-    if let Some(new) = &object.meta().resource_version {
-        version.clone_from(new);
-    }
-}
-
-/// Events that are there together, together.
-fn pieces<K>(
-    events: impl Stream<Item = kube::Result<WatchEvent<K>>>,
-) -> impl Stream<Item = Vec<kube::Result<WatchEvent<K>>>> {
-    events.ready_chunks(PIECE)
 }
 
 fn seconds(duration: Duration) -> u32 {

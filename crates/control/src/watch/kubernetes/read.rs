@@ -6,14 +6,20 @@
 use kube::api::DynamicObject;
 use manifests::istio::{Mtls, MtlsMode, PeerAuthentication, PeerAuthenticationSpec};
 use manifests::{Kind, Object, ObjectKey, Severity};
+use serde::de::DeserializeOwned;
 
 use crate::kubernetes::status::Condition;
 use crate::problem::Problem;
+
+/// Reads an object of one kind from JSON.
+pub(super) type Read = fn(&str) -> serde_json::Result<Reading>;
 
 /// One object, as it was read.
 #[derive(Debug)]
 pub(super) struct Reading {
     pub(super) key: ObjectKey,
+    /// The version of the list in which it is so.
+    pub(super) version: Option<String>,
     /// `None`: it is there, and cannot be read.
     pub(super) object: Option<Object>,
     pub(super) problems: Vec<Problem>,
@@ -22,14 +28,16 @@ pub(super) struct Reading {
 }
 
 /// A core kind.
-pub(super) fn plain<K: Into<Object>>(object: K) -> Reading {
-    let object = object.into();
-    Reading { key: object.key(), object: Some(object), problems: Vec::new(), condition: None }
+pub(super) fn plain<K: DeserializeOwned + Into<Object>>(json: &str) -> serde_json::Result<Reading> {
+    let object: Object = serde_json::from_str::<K>(json)?.into();
+    let version = object.metadata().resource_version.clone();
+    Ok(Reading { key: object.key(), version, object: Some(object), problems: Vec::new(), condition: None })
 }
 
 /// One of Istio's kinds.
-pub(super) fn policy(kind: Kind, object: DynamicObject) -> Reading {
-    let DynamicObject { metadata, data, .. } = object;
+pub(super) fn policy(kind: Kind, json: &str) -> serde_json::Result<Reading> {
+    let DynamicObject { metadata, data, .. } = serde_json::from_str(json)?;
+    let version = metadata.resource_version.clone();
     let key =
         ObjectKey { kind, namespace: metadata.namespace.clone(), name: metadata.name.clone().unwrap_or_default() };
     let condition = Condition::in_status(&data["status"]);
@@ -40,7 +48,7 @@ pub(super) fn policy(kind: Kind, object: DynamicObject) -> Reading {
         Severity::Warning => Problem::warning(&key, problem.finding()),
     };
     let problems = parsed.problems.iter().map(problem).collect();
-    Reading { object, problems, condition, key }
+    Ok(Reading { key, version, object, problems, condition })
 }
 
 /// What stands in for an object that cannot be read and of which no earlier state is known. (The index makes one for an
