@@ -6,6 +6,11 @@ use serde::Serialize;
 
 use crate::results::Machine;
 
+/// With more of its processor used the simulator itself may be what is waited for.
+const SIMULATOR_BUSY: f64 = 0.9;
+/// With more of a processor used by other programs, they may be.
+const OTHERS_BUSY: f64 = 0.1;
+
 /// A delay, in milliseconds.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct Delay {
@@ -80,6 +85,15 @@ pub(super) struct Figures {
 }
 
 impl Figures {
+    /// Why the delays may be others'.
+    fn doubts(&self) -> impl Iterator<Item = String> {
+        let simulator = (self.simulator_processor > SIMULATOR_BUSY)
+            .then(|| "the simulator had no processor left: delays may be its own".to_owned());
+        let others = (self.foreign > OTHERS_BUSY)
+            .then(|| "other programs used processors meanwhile: times and delays may be theirs".to_owned());
+        simulator.into_iter().chain(others)
+    }
+
     /// For people.
     pub(super) fn table(&self) -> String {
         let mb = |bytes: u64| format!("{:.0} MB", bytes as f64 / 1e6);
@@ -108,6 +122,8 @@ impl Figures {
             ("settled after the last change", format!("{:.1} s", self.settled_after)),
             ("lists taken again", format!("{:.0}", self.lists_again)),
         ];
+        let rows = rows.into_iter().chain(self.doubts().map(|doubt| ("weak", doubt)));
+        let rows: Vec<_> = rows.collect();
         let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or_default();
         let mut text = String::new();
         for (name, value) in rows {
@@ -120,6 +136,14 @@ impl Figures {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_else_may_have_been_waited_for_is_said() {
+        let doubts = |simulator_processor, foreign| {
+            Figures { simulator_processor, foreign, ..Figures::default() }.table().matches("\nweak").count()
+        };
+        assert_eq!((doubts(0.5, 0.01), doubts(0.95, 0.01), doubts(0.95, 0.5)), (0, 1, 2));
+    }
 
     #[test]
     fn a_delay_is_the_middle_the_end_and_the_most() {
