@@ -13,7 +13,7 @@ use std::rc::Rc;
 use anyhow::{Context, Result};
 use linux::netlink::{self, Protocol};
 use linux::nft::{
-    AddressType, Chain, ChainKind, Compare, Expression as E, Hook, HookPoint, L4Protocol, Policy, Rule, Table,
+    AddressType, Chain, ChainKind, Compare, Expression as E, Hook, HookPoint, IpFamily, L4Protocol, Policy, Rule, Table,
 };
 use linux::sockets::{original_destination, start_connect};
 use socket2::{Domain, SockRef, Socket, Type};
@@ -97,7 +97,7 @@ fn redirection(side: Side) -> Table {
 async fn serve(client: &TcpStream, scratch: &Scratch) -> io::Result<()> {
     client.set_nodelay(true)?;
     SockRef::from(client).set_tcp_congestion(congestion::NAME.as_bytes())?;
-    let server = connect(original_destination(client)?).await?;
+    let server = connect(original_destination(client, IpFamily::V4)?).await?;
     tokio::try_join!(copy(client, &server, scratch), copy(&server, client, scratch)).map(|_| ())
 }
 

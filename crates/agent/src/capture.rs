@@ -5,6 +5,7 @@
 //! the proxy takes the listeners, and only then [`Capture::begin`] loads the rules and arms the guard on the pod's
 //! interface. A rule that leads to a listener which nobody holds refuses connections; it never lets them pass in clear.
 
+mod before;
 mod leaving;
 mod stale;
 
@@ -15,7 +16,6 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use linux::changes::{Changes, Subject};
-use linux::diag;
 use linux::links::{self, LinkError, Links};
 use linux::netlink::{self, Protocol, Socket};
 use linux::netns::{NetNs, NetNsError};
@@ -384,20 +384,6 @@ impl Capture {
     /// A socket that lists the connections in the pod's namespace, and ends them.
     pub(crate) fn diagnosis(&self) -> Result<Socket, CaptureError> {
         Ok(self.namespace.enter(|| Socket::open(Protocol::SocketDiagnosis))??)
-    }
-
-    /// The pod's connections that go on in clear because they were open before their capture (T11).
-    pub fn from_before(&self) -> Result<Vec<diag::Connection>, CaptureError> {
-        let mut socket = self.diagnosis()?;
-        Ok(guard::from_before(&self.plan, &diag::connections(&mut socket)?))
-    }
-
-    /// Ends the pod's connections from before its capture, where it should have been captured before it had any. Returns how
-    /// many there were.
-    pub fn end_from_before(&self) -> Result<usize, CaptureError> {
-        let mut socket = self.diagnosis()?;
-        let before = guard::from_before(&self.plan, &diag::connections(&mut socket)?);
-        Ok(diag::destroy(&mut socket, |connection| before.contains(connection))?)
     }
 
     /// Whether guard, table, rules and routes are as they were made. One question when no table in the

@@ -50,6 +50,8 @@ pub(crate) struct Metrics {
     pub(crate) missed: Counter,
     /// Connections of theirs that were ended.
     pub(crate) missed_connections: Counter,
+    /// Connections from before a capture that were ended, since plaintext is refused.
+    pub(crate) refused_connections: Counter,
     /// Times that somebody had removed or changed the plugin's conflist.
     pub(crate) plugin_restored: Counter,
     /// 1 while the plugin is in the node's CNI chain.
@@ -108,6 +110,7 @@ impl Default for Metrics {
             strangers: Counter::default(),
             missed: Counter::default(),
             missed_connections: Counter::default(),
+            refused_connections: Counter::default(),
             plugin_restored: Counter::default(),
             plugin_in_place: Gauge::default(),
             runtime: Gauge::default(),
@@ -140,6 +143,8 @@ impl Metrics {
         all.counter("missed_pods", "Pods that started without the plugin while it was in place", self.missed.clone());
         let help = "Connections that such pods had before they were captured, and that were ended";
         all.counter("missed_connections_ended", help, self.missed_connections.clone());
+        let help = "Connections from before a pod's capture that were ended, since plaintext is refused";
+        all.counter("refused_connections_ended", help, self.refused_connections.clone());
         let help = "Times that somebody had removed or changed the plugin's configuration";
         all.counter("plugin_restored", help, self.plugin_restored.clone());
         let help = "1 while the plugin is in the node's CNI chain";

@@ -16,7 +16,7 @@ use mesh::PodUid;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Duration, Instant};
 use wire::discovery::NodePod;
-use wire::pods::{CniResult, FromAgent, ToAgent, VERSION};
+use wire::pods::{CniResult, Ends, FromAgent, ToAgent, VERSION};
 
 use crate::admin::Shown;
 use crate::capture::Capture;
@@ -73,6 +73,8 @@ struct Captured {
     listeners: Arc<Listeners>,
     /// How the node may show itself to the pod.
     gateways: Vec<IpAddr>,
+    /// What was opened to the pod before its capture and is open still, as proxies were told.
+    from_before: Vec<Ends>,
     /// `None` where the kernel's notifications cannot be watched: it is looked at now and then.
     _follower: Option<Follower>,
 }
@@ -197,6 +199,12 @@ impl Node {
             }
             Said::Keep(what, file) => {
                 self.proxies.keep(number, what, file);
+                return;
+            }
+            Said::End(pod, these) => {
+                if self.proxies.is_serving(number) {
+                    self.end_refused(pod, these);
+                }
                 return;
             }
         };
@@ -350,7 +358,8 @@ impl Node {
                 self.shown.journal.problem("not-followed", pod.as_str(), &error.to_string());
                 None
             });
-            self.captures.insert(pod.clone(), Captured { capture, listeners, gateways, _follower });
+            let from_before = Vec::new();
+            self.captures.insert(pod.clone(), Captured { capture, listeners, gateways, from_before, _follower });
         }
         self.act(actions);
     }
@@ -449,6 +458,9 @@ impl Node {
             if !sent {
                 unread.push(number);
             }
+        }
+        if !captured.from_before.is_empty() {
+            self.tell_from_before(&pod.pod, to);
         }
         self.give_up(unread);
     }

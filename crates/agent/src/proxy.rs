@@ -15,7 +15,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
-use wire::pods::{BadMessage, FromAgent, Kept, MAX_MESSAGE, PodAdded, SocketKind, ToAgent, VERSION};
+use wire::pods::{BadMessage, Ends, FromAgent, Kept, MAX_MESSAGE, PodAdded, SocketKind, ToAgent, VERSION};
 
 use crate::door::Door;
 use crate::process::Event;
@@ -48,6 +48,8 @@ pub(crate) enum Said {
     Keep(Kept, OwnedFd),
     /// It accepts no more, and ends when its connections have.
     Leaving,
+    /// What was open to a pod before its capture and is refused by now.
+    End(PodUid, Vec<Ends>),
 }
 
 /// Why a link ended.
@@ -202,6 +204,7 @@ pub(crate) fn understand(message: ToAgent, mut descriptors: Vec<OwnedFd>) -> Res
             None => return Err(End::Descriptors("keep", count)),
         },
         ToAgent::Leaving => Said::Leaving,
+        ToAgent::End { pod, connections } => Said::End(pod, connections),
         ToAgent::Unknown => return Ok(None),
     }))
 }

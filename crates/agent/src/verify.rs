@@ -11,8 +11,10 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep};
+use wire::pods::Ends;
 
 use crate::capture::{Capture, Standing};
+use crate::guard::Strength;
 use crate::process::Event;
 use crate::watched::watched;
 
@@ -40,6 +42,10 @@ pub(crate) enum Found {
     Strengthened,
     /// It was captured too late, and so many connections from before were ended.
     Ended(usize),
+    /// These were opened to it before its capture, and are open.
+    OpenFromBefore(Vec<Ends>),
+    /// So many of those were ended, since they are refused by now.
+    EndedAsRefused(usize),
     /// The guard on its interface has dropped so many packets since the last time.
     Dropped(u64),
     /// So many flows that no socket has any more were forgotten.
@@ -151,9 +157,14 @@ fn look(capture: &mut Capture, depth: Depth) -> Vec<Found> {
         },
         Err(error) => return vec![failed("it cannot be verified", &error)],
     }
+    let was_open = capture.guarded() == Some(Strength::Opening);
     match capture.strengthen() {
+        Ok(false) if was_open => match capture.opened_before() {
+            Ok(open) => found.push(Found::OpenFromBefore(open)),
+            Err(error) => found.push(failed("what is open from before its capture cannot be listed", &error)),
+        },
         Ok(false) => {}
-        Ok(true) => found.push(Found::Strengthened),
+        Ok(true) => found.extend([Found::OpenFromBefore(Vec::new()), Found::Strengthened]),
         Err(error) => found.push(failed("its guard cannot be completed", &error)),
     }
     match capture.forget_stale_when_due() {

@@ -13,6 +13,7 @@ mod normal;
 mod render;
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE};
 use netlink_packet_netfilter::nftables::{
@@ -133,6 +134,13 @@ pub enum IpFamily {
     V4,
     /// IPv6.
     V6,
+}
+
+impl IpFamily {
+    /// The family of an address.
+    pub fn of(address: IpAddr) -> Self {
+        if address.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
 }
 
 /// Makes the kernel's table be `table`, whatever it was before, in one transaction: no packet sees

@@ -70,11 +70,7 @@ pub struct Listen<'a> {
 /// reset and never a clean end of a stream that was cut (T8).
 pub fn listener(listen: Listen<'_>) -> Result<TcpListener, SocketError> {
     let make = || {
-        let family = match listen.address {
-            SocketAddr::V4(_) => IpFamily::V4,
-            SocketAddr::V6(_) => IpFamily::V6,
-        };
-        let socket = tcp(family)?;
+        let socket = tcp(IpFamily::of(listen.address.ip()))?;
         if let Some(owner) = listen.owner {
             nix::unistd::fchown(&socket, Some(Uid::from_raw(owner)), None)?;
         }
@@ -86,7 +82,6 @@ pub fn listener(listen: Listen<'_>) -> Result<TcpListener, SocketError> {
         prepare(&socket, listen.congestion)?;
         socket.bind(&listen.address.into())?;
         socket.listen(i32::try_from(listen.backlog).unwrap_or(i32::MAX))?;
-        socket.set_nonblocking(true)?;
         Ok(socket.into())
     };
     make().map_err(|source| failed(format!("listen on {}", listen.address), source))
@@ -117,7 +112,6 @@ pub fn outer_client(family: IpFamily, mark: u32, congestion: Option<&str>) -> Re
         let socket = tcp(family)?;
         socket.set_mark(mark)?;
         prepare(&socket, congestion)?;
-        socket.set_nonblocking(true)?;
         Ok(socket)
     };
     make().map_err(|source| failed("make a socket to the wire".into(), source))
@@ -134,19 +128,18 @@ pub fn inner_client(family: IpFamily, mark: u32, congestion: Option<&str>) -> Re
             IpFamily::V6 => socket.set_ip_transparent_v6(true)?,
         }
         prepare(&socket, congestion)?;
-        socket.set_nonblocking(true)?;
         Ok(socket)
     };
     make().map_err(|source| failed("make a socket to the application".into(), source))
 }
 
-/// The address and port that the client dialled, before a rule changed them. Fails with `ENOENT`
-/// for a connection that was not captured.
-pub fn original_destination(socket: &impl AsFd) -> io::Result<SocketAddr> {
+/// The address and port that the client dialled, before a rule changed them, of a connection of this family. Fails with
+/// `ENOENT` for a connection that was not captured.
+pub fn original_destination(socket: &impl AsFd, family: IpFamily) -> io::Result<SocketAddr> {
     let socket = SockRef::from(socket);
-    let address = match socket.domain()? {
-        Domain::IPV4 => socket.original_dst_v4()?,
-        _ => socket.original_dst_v6()?,
+    let address = match family {
+        IpFamily::V4 => socket.original_dst_v4()?,
+        IpFamily::V6 => socket.original_dst_v6()?,
     };
     address.as_socket().ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
@@ -225,7 +218,7 @@ fn tcp(family: IpFamily) -> io::Result<Socket> {
         IpFamily::V4 => Domain::IPV4,
         IpFamily::V6 => Domain::IPV6,
     };
-    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
+    let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     if family == IpFamily::V6 {
         socket.set_only_v6(true)?;
     }

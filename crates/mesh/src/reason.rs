@@ -58,6 +58,8 @@ reasons! {
         StaleView = "stale-view",
         /// The client's pod is captured and yet no TLS came: something in it goes round the capture.
         Bypass = "bypass",
+        /// It was open before the pod that it leads to was captured, and does not pass the data path.
+        PreCapture = "pre-capture",
         /// Plaintext is refused there, and this is a declared probe of the pod, from its own node.
         Probe = "probe",
         /// Plaintext to us is refused there, and this is the API server's own TLS to what it is declared to call: an admission

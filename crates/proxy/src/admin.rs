@@ -22,6 +22,7 @@ use wire::bounded::Bounded;
 use crate::certs::Authority;
 use crate::connections::{Connection, Security};
 use crate::cores::Cores;
+use crate::coverage;
 use crate::metrics::Now;
 use crate::node::Node;
 use crate::pods::Pods;
@@ -167,7 +168,12 @@ fn dump(connection: &Connection) -> Value {
 }
 
 async fn coverage<A: Authority>(State(shown): Shared<A>) -> Json<Value> {
-    let edges = shown.node.coverage.all();
+    let mut edges = shown.node.coverage.all();
+    let now = shown.node.clock.wall();
+    let pods = shown.pods.all();
+    let open =
+        |view: &mesh::View| pods.iter().flat_map(|it| coverage::from_before(&it.pod, view, now)).collect::<Vec<_>>();
+    edges.extend(shown.node.view.read(open));
     Json(edges.iter().map(|(edge, counts)| json!({ "edge": edge, "counts": counts })).collect())
 }
 

@@ -17,7 +17,7 @@ use socket2::Socket;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
-use wire::pods::{FromAgent, Kept, Listener, PodAdded, SocketKind, ToAgent, VERSION};
+use wire::pods::{Ends, FromAgent, Kept, Listener, PodAdded, SocketKind, ToAgent, VERSION};
 
 use crate::watched::watched;
 
@@ -37,6 +37,8 @@ pub(crate) enum Said {
     PodAdded(PodAdded, Vec<(Listener, TcpListener)>),
     /// Stop serving it.
     PodRemoved(PodUid),
+    /// What was opened to a pod before its capture.
+    FromBefore(PodUid, Vec<Ends>),
     /// Sockets that were asked for.
     Sockets(PodUid, SocketKind, Vec<Socket>),
 }
@@ -227,6 +229,7 @@ fn understand(bytes: &[u8], descriptors: Vec<OwnedFd>) -> Result<Heard, String> 
             Said::PodAdded(pod, listeners)
         }
         FromAgent::PodRemoved { pod } => Said::PodRemoved(pod),
+        FromAgent::FromBefore { pod, connections } => Said::FromBefore(pod, connections),
         FromAgent::Sockets { pod, kind, error } => {
             if !error.is_empty() {
                 tracing::warn!(%pod, ?kind, got = descriptors.len(), "the agent makes too few sockets: {error}");

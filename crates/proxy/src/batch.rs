@@ -29,6 +29,15 @@ pub(crate) const MOST: usize = SLOTS * MAX_DATA;
 /// Pieces that are written at once.
 const PLACES: usize = 16;
 
+/// Whether the event queue has told of a socket.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Told {
+    /// What it has said of the socket counts: where that is that nothing is there, the socket is not asked.
+    Yes,
+    /// It could not yet: the socket is new to it.
+    NotYet,
+}
+
 /// The buffer, and where in it the pieces lie that are to be written.
 #[derive(Debug)]
 pub(crate) struct Batch {
@@ -86,6 +95,7 @@ impl Batch {
     pub(crate) fn read_ahead(
         &mut self,
         tcp: &TcpStream,
+        told: Told,
         most: usize,
         behind: &mut Vec<u8>,
     ) -> io::Result<Option<usize>> {
@@ -93,7 +103,14 @@ impl Batch {
             return Ok(None);
         }
         let room = &mut self.buffer[..most];
-        let read = read_now(tcp, most, || linux::sockets::read_vectored(tcp, &mut [IoSliceMut::new(room)]))?;
+        let mut read = || linux::sockets::read_vectored(tcp, &mut [IoSliceMut::new(room)]);
+        let read = match told {
+            Told::Yes => read_now(tcp, most, read)?,
+            Told::NotYet => match read() {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+                read => Some(read?),
+            },
+        };
         behind.extend_from_slice(&self.buffer[..read.unwrap_or(0)]);
         Ok(read)
     }

@@ -18,8 +18,8 @@ use tokio::sync::{mpsc, watch};
 use crate::connections::Direction;
 use crate::node::Node;
 use crate::pod::Pod;
-use crate::pool;
 use crate::redirect::{self, Captured};
+use crate::{legs, pool};
 
 /// Connections that may wait for a core to take them over. Beyond it whoever accepted one serves it.
 const HANDED_OVER: usize = 1024;
@@ -79,14 +79,14 @@ impl Cores {
     /// Accepts on a listener from now on.
     ///
     /// # Errors
-    /// It cannot be made not to block.
+    /// It does not take the options that its connections are to have.
     pub(crate) fn accept(
         self: &Arc<Self>,
         listener: TcpListener,
         pod: Arc<Pod>,
         direction: Direction,
     ) -> io::Result<Accepting> {
-        listener.set_nonblocking(true)?;
+        legs::prepare_listener(&listener)?;
         let (stop, stopped) = watch::channel(false);
         let core = &self.cores[self.turn.fetch_add(1, Ordering::Relaxed) % self.cores.len()];
         let listening = Listening { listener, pod, direction, cores: self.clone(), stop: stopped };

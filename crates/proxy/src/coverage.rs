@@ -4,9 +4,11 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use identity::UnixTime;
+use mesh::{PlaintextReason, View};
 use serde::Serialize;
 
 use crate::connections::{Connection, Direction};
+use crate::pod::Pod;
 use crate::reasons::EndedEarly;
 
 /// The most edges that are kept. Strangers choose their addresses: beyond this the one not seen for longest goes.
@@ -80,6 +82,27 @@ impl Edge {
             exposes: connection.exposed().map(|it| it.what.clone()),
         }
     }
+}
+
+/// What was opened to a pod before its capture and is open, as edges (T11).
+pub(crate) fn from_before(pod: &Pod, view: &View, now: UnixTime) -> HashMap<Edge, Counts> {
+    let mut edges = HashMap::new();
+    for ends in pod.opened_before() {
+        let address = ends.peer.ip();
+        let name = view.workload_at(address).map(|it| format!("{}/{}", it.namespace, it.name));
+        let edge = Edge {
+            direction: Direction::Inbound.as_str(),
+            source: name.unwrap_or_else(|| address.to_string()).into(),
+            destination: pod.name.clone(),
+            port: ends.own.port(),
+            security: "plaintext",
+            reason: PlaintextReason::PreCapture.as_str(),
+            exposes: None,
+        };
+        let none = Counts { connections: 0, sent: 0, received: 0, last_seen: now.as_secs() };
+        edges.entry(edge).or_insert(none).connections += 1;
+    }
+    edges
 }
 
 impl Coverage {

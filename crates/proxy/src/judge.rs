@@ -4,8 +4,11 @@ use std::sync::Arc;
 
 use mesh::{Fallback, Incoming, MaybeProbe, Mode, Outgoing, PlaintextReason, RefuseReason, Route, View};
 
+use wire::pods::Ends;
+
 use crate::connections::{Connection, Direction, Security};
 use crate::node::Node;
+use crate::pod::Pod;
 use crate::probe;
 use crate::reasons::EndedEarly;
 
@@ -19,6 +22,29 @@ pub(crate) fn judge(node: &Node) {
         connection.cut(EndedEarly::Refused(because));
     }
 }
+
+/// What was opened to a pod before its capture and would be refused if it came now. It is in clear, and the agent alone can
+/// reach it (T11). What strict lets in of the pod's node and of the API server goes on.
+pub(crate) fn refused_from_before(node: &Node, pod: &Pod) -> Vec<Ends> {
+    let (open, declared) = (pod.opened_before(), pod.declared());
+    let is_refused = |view: &View, ends: &Ends| {
+        let (destination, source) = (ends.own, ends.peer.ip());
+        let security = mesh::Security::Plaintext(PlaintextReason::PreCapture);
+        let denied = mesh::authorize(view, Incoming { pod: &pod.uid, destination, source, security }).err();
+        if denied.is_none_or(|denied| NOT_NOW.contains(&denied.because)) {
+            return false;
+        }
+        let own_node = probe::own_node(node, &declared);
+        let maybe = MaybeProbe { pod: &pod.uid, destination, source, node: own_node, probes: &declared.probes };
+        let exempt = |because| mesh::probe_refused_now(view, because, maybe).is_none();
+        !exempt(PlaintextReason::Probe) && !exempt(PlaintextReason::ApiServer)
+    };
+    node.view.read(|view| open.into_iter().filter(|ends| is_refused(view, ends)).collect())
+}
+
+/// A pod that leaves the view before it leaves the node ends when the agent says so, not in the middle of its farewell.
+/// And who is at the other end of an open connection does not change with the age of the view.
+const NOT_NOW: [RefuseReason; 3] = [RefuseReason::NoSuchPod, RefuseReason::NoView, RefuseReason::StrictStaleView];
 
 /// Why a connection would be refused if it came now. One that was not decided yet will be, by the new view.
 fn refused_now(node: &Node, view: &View, connection: &Connection) -> Option<RefuseReason> {
@@ -60,10 +86,7 @@ fn refused_now(node: &Node, view: &View, connection: &Connection) -> Option<Refu
             Security::Plaintext(_) => in_clear_no_longer(view, connection, decision.to)?,
         },
     };
-    // A pod that leaves the view before it leaves the node ends when the agent says so, not in the middle of its farewell.
-    // And who is at the other end of an open connection does not change with the age of the view.
-    let not_now = [RefuseReason::NoSuchPod, RefuseReason::NoView, RefuseReason::StrictStaleView];
-    (!not_now.contains(&because)).then_some(because)
+    (!NOT_NOW.contains(&because)).then_some(because)
 }
 
 /// Why plaintext to this address would be refused now.

@@ -4,12 +4,13 @@
 //! [`Allowed`]: forwarding without a decision does not compile.
 
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use mesh::{Allowed, AllowedProbe};
-use socket2::Socket;
+use socket2::{SockRef, Socket};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use wire::pods::SocketKind;
@@ -26,18 +27,24 @@ const KEEPALIVE: Duration = Duration::from_secs(25);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_PROBES: u32 = 6;
 
-/// Makes a captured connection ready to be copied: small writes at once, a reset if we die, probes when idle.
+/// Makes a listener's connections ready to be copied before there are any, since an accepted socket has what its listener has:
+/// small writes at once, a reset if we die, probes when idle.
 ///
 /// # Errors
-/// [`EndedEarly::Reset`] where the client is gone already; the kernel refuses options of a dead socket.
+/// The kernel's.
+pub(crate) fn prepare_listener(listener: &TcpListener) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
+    SockRef::from(listener).set_tcp_nodelay(true)?;
+    linux::sockets::reset_on_close(listener, true)?;
+    keepalive(listener)
+}
+
+/// Takes a captured connection, as a listener gave it, into the event queue of this core.
+///
+/// # Errors
+/// The kernel's, by the call.
 pub(crate) fn captured(stream: std::net::TcpStream) -> Result<TcpStream, EndedEarly> {
-    let prepare = || {
-        stream.set_nonblocking(true)?;
-        stream.set_nodelay(true)?;
-        linux::sockets::reset_on_close(&stream, true)?;
-        linux::sockets::keepalive(&stream, KEEPALIVE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES)
-    };
-    prepare().map_err(|_: io::Error| EndedEarly::Reset(crate::reasons::Side::Client))?;
+    stream.set_nonblocking(true).map_err(|_| EndedEarly::System("ioctl"))?;
     TcpStream::from_std(stream).map_err(|_| EndedEarly::System("epoll_ctl"))
 }
 
@@ -51,7 +58,7 @@ pub(crate) fn captured(stream: std::net::TcpStream) -> Result<TcpStream, EndedEa
 pub(crate) async fn to_wire(pod: &Arc<Pod>, source: IpAddr, to: SocketAddr) -> Result<(TcpStream, OwnLeg), EndedEarly> {
     let kind = if to.is_ipv4() { SocketKind::OuterV4 } else { SocketKind::OuterV6 };
     let socket = pod.stash.take(kind).await?;
-    prepare(&socket).map_err(|_| EndedEarly::System("setsockopt"))?;
+    keepalive(&socket).map_err(|_| EndedEarly::System("setsockopt"))?;
     linux::sockets::bind_address_no_port(&socket).map_err(|_| EndedEarly::System("setsockopt"))?;
     socket.bind(&SocketAddr::new(source, 0).into()).map_err(|error| failed(&error))?;
     linux::sockets::start_connect(&socket, to).map_err(|error| failed(&error))?;
@@ -86,7 +93,7 @@ async fn to_pod(pod: &Pod, to: SocketAddr, client: SocketAddr) -> Result<TcpStre
     if is_link_local(client.ip()) {
         // Nobody can bear another machine's link-local address: the application sees the pod's own (T46).
         let socket = pod.stash.take(kind).await?;
-        prepare(&socket).map_err(|_| EndedEarly::System("setsockopt"))?;
+        keepalive(&socket).map_err(|_| EndedEarly::System("setsockopt"))?;
         return connect(socket, to).await.map_err(|error| failed(&error));
     }
     let mut last = None;
@@ -103,7 +110,7 @@ async fn to_pod(pod: &Pod, to: SocketAddr, client: SocketAddr) -> Result<TcpStre
 }
 
 async fn connect_as(socket: Socket, from: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
-    prepare(&socket)?;
+    keepalive(&socket)?;
     if from.port() == 0 {
         linux::sockets::bind_address_no_port(&socket)?;
     } else {
@@ -141,10 +148,8 @@ async fn wait_until_connected(socket: Socket) -> io::Result<TcpStream> {
     }
 }
 
-fn prepare(socket: &Socket) -> io::Result<()> {
-    socket.set_nonblocking(true)?;
-    socket.set_tcp_nodelay(true)?;
-    linux::sockets::reset_on_close(socket, true)?;
+/// All else that a socket of the data path needs it has from its making ([`linux::sockets`]).
+fn keepalive(socket: &impl AsFd) -> io::Result<()> {
     linux::sockets::keepalive(socket, KEEPALIVE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES)
 }
 

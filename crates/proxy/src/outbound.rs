@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 use wire::tunnel::{Claim, MAX_DATA};
 
-use crate::batch;
+use crate::batch::{self, Told};
 use crate::connections::{Connection, Decision, Security};
 use crate::node::Node;
 use crate::pod::Pod;
@@ -164,7 +164,8 @@ impl Ahead {
     ) -> Result<(), EndedEarly> {
         self.sent = 0;
         tunnel.ask(claim)?;
-        let mut listens = !alone && self.hear(client)?;
+        // Most clients have spoken by now, which the event queue has not told yet.
+        let mut listens = !alone && self.hear(client, Told::NotYet)?;
         if !alone {
             self.send(tunnel).await?;
         }
@@ -180,7 +181,7 @@ impl Ahead {
                 }
                 readable = client.readable(), if listens => {
                     readable.map_err(|_| EndedEarly::Reset(Side::Client))?;
-                    listens = self.hear(client)?;
+                    listens = self.hear(client, Told::Yes)?;
                     self.send(tunnel).await?;
                 }
             }
@@ -189,9 +190,9 @@ impl Ahead {
 
     /// Takes in what the client has said by now; `false` where no more is to be heard: it has ended, which is seen again by
     /// whoever reads next, or there is no more room.
-    fn hear(&mut self, client: &TcpStream) -> Result<bool, EndedEarly> {
+    fn hear(&mut self, client: &TcpStream, told: Told) -> Result<bool, EndedEarly> {
         let room = MAX_DATA.saturating_sub(self.bytes.len());
-        match batch::with(|batch| batch.read_ahead(client, room, &mut self.bytes)) {
+        match batch::with(|batch| batch.read_ahead(client, told, room, &mut self.bytes)) {
             Ok(Some(0)) => Ok(false),
             Ok(_) => Ok(self.bytes.len() < MAX_DATA),
             Err(_) => Err(EndedEarly::Reset(Side::Client)),

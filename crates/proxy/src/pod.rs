@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use identity::SpiffeId;
 use mesh::{PodUid, Probes};
 use tokio::sync::watch;
+use wire::pods::Ends;
 
 use crate::stash::Stash;
 
@@ -38,6 +39,7 @@ pub(crate) struct Pod {
     /// Sockets of its network namespace.
     pub(crate) stash: Stash,
     declared: Mutex<Arc<Declared>>,
+    from_before: Mutex<Vec<Ends>>,
     open: AtomicUsize,
     own_legs: Mutex<HashSet<Leg>>,
     retired: watch::Sender<bool>,
@@ -47,7 +49,8 @@ impl Pod {
     /// A pod without connections.
     pub(crate) fn new(uid: PodUid, name: Arc<str>, identity: SpiffeId, addresses: Vec<IpAddr>, stash: Stash) -> Self {
         let (open, own_legs, retired) = (AtomicUsize::new(0), Mutex::default(), watch::Sender::new(false));
-        Self { uid, name, identity, addresses, stash, declared: Mutex::default(), open, own_legs, retired }
+        let (declared, from_before) = (Mutex::default(), Mutex::default());
+        Self { uid, name, identity, addresses, stash, declared, from_before, open, own_legs, retired }
     }
 
     /// Takes in what is declared, in place of what was before.
@@ -58,6 +61,16 @@ impl Pod {
     /// What is declared.
     pub(crate) fn declared(&self) -> Arc<Declared> {
         self.declared.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes in what was opened to the pod before its capture, in place of what was known of it.
+    pub(crate) fn set_opened_before(&self, open: Vec<Ends>) {
+        *self.from_before.lock().unwrap_or_else(PoisonError::into_inner) = open;
+    }
+
+    /// What was opened to the pod before its capture and is open still: in clear, and by the data path.
+    pub(crate) fn opened_before(&self) -> Vec<Ends> {
+        self.from_before.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// No connection is to begin in a tunnel that rests: its clients are asked to go elsewhere.

@@ -10,11 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use mesh::PodUid;
 use socket2::Socket;
 use tokio::sync::mpsc;
-use wire::pods::{Listener, PodAdded, SocketKind, ToAgent};
+use wire::pods::{Ends, Listener, PodAdded, SocketKind, ToAgent};
 
 use crate::certs::Authority;
 use crate::cores::{Accepting, Cores};
-use crate::judge::judge;
+use crate::judge;
 use crate::node::Node;
 use crate::pod::{Declared, Pod};
 use crate::reasons::EndedEarly;
@@ -78,7 +78,7 @@ impl<A: Authority> Pods<A> {
                 served.added = PodAdded { listeners: served.added.listeners.clone(), ..added };
             }
             // What the API server is not declared to call any more ends.
-            judge(&self.node);
+            self.judge();
             return;
         }
         let old = self.lock().remove(&added.pod);
@@ -171,6 +171,30 @@ impl<A: Authority> Pods<A> {
     pub(crate) fn put(&self, uid: &PodUid, kind: SocketKind, sockets: Vec<Socket>) {
         if let Some(served) = self.lock().get(uid) {
             served.pod.stash.put(kind, sockets);
+        }
+    }
+
+    /// Takes in what was opened to a pod before its capture.
+    pub(crate) fn set_opened_before(&self, uid: &PodUid, open: Vec<Ends>) {
+        let pod = self.lock().get(uid).map(|served| served.pod.clone());
+        if let Some(pod) = pod {
+            pod.set_opened_before(open);
+            self.judge_from_before(&pod);
+        }
+    }
+
+    /// Ends every open connection that the view no longer allows.
+    pub(crate) fn judge(&self) {
+        judge::judge(&self.node);
+        let pods: Vec<_> = self.lock().values().map(|served| served.pod.clone()).collect();
+        pods.iter().for_each(|pod| self.judge_from_before(pod));
+    }
+
+    fn judge_from_before(&self, pod: &Pod) {
+        let connections = judge::refused_from_before(&self.node, pod);
+        if !connections.is_empty() {
+            // Nobody listens any more when the process ends.
+            let _ = self.agent.send(ToAgent::End { pod: pod.uid.clone(), connections });
         }
     }
 

@@ -35,7 +35,7 @@ const AGE: Duration = Duration::from_secs(600);
 const LEASES: u64 = 1000;
 
 /// Idle tunnels of one key on one shelf: as many as were in use at once within the last [`IDLE`], up to this.
-const OF_ONE_KEY: usize = 32;
+const OF_ONE_KEY: usize = 128;
 
 /// Idle tunnels on one shelf. Each costs about 10 KiB, in the kernel for the most part.
 const ON_A_SHELF: usize = 1024;

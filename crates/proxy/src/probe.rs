@@ -195,10 +195,7 @@ struct Only {
 
 impl Source for Only {
     async fn ready(&mut self) -> Result<(), EndedEarly> {
-        if self.request.is_none() {
-            self.tcp.readable().await.map_err(|_| EndedEarly::Reset(Side::Client))?;
-        }
-        Ok(())
+        if self.request.is_none() { splice::readable(&self.tcp, Side::Client).await } else { Ok(()) }
     }
 
     fn read(&mut self, batch: &mut Batch) -> Result<Read, EndedEarly> {
@@ -216,7 +213,8 @@ impl Source for Only {
     }
 
     async fn cut_after_end(&mut self) -> EndedEarly {
-        std::future::pending().await
+        splice::in_error(&self.tcp).await;
+        EndedEarly::Reset(Side::Client)
     }
 }
 

@@ -23,7 +23,7 @@ use crate::cores::Cores;
 use crate::node::Node;
 use crate::pods::Pods;
 use crate::reasons::EndedEarly;
-use crate::{admin, estate, judge};
+use crate::{admin, estate};
 
 /// What the proxy is started with.
 #[derive(clap::Args, Clone, Debug)]
@@ -236,9 +236,10 @@ async fn serve(args: Args, descriptors: u64) -> Result<()> {
             }
             Event::Agent(Said::PodAdded(pod, listeners)) => pods.add(pod, listeners),
             Event::Agent(Said::PodRemoved(pod)) => pods.remove(&pod),
+            Event::Agent(Said::FromBefore(pod, open)) => pods.set_opened_before(&pod, open),
             Event::Agent(Said::Sockets(pod, kind, sockets)) => pods.put(&pod, kind, sockets),
             Event::View => {
-                judge::judge(&node);
+                pods.judge();
                 pods.tell_ready();
             }
             Event::Certificates => pods.tell_ready(),

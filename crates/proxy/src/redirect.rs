@@ -3,10 +3,11 @@
 //! There is one acceptor per listener, on one core ([`crate::cores`]). A core serves a connection to its end.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
+use linux::nft::IpFamily;
 use mesh::RefuseReason;
 use wire::pods::Listener;
 
@@ -145,7 +146,7 @@ pub(crate) async fn to_its_end<T>(
 async fn life(node: &Node, stream: TcpStream, connection: &Connection) -> Result<Option<Box<Tunnel>>, EndedEarly> {
     let pod = &connection.pod;
     let client = legs::captured(stream)?;
-    let destination = dialled(&client)?;
+    let destination = dialled(&client, connection.source.ip())?;
     connection.set_destination(destination);
     if pod.is_own_leg(connection.source, destination) {
         return Err(RefuseReason::Loop.into());
@@ -157,9 +158,9 @@ async fn life(node: &Node, stream: TcpStream, connection: &Connection) -> Result
 }
 
 /// What the client dialled, before the rules sent it here. Who dialled our listener itself was not sent.
-fn dialled(client: &tokio::net::TcpStream) -> Result<SocketAddr, EndedEarly> {
+fn dialled(client: &tokio::net::TcpStream, source: IpAddr) -> Result<SocketAddr, EndedEarly> {
     let here = client.local_addr().map_err(|_| EndedEarly::System("getsockname"))?;
-    match linux::sockets::original_destination(client) {
+    match linux::sockets::original_destination(client, IpFamily::of(source)) {
         Ok(dialled) if dialled.port() == here.port() && dialled.ip() == here.ip() => {
             Err(RefuseReason::OwnListener.into())
         }

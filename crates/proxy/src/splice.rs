@@ -9,6 +9,7 @@
 //! writer.
 
 use std::cell::Cell;
+use std::future::poll_fn;
 use std::io;
 use std::net::Shutdown;
 use std::sync::Arc;
@@ -62,16 +63,17 @@ pub(crate) trait Sink {
     fn take(&mut self, batch: &mut Batch) -> Result<(), EndedEarly>;
     /// Waits until all that was taken is on its way.
     async fn flush(&mut self) -> Result<(), EndedEarly>;
-    /// Ends this direction in order; `last`: the other one has ended already.
-    async fn fin(&mut self, last: bool) -> Result<(), EndedEarly>;
-    /// Whether something waits to go out with the first bytes.
-    fn holds_back(&self) -> bool;
+    /// Ends this direction in order, behind all that was taken. Whether that is to be flushed; `last`: the other one has ended
+    /// already.
+    fn fin(&mut self, last: bool) -> Result<bool, EndedEarly>;
+    /// Whether something that was taken is not on its way.
+    fn has_waiting(&self) -> bool;
 }
 
 /// One end of a connection: a socket, and how to read and write it.
 #[derive(Debug)]
 pub(crate) struct Leg<From, To> {
-    /// The socket, watched for resets.
+    /// The socket.
     pub(crate) tcp: Arc<TcpStream>,
     /// Which end of the connection it leads to.
     pub(crate) side: Side,
@@ -104,18 +106,13 @@ pub(crate) async fn splice<CF: Source, CT: Sink, SF: Source, ST: Sink>(
     bytes: &Bytes,
 ) -> Result<(), EndedEarly> {
     let (client_ended, server_ended) = (Ended::default(), Ended::default());
-    let both = async {
-        tokio::try_join!(
-            pump(&mut client.source, &mut server.sink, &bytes.sent, &client_ended, &server_ended),
-            pump(&mut server.source, &mut client.sink, &bytes.received, &server_ended, &client_ended),
-        )
-    };
-    tokio::select! {
-        biased;
-        done = both => done.map(|_| ()),
-        side = reset(&client.tcp, client.side, &client_ended) => Err(EndedEarly::Reset(side)),
-        side = reset(&server.tcp, server.side, &server_ended) => Err(EndedEarly::Reset(side)),
-    }
+    let from_client = Origin { tcp: &client.tcp, side: client.side };
+    let from_server = Origin { tcp: &server.tcp, side: server.side };
+    let both = tokio::try_join!(
+        pump(from_client, &mut client.source, &mut server.sink, &bytes.sent, (&client_ended, &server_ended)),
+        pump(from_server, &mut server.source, &mut client.sink, &bytes.received, (&server_ended, &client_ended)),
+    );
+    both.map(|_| ())
 }
 
 /// [`splice`], and the sockets are closed in order when both directions have ended so.
@@ -150,15 +147,54 @@ impl Ended {
     }
 }
 
+/// The socket that a direction comes from.
+#[derive(Clone, Copy)]
+struct Origin<'a> {
+    tcp: &'a TcpStream,
+    side: Side,
+}
+
+/// Waits until all that was taken is on its way, unless the origin is reset meanwhile; then that may take so much longer. A reader
+/// finds a reset by itself when it comes to it, which it does not while it waits for a slow writer.
+///
+/// In memory of its own: most connections never wait here.
+async fn flush(origin: Origin<'_>, to: &mut impl Sink, grace: Duration) -> Result<(), EndedEarly> {
+    let reset = async {
+        in_error(origin.tcp).await;
+        tokio::time::sleep(grace).await;
+    };
+    Box::pin(async {
+        tokio::select! {
+            biased;
+            done = to.flush() => done,
+            () = reset => Err(EndedEarly::Reset(origin.side)),
+        }
+    })
+    .await
+}
+
+/// Waits until a socket is in error. The error itself is not taken: a reader would then see the end of the stream in its place.
+pub(crate) async fn in_error(tcp: &TcpStream) {
+    // There is no event queue any more where this fails, and nothing that could wait for one.
+    let _ = tcp.ready(Interest::ERROR).await;
+}
+
+/// Waits until there is something to read. Nothing else of the task may wait for the same of this socket: one waits in the
+/// socket's own place, which costs a connection neither memory nor a list that it is taken out of.
+pub(crate) async fn readable(tcp: &TcpStream, side: Side) -> Result<(), EndedEarly> {
+    poll_fn(|context| tcp.poll_read_ready(context)).await.map_err(|_| EndedEarly::Reset(side))
+}
+
+/// One direction. `ended`: whether it has, and whether the other one has.
 async fn pump(
+    origin: Origin<'_>,
     from: &mut impl Source,
     to: &mut impl Sink,
     count: &AtomicU64,
-    ended: &Ended,
-    other_ended: &Ended,
+    (ended, other_ended): (&Ended, &Ended),
 ) -> Result<(), EndedEarly> {
-    if to.holds_back() && Box::pin(timeout(SOON, from.ready())).await.is_err() {
-        to.flush().await?;
+    if to.has_waiting() && Box::pin(timeout(SOON, from.ready())).await.is_err() {
+        flush(origin, to, RESET_GRACE).await?;
     }
     let mut turn = TURN;
     loop {
@@ -171,12 +207,12 @@ async fn pump(
             }
             Ok::<_, EndedEarly>((read, length))
         })?;
-        match read {
-            Read::Nothing => continue,
-            Read::Data => {}
-            Read::Fin => break,
+        if read == Read::Fin {
+            break;
         }
-        to.flush().await?;
+        if to.has_waiting() {
+            flush(origin, to, RESET_GRACE).await?;
+        }
         count.fetch_add(length as u64, Ordering::Relaxed);
         turn = turn.saturating_sub(length);
         if turn == 0 {
@@ -184,24 +220,18 @@ async fn pump(
             turn = TURN;
         }
     }
-    to.fin(other_ended.yes.get()).await?;
+    if to.fin(other_ended.yes.get())? && to.has_waiting() {
+        flush(origin, to, Duration::ZERO).await?;
+    }
     ended.set();
+    if other_ended.yes.get() {
+        return Ok(());
+    }
     tokio::select! {
         biased;
         () = other_ended.wait() => Ok(()),
-        early = from.cut_after_end() => Err(early),
+        early = Box::pin(from.cut_after_end()) => Err(early),
     }
-}
-
-/// Waits until a socket is in error. A reader finds that by itself when it comes to it; but a direction that ended, or one
-/// that waits for a slow writer, has no reader.
-async fn reset(tcp: &TcpStream, side: Side, ended: &Ended) -> Side {
-    // The error itself is not taken: the reader would then see the end of the stream in its place.
-    if tcp.ready(Interest::ERROR).await.is_ok() && !ended.yes.get() {
-        // In memory of its own: most connections never need it.
-        Box::pin(tokio::time::sleep(RESET_GRACE)).await;
-    }
-    side
 }
 
 /// From now on, dropping the socket closes the connection in order: only for one that both sides have ended.
@@ -246,10 +276,7 @@ impl PlainSource {
 
 impl Source for PlainSource {
     async fn ready(&mut self) -> Result<(), EndedEarly> {
-        if self.first.is_empty() {
-            self.tcp.readable().await.map_err(|_| EndedEarly::Reset(self.side))?;
-        }
-        Ok(())
+        if self.first.is_empty() { readable(&self.tcp, self.side).await } else { Ok(()) }
     }
 
     fn read(&mut self, batch: &mut Batch) -> Result<Read, EndedEarly> {
@@ -266,8 +293,8 @@ impl Source for PlainSource {
     }
 
     async fn cut_after_end(&mut self) -> EndedEarly {
-        // A reset shows on the socket itself, which is watched.
-        std::future::pending().await
+        in_error(&self.tcp).await;
+        EndedEarly::Reset(self.side)
     }
 }
 
@@ -288,12 +315,12 @@ impl Sink for PlainSink {
         self.waiting.flush(&self.tcp).await.map_err(|_| EndedEarly::Reset(self.side))
     }
 
-    async fn fin(&mut self, _: bool) -> Result<(), EndedEarly> {
-        hang_up(&self.tcp, self.side)
+    fn fin(&mut self, _: bool) -> Result<bool, EndedEarly> {
+        hang_up(&self.tcp, self.side).map(|()| false)
     }
 
-    fn holds_back(&self) -> bool {
-        false
+    fn has_waiting(&self) -> bool {
+        !self.waiting.is_empty()
     }
 }
 
@@ -327,16 +354,25 @@ impl Waiting {
 
     /// Waits until the kernel has taken everything.
     pub(crate) async fn flush(&mut self, tcp: &TcpStream) -> io::Result<()> {
-        while self.written < self.bytes.len() {
-            let left = &self.bytes[self.written..];
-            let written =
-                batch::write_now(tcp, left.len(), || linux::sockets::write_vectored(tcp, &[io::IoSlice::new(left)]))?;
-            self.written += written;
-            if self.written < self.bytes.len() {
-                tcp.writable().await?;
+        loop {
+            self.write(tcp)?;
+            if self.is_empty() {
+                return Ok(());
             }
+            poll_fn(|context| tcp.poll_write_ready(context)).await?;
         }
-        *self = Self::default();
+    }
+
+    /// Writes as much as goes out at once.
+    pub(crate) fn write(&mut self, tcp: &TcpStream) -> io::Result<()> {
+        let left = &self.bytes[self.written..];
+        if !left.is_empty() {
+            let places = [io::IoSlice::new(left)];
+            self.written += batch::write_now(tcp, left.len(), || linux::sockets::write_vectored(tcp, &places))?;
+        }
+        if self.written == self.bytes.len() {
+            *self = Self::default();
+        }
         Ok(())
     }
 }

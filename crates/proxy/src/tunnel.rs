@@ -317,7 +317,8 @@ impl Tunnel {
 
     /// Ends one direction.
     pub(crate) async fn fin(&mut self) -> Result<(), EndedEarly> {
-        self.leg.sink.fin(false).await
+        self.leg.sink.fin(false)?;
+        self.flush().await
     }
 
     /// Makes a cut look like an end.

@@ -9,7 +9,7 @@ mod cni;
 #[cfg(test)]
 mod tests;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use identity::SpiffeId;
@@ -27,6 +27,8 @@ pub const MAX_SOCKETS: u32 = 64;
 /// The version of what agent and proxy say to each other, which each names first. Who speaks another one is refused. A
 /// message or field that one of the two does not know is no other version: it is passed over.
 pub const VERSION: u32 = 1;
+/// The most connections that one message names.
+pub const MAX_CONNECTIONS: usize = 512;
 /// The most pods of a node, as the control plane has it.
 pub const MAX_PODS: usize = 4096;
 
@@ -106,6 +108,15 @@ pub struct PodAdded {
     pub gateways: Vec<IpAddr>,
 }
 
+/// A connection by its two ends, seen from the pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ends {
+    /// The pod's.
+    pub own: SocketAddr,
+    /// The other one.
+    pub peer: SocketAddr,
+}
+
 /// What the agent keeps for the next proxy: a sealed memory file that it never reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kept {
@@ -145,6 +156,14 @@ pub enum FromAgent {
         /// Why there are fewer than asked for; empty where there are not.
         error: String,
     },
+    /// What was opened to a pod before its capture and is open still (T11), at most [`MAX_CONNECTIONS`] of it: in place of what
+    /// was named before.
+    FromBefore {
+        /// Whose.
+        pod: PodUid,
+        /// Which.
+        connections: Vec<Ends>,
+    },
     /// Something that only a newer version knows.
     Unknown,
 }
@@ -181,6 +200,13 @@ pub enum ToAgent {
     Keep(Kept),
     /// The sender accepts no more, and ends when its connections have.
     Leaving,
+    /// Of what the agent has named as open from before a capture this is refused, and to be ended.
+    End {
+        /// Whose.
+        pod: PodUid,
+        /// Which, at most [`MAX_CONNECTIONS`].
+        connections: Vec<Ends>,
+    },
     /// Something that only a newer version knows.
     Unknown,
 }
@@ -203,6 +229,7 @@ impl FromAgent {
                 kind: v1::SocketKind::from(*kind).into(),
                 error: error.clone(),
             }),
+            Self::FromBefore { pod, connections } => M::FromBefore(connections_to_proto(pod, connections)),
             Self::Unknown => return v1::ToProxy { message: None }.encode_to_vec(),
         };
         v1::ToProxy { message: Some(message) }.encode_to_vec()
@@ -226,6 +253,9 @@ impl FromAgent {
                 kind: socket_kind(sockets.kind)?,
                 error: sockets.error,
             }),
+            M::FromBefore(it) => {
+                connections_from_proto(&it).map(|(pod, connections)| Self::FromBefore { pod, connections })
+            }
         }
     }
 }
@@ -249,6 +279,7 @@ impl ToAgent {
             Self::HeldAll => M::HeldAll(()),
             Self::Keep(kept) => M::Keep(v1::Keep { what: v1::Kept::from(*kept).into() }),
             Self::Leaving => M::Leaving(()),
+            Self::End { pod, connections } => M::End(connections_to_proto(pod, connections)),
             Self::Unknown => return v1::ToAgent { message: None }.encode_to_vec(),
         };
         v1::ToAgent { message: Some(message) }.encode_to_vec()
@@ -271,6 +302,7 @@ impl ToAgent {
             M::HeldAll(()) => Ok(Self::HeldAll),
             M::Keep(keep) => Ok(Self::Keep(kept(keep.what)?)),
             M::Leaving(()) => Ok(Self::Leaving),
+            M::End(it) => connections_from_proto(&it).map(|(pod, connections)| Self::End { pod, connections }),
         }
     }
 }
@@ -304,6 +336,21 @@ impl PodAdded {
             gateways: gateways.map_err(|_| BadMessage::Field("gateways"))?,
         })
     }
+}
+
+fn connections_to_proto(pod: &PodUid, connections: &[Ends]) -> v1::Connections {
+    let ends = |ends: &Ends| v1::Ends { own: ends.own.to_string(), peer: ends.peer.to_string() };
+    v1::Connections { pod_uid: pod.to_string(), connections: connections.iter().map(ends).collect() }
+}
+
+fn connections_from_proto(message: &v1::Connections) -> Result<(PodUid, Vec<Ends>), BadMessage> {
+    const BAD: BadMessage = BadMessage::Field("connections");
+    if message.connections.len() > MAX_CONNECTIONS {
+        return Err(BAD);
+    }
+    let end = |text: &str| text.parse().map_err(|_| BAD);
+    let ends = |ends: &v1::Ends| Ok(Ends { own: end(&ends.own)?, peer: end(&ends.peer)? });
+    Ok((pod_uid(&message.pod_uid)?, message.connections.iter().map(ends).collect::<Result<_, _>>()?))
 }
 
 fn decode<M: Message + Default>(bytes: &[u8]) -> Result<M, BadMessage> {

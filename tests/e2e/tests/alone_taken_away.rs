@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use e2e::{Cluster, ENOUGH, Family, PATIENCE, PORT, Server, Wiretap, eventually, needs, script, under_load};
+use e2e::{Cluster, ENOUGH, Family, Loaded, PATIENCE, PORT, Server, Wiretap, eventually, needs, script, under_load};
 
 const MESH: &str = include_str!("../manifests/mesh.yaml");
 
@@ -18,6 +18,22 @@ struct Damage {
     command: &'static str,
     told: &'static str,
 }
+
+/// Of rules, routes and the guards, one at a time.
+const DAMAGES: [Damage; 8] = [
+    Damage { command: "nft flush ruleset", told: "the table justmtls is gone" },
+    Damage { command: "nft flush chain inet justmtls capture_in", told: "the chain capture_in has 0 rules" },
+    Damage {
+        command: "nft delete rule inet justmtls capture_out handle \
+                  $(nft -a list chain inet justmtls capture_out | sed -n '/redirect to/{s/.*# handle //;p;q}')",
+        told: "the chain capture_out has",
+    },
+    Damage { command: "ip rule del pref 1000", told: "the rule ip -4 rule pref 1000" },
+    Damage { command: "ip -6 rule del pref 1000", told: "the rule ip -6 rule pref 1000" },
+    Damage { command: "ip route flush table 27245", told: "the route ip -4 route" },
+    Damage { command: "tc qdisc del dev eth0 clsact", told: "is missing" },
+    Damage { command: "tc qdisc del dev lo clsact", told: "is missing" },
+];
 
 /// A pod and its agent.
 struct Victim<'a> {
@@ -58,6 +74,22 @@ impl Victim<'_> {
         eventually("it to be counted", PATIENCE, || self.repairs() > repairs);
         eventually("an event to say it", PATIENCE, || self.told(damage.told) > told);
         Duration::from_millis(took.trim().parse().expect("milliseconds"))
+    }
+}
+
+#[test]
+fn rules_routes_and_guards_that_are_taken_away_one_at_a_time_are_back_and_no_user_notices() {
+    needs!("root", "nft", "tc", "ip", "ss", "dumpcap", "tshark");
+    for (pod, agent) in Victim::BOTH {
+        let cluster = Cluster::start(MESH);
+        let victim = Victim { cluster: &cluster, pod, agent };
+        let suffer = |load: &Loaded| {
+            for damage in &DAMAGES {
+                victim.suffer(damage);
+                load.wait_for_more(ENOUGH);
+            }
+        };
+        under_load(&cluster, &pod.replace("app/", "taken-from-"), true, suffer).assert_nothing_failed();
     }
 }
 

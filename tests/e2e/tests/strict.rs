@@ -36,6 +36,43 @@ fn wait_for_outsider(cluster: &Cluster, port: &str, wanted: &str) {
 }
 
 #[test]
+fn strict_ends_what_was_open_before_capture() {
+    needs!("root", "nft");
+    let cluster = Cluster::start(MESH);
+    // A client that stays outside: no proxy stands between the two.
+    let pod = |name: &str, node: &str, labels: &str| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: legacy, labels: {{{labels}}}}}\n\
+             spec: {{nodeName: {node}, containers: [{{name: idle, command: [sleep, infinity]}}]}}\n"
+        )
+    };
+    cluster.apply(&pod("other", "node-b", "justmtls.dev/mode: \"off\""));
+    let _late = cluster.serve("legacy/outsider", &["echo", "7001"]);
+    let mut held = Family::BOTH.map(|family| {
+        let late = cluster.address("legacy/outsider", family).to_string();
+        let mut client = cluster.tcp("legacy/other", &["hold", &late, "7001"]).spawn();
+        client.wait_for("open");
+        client
+    });
+    cluster.apply(&pod("outsider", "node-a", "app: outsider"));
+    cluster.wait_edge("node-a", ["inbound", "legacy/other", "legacy/outsider", "7001", "plaintext", "pre-capture"]);
+    for client in &mut held {
+        client.write("permissive\n");
+        client.wait_for("back permissive");
+    }
+    let ended = || cluster.metric("agent@node-a", "justmtls_agent_refused_connections_ended_total");
+    assert_eq!(ended(), 0);
+    cluster.apply(&peer_authentication("legacy", "STRICT"));
+    e2e::eventually("both to be ended", Duration::from_secs(5), || ended() == 2);
+    for client in &mut held {
+        client.write("strict\n");
+        client.wait_for("reset");
+    }
+    let listed = || cluster.edges("node-a").iter().any(|edge| edge[5] == "pre-capture");
+    e2e::eventually("nothing to be listed", Duration::from_secs(30), || !listed());
+}
+
+#[test]
 fn strict_refuses_the_outside_pod_and_nobody_else() {
     needs!("root");
     let cluster = Cluster::start(MESH);

@@ -6,6 +6,7 @@ use linux::netns::NetNs;
 use mesh::PodUid;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use wire::pods::{Ends, FromAgent};
 
 use super::{Node, lock};
 use crate::pods::{Action, Running};
@@ -83,6 +84,37 @@ impl Node {
         });
     }
 
+    /// What was opened to a pod before its capture, for those who know what is refused.
+    fn open_from_before(&mut self, pod: &PodUid, open: Vec<Ends>) {
+        let Some(captured) = self.captures.get_mut(pod).filter(|captured| captured.from_before != open) else { return };
+        captured.from_before = open;
+        self.tell_from_before(pod, None);
+    }
+
+    /// Tells one proxy of it, or all that are to serve the pod.
+    pub(super) fn tell_from_before(&self, pod: &PodUid, to: Option<u64>) {
+        let Some(captured) = self.captures.get(pod) else { return };
+        let message = FromAgent::FromBefore { pod: pod.clone(), connections: captured.from_before.clone() };
+        for (_, link) in self.proxies.all().filter(|(number, _)| to.is_none_or(|only| only == *number)) {
+            // One that does not read is given up where it is told of pods.
+            link.send(&message, Vec::new());
+        }
+    }
+
+    /// Ends what is refused by now of what was open before a pod's capture.
+    pub(super) fn end_refused(&self, pod: PodUid, these: Vec<Ends>) {
+        let Some(capture) = self.captures.get(&pod).map(|captured| captured.capture.clone()) else { return };
+        self.blocking(move || {
+            let found = match lock(&capture).end_these_from_before(&these) {
+                Ok(connections) => Found::EndedAsRefused(connections),
+                Err(error) => {
+                    Found::Failed { sentence: format!("its connections from before capture cannot be ended: {error}") }
+                }
+            };
+            Event::Found(vec![(pod, found)])
+        });
+    }
+
     /// Something was found when captures were looked at.
     pub(crate) fn found(&mut self, found: Vec<(PodUid, Found)>) {
         for (pod, found) in found {
@@ -98,6 +130,13 @@ impl Node {
                 Found::Ended(connections) => {
                     self.shown.metrics.missed_connections.inc_by(connections as u64);
                     let detail = format!("{connections} connections from before its late capture were ended");
+                    self.shown.journal.change("ended-from-before", pod.as_str(), &detail);
+                }
+                Found::OpenFromBefore(open) => self.open_from_before(&pod, open),
+                Found::EndedAsRefused(connections) => {
+                    self.shown.metrics.refused_connections.inc_by(connections as u64);
+                    let detail =
+                        format!("{connections} connections from before its capture were ended: plaintext is refused");
                     self.shown.journal.change("ended-from-before", pod.as_str(), &detail);
                 }
                 Found::Forgotten(flows) => {

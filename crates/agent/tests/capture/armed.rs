@@ -11,6 +11,7 @@ use linux::capture::{Direction, Interest, SNAP_LENGTH, Wiretap};
 use linux::netlink::{Protocol, Socket as Netlink};
 use linux::netns::NetNs;
 use linux::{flows, links, nft, tc};
+use wire::pods::Ends;
 
 use crate::lab::{A, App, B, Client, FAMILIES, Lab, eventually, plan, prepared, with_privilege};
 use crate::proxy::Proxy;
@@ -319,6 +320,38 @@ fn connections_from_before_capture_hold_the_guard_back_until_they_end() {
         for proxy in &proxies {
             assert_eq!(proxy.capture.lock().unwrap().verify().unwrap(), Standing::Intact);
         }
+    });
+}
+
+#[test]
+fn what_was_opened_before_capture_is_listed_and_nothing_else_is_ended() {
+    with_privilege(what_was_opened_before_capture_is_listed_and_nothing_else_is_ended, || {
+        let lab = Lab::new();
+        let _apps = FAMILIES.map(|family| App::anywhere(&lab.b, family, 8080));
+        let mut open = FAMILIES.map(|family| {
+            let mut client = Client::connect(&lab.a, B[family], 8080).unwrap();
+            client.seen().unwrap();
+            client
+        });
+        let [client_side, server_side] =
+            [(&lab.a, A), (&lab.b, B)].map(|(pod, addresses)| Proxy::start(prepared(pod, plan(addresses))).begin());
+        let mut captured = Client::connect(&lab.a, B[0], 8080).unwrap();
+        captured.seen().unwrap();
+        let ends = |client: &Client| {
+            let stream = client.stream.get_ref();
+            Ends { own: stream.peer_addr().unwrap(), peer: stream.local_addr().unwrap() }
+        };
+        assert_eq!(client_side.capture.lock().unwrap().opened_before().unwrap(), [], "nobody listens there");
+        let server = server_side.capture.lock().unwrap();
+        let mut all = open.each_ref().map(ends);
+        all.sort();
+        assert_eq!(server.opened_before().unwrap(), all);
+        // Also when it is asked for what is not from before.
+        assert_eq!(server.end_these_from_before(&[ends(&captured), ends(&open[0])]).unwrap(), 1);
+        assert_eq!(open[0].end(), ErrorKind::ConnectionReset);
+        assert_eq!(server.opened_before().unwrap(), [ends(&open[1])]);
+        open[1].echo().unwrap();
+        captured.echo().unwrap();
     });
 }
 

@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
 use agent::capture::{Capture, LARGEST_BATCH, SocketKind};
+use linux::nft::IpFamily;
 use linux::sockets::{bind_address_no_port, original_destination, reset_on_close, reuse_address};
 use socket2::Socket;
 
@@ -100,7 +101,7 @@ fn accept(way: Way, listener: &TcpListener, shared: Shared) {
 }
 
 fn serve(way: Way, captured: TcpStream, client: SocketAddr, shared: &Shared) {
-    let Ok(destination) = original_destination(&captured) else { return };
+    let Ok(destination) = original_destination(&captured, IpFamily::of(client.ip())) else { return };
     let (other, fell_back) = match way {
         Way::Out => (dial_out(client, destination, shared), false),
         Way::In => dial_in(client, destination, shared),

@@ -125,8 +125,8 @@ fn a_connection_that_was_not_captured_has_no_original_destination() {
             let listener = listener(plain(address)).unwrap();
             listener.set_nonblocking(false).unwrap();
             let _client = TcpStream::connect(address).unwrap();
-            let (accepted, _) = listener.accept().unwrap();
-            let error = original_destination(&accepted).unwrap_err();
+            let (accepted, client) = listener.accept().unwrap();
+            let error = original_destination(&accepted, IpFamily::of(client.ip())).unwrap_err();
             assert_eq!(error.raw_os_error(), Some(nix::libc::ENOENT));
         }
     });

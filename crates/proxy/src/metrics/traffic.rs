@@ -114,10 +114,8 @@ impl Traffic {
     /// Finds the series of a connection that was decided, and counts it there.
     pub(super) fn open(&self, connection: &Connection, view: &View, now: Instant) -> Counted {
         let labels = Labels::of(connection, view);
-        let overflow = Labels { source: End::default(), destination: End::default(), service: None, ..labels.clone() };
-        let pair = self.0.pairs.find(labels, Labels { overflow: true, ..overflow }, now);
-        let kind = Kind::of(connection);
-        let counted = Counted([pair, self.0.kinds.find(kind, kind, now)]);
+        let pair = self.0.pairs.find(labels, Labels::overflow, now);
+        let counted = Counted([pair, self.0.kinds.find(Kind::of(connection), |kind| kind, now)]);
         counted.each(|series| &series.opened, 1);
         counted
     }
@@ -162,7 +160,8 @@ impl<L: Eq + Hash> Table<L> {
         now.saturating_duration_since(self.began).as_secs()
     }
 
-    fn find(&self, labels: L, overflow: L, now: Instant) -> Arc<Series> {
+    /// The series of these labels, or what they overflow into where there is no room.
+    fn find(&self, labels: L, overflow: impl FnOnce(L) -> L, now: Instant) -> Arc<Series> {
         let mut all = self.lock();
         let used = self.seconds(now);
         if let Some(series) = all.get(&labels) {
@@ -172,7 +171,7 @@ impl<L: Eq + Hash> Table<L> {
         if all.len() >= MOST_SERIES {
             self.forget(&mut all, now);
         }
-        let labels = if all.len() >= MOST_SERIES { overflow } else { labels };
+        let labels = if all.len() >= MOST_SERIES { overflow(labels) } else { labels };
         let series = all.entry(labels).or_default();
         series.used.store(used, Ordering::Relaxed);
         series.clone()
@@ -188,6 +187,11 @@ impl<L: Eq + Hash> Table<L> {
 }
 
 impl Labels {
+    /// The one series of its side and protection for all that have no room.
+    fn overflow(self) -> Self {
+        Self { source: End::default(), destination: End::default(), service: None, overflow: true, ..self }
+    }
+
     fn of(connection: &Connection, view: &View) -> Self {
         let decision = connection.decision();
         let security = decision.as_ref().map(|decision| &decision.security);
@@ -377,7 +381,7 @@ mod tests {
     }
 
     fn rest() -> Labels {
-        Labels { source: End::default(), overflow: true, ..labels(0) }
+        labels(0).overflow()
     }
 
     fn text(table: Table<Labels>) -> String {
@@ -400,7 +404,7 @@ mod tests {
         let now = Instant::now();
         let table = Table::new(now);
         for number in 0..MOST_SERIES + 50 {
-            table.find(labels(number), rest(), now).opened.fetch_add(1, Ordering::Relaxed);
+            table.find(labels(number), Labels::overflow, now).opened.fetch_add(1, Ordering::Relaxed);
         }
         assert_eq!(table.lock().len(), MOST_SERIES + 1);
         assert_eq!(table.lock()[&rest()].opened.load(Ordering::Relaxed), 50);
@@ -413,8 +417,8 @@ mod tests {
     fn a_series_is_forgotten_an_hour_after_its_last_connection_and_never_before() {
         let now = Instant::now();
         let table = Table::new(now);
-        let open = table.find(labels(1), rest(), now);
-        drop(table.find(labels(2), rest(), now));
+        let open = table.find(labels(1), Labels::overflow, now);
+        drop(table.find(labels(2), Labels::overflow, now));
         table.forget(&mut table.lock(), now + FORGET - Duration::from_secs(1));
         assert_eq!(table.lock().len(), 2);
         table.forget(&mut table.lock(), now + FORGET);
@@ -431,7 +435,7 @@ mod tests {
     fn each_label_of_istios_is_there_once() {
         let now = Instant::now();
         let table = Table::new(now);
-        drop(table.find(labels(1), rest(), now));
+        drop(table.find(labels(1), Labels::overflow, now));
         let text = text(table);
         let line = text.lines().find(|line| line.starts_with("istio_tcp_sent_bytes_total")).unwrap();
         for name in SOURCE.iter().chain(&DESTINATION) {

@@ -175,25 +175,46 @@ fn much_data_both_ways_at_once_arrives_as_it_was() {
     });
 }
 
+/// Writes until nothing more is taken, for a reader that reads nothing; says how much that was.
+async fn fill(writer: &mut TcpStream) -> usize {
+    const FAR_TOO_MUCH: usize = 1 << 30;
+    let chunk = vec![7; 1 << 20];
+    let mut written = 0;
+    while written < FAR_TOO_MUCH {
+        match timeout(Duration::from_millis(500), writer.write(&chunk)).await {
+            Ok(length) => written += length.unwrap(),
+            Err(_) => break,
+        }
+    }
+    written
+}
+
 #[test]
 fn a_reader_that_stops_stops_the_writer() {
     run(async {
-        const FAR_TOO_MUCH: usize = 1 << 30;
         let world = World::new();
         let mut path = world.path().await;
-        let chunk = vec![7; 1 << 20];
-        let mut written = 0;
-        while written < FAR_TOO_MUCH {
-            match timeout(Duration::from_millis(500), path.client.write(&chunk)).await {
-                Ok(length) => written += length.unwrap(),
-                Err(_) => break,
-            }
-        }
+        let written = fill(&mut path.client).await;
         // What fits into the kernel's buffers of three hops, which it tunes itself; ours are below a megabyte.
         assert!(written < 256 << 20, "{written} bytes were taken for a reader that reads nothing");
         let mut first = [0; 1];
         path.server.read_exact(&mut first).await.unwrap();
         assert_eq!(first, [7]);
+    });
+}
+
+#[test]
+fn a_reset_by_a_client_ends_both_sides_also_while_the_server_does_not_read() {
+    run(async {
+        let world = World::new();
+        let mut path = world.path().await;
+        fill(&mut path.client).await;
+        path.client.set_zero_linger().unwrap();
+        drop(path.client);
+        let both = async { (path.outbound.end().await, path.inbound.end().await) };
+        let reset = Err(EndedEarly::Reset(Side::Client));
+        assert_eq!(timeout(LONG, both).await.expect("nobody notices"), (reset.clone(), reset));
+        assert!(is_reset(&mut path.server).await);
     });
 }
 

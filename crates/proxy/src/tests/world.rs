@@ -3,6 +3,7 @@
 
 use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use identity::issuer::{Intermediate, Root, WorkloadToCertify};
 use identity::{PrivateKey, SpiffeId, Svid, TrustBundle, TrustDomain};
 use ipnet::IpNet;
 use mesh::{Canonical, MeshSettings, Mode, Modes, PodUid, Resource, Speaks, Uncaptured, Workload, WorkloadUid};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -173,7 +174,9 @@ impl World {
         connection.set_destination(dialled);
         let (node, pod, same) = (self.node.clone(), pod.clone(), connection.clone());
         let end = tokio::task::spawn_local(async move {
-            let stream = legs::captured(stream.into_std().unwrap()).unwrap();
+            let stream = stream.into_std().unwrap();
+            as_made_by_an_agent(&stream);
+            let stream = legs::captured(stream).unwrap();
             let life = async {
                 match direction {
                     Direction::Outbound => outbound::serve(&node, &pod, &same, stream).await.map(|()| None),
@@ -309,11 +312,21 @@ fn pod(name: &str, identity: &SpiffeId, address: IpAddr) -> Arc<Pod> {
     let agent = Arc::downgrade(&pod);
     tokio::task::spawn_local(async move {
         while let (Some(ToAgent::WantSockets { kind, count, .. }), Some(pod)) = (asked.recv().await, agent.upgrade()) {
-            let make = |_| Socket::new(domain(kind), Type::STREAM, Some(Protocol::TCP)).unwrap();
+            let make = |_| {
+                let socket = Socket::new(domain(kind), Type::STREAM.nonblocking(), Some(Protocol::TCP)).unwrap();
+                as_made_by_an_agent(&socket);
+                socket
+            };
             pod.stash.put(kind, (0..count).map(make).collect());
         }
     });
     pod
+}
+
+/// What a socket has from the agent, or from a listener of the agent's.
+fn as_made_by_an_agent(socket: &impl AsFd) {
+    linux::sockets::reset_on_close(socket, true).unwrap();
+    SockRef::from(socket).set_tcp_nodelay(true).unwrap();
 }
 
 fn domain(kind: SocketKind) -> Domain {

@@ -9,7 +9,7 @@ use wire::tunnel::{Control, Decoder, MAX_CONTROL_FRAME, Piece, Violation};
 
 use crate::batch::{self, Batch};
 use crate::reasons::{EndedEarly, Side};
-use crate::splice::{Read, Sink, Source, Waiting};
+use crate::splice::{self, Read, Sink, Source, Waiting};
 
 /// What comes through a tunnel.
 pub(crate) struct TunnelSource {
@@ -185,7 +185,7 @@ fn broken(error: RecordError) -> EndedEarly {
 impl Source for TunnelSource {
     async fn ready(&mut self) -> Result<(), EndedEarly> {
         if !self.unread && self.next.is_none() {
-            self.tcp.readable().await.map_err(|_| EndedEarly::Reset(self.far))?;
+            splice::readable(&self.tcp, self.far).await?;
         }
         Ok(())
     }
@@ -276,13 +276,17 @@ impl Sink for TunnelSink {
         self.waiting.flush(&self.tcp).await.map_err(|_| EndedEarly::Reset(self.far))
     }
 
-    async fn fin(&mut self, last: bool) -> Result<(), EndedEarly> {
+    fn fin(&mut self, last: bool) -> Result<bool, EndedEarly> {
         self.queue(&Control::Fin { lease: self.lease })?;
         // Of the two sides the server has the last word: its `Closed` goes with its `Fin`.
-        if last && self.far == Side::Client { Ok(()) } else { self.flush().await }
+        if last && self.far == Side::Client {
+            return Ok(false);
+        }
+        self.waiting.write(&self.tcp).map_err(|_| EndedEarly::Reset(self.far))?;
+        Ok(true)
     }
 
-    fn holds_back(&self) -> bool {
+    fn has_waiting(&self) -> bool {
         !self.waiting.is_empty()
     }
 }

@@ -52,7 +52,13 @@ fn every_message_survives_the_wire() {
         ToAgent::Hello { version: VERSION, started: std::time::Duration::from_millis(71) },
         ToAgent::PodReady { pod: pod.clone() },
     ];
-    up.extend([ToAgent::Held(added), ToAgent::HeldAll, ToAgent::Leaving]);
+    let connections = vec![
+        Ends { own: "10.0.0.1:80".parse().unwrap(), peer: "10.0.0.2:40000".parse().unwrap() },
+        Ends { own: "[fd00::1]:80".parse().unwrap(), peer: "[fd00::2]:1".parse().unwrap() },
+    ];
+    let end = ToAgent::End { pod: pod.clone(), connections: connections.clone() };
+    up.extend([ToAgent::Held(added), ToAgent::HeldAll, ToAgent::Leaving, end]);
+    down.push(FromAgent::FromBefore { pod: pod.clone(), connections });
     up.extend([ToAgent::Keep(Kept::View), ToAgent::Keep(Kept::Credentials)]);
     for kind in SocketKind::ALL {
         down.push(FromAgent::Sockets { pod: pod.clone(), kind, error: String::new() });
