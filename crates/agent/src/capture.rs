@@ -432,7 +432,13 @@ impl Capture {
         for family in &self.families {
             self.delivery.add(&mut self.route, *family)?;
         }
-        self.load(self.standing.as_ref().map_or(Rules::Whole, |expected| expected.rules))
+        let rules = self.standing.as_ref().map_or(Rules::Whole, |expected| expected.rules);
+        self.load(rules)?;
+        if rules == Rules::Whole {
+            self.forget_begun_without_rules()?;
+            self.looks = Some(Looks::from_now());
+        }
+        Ok(())
     }
 
     /// Captures connections to and from these ports no longer, and those of all others. Before [`Capture::begin`] it is

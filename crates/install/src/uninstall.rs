@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
+use k8s_openapi::api::core::v1::Node;
 use serde_json::Value;
 
 use crate::cluster::{Cluster, Place, path};
@@ -37,6 +38,10 @@ pub struct Arguments {
 /// How long pods may take to leave beyond the drain time, in seconds: everybody is told, and each replica waits a while for
 /// nodes that it does not see.
 const LEAVE: u64 = 60;
+
+/// The control plane's records of captured pods: their collection, and what they are selected by.
+const RECORDS: &str = "/api/v1/namespaces/justmtls-system/configmaps";
+const RECORDED: &str = "labelSelector=justmtls.dev%2Frecord%3Dcaptured";
 
 /// What else may be in our namespace, and is not ours: collections and kinds.
 const FOREIGN: &[(&str, &str)] = &[
@@ -107,6 +112,15 @@ impl Work {
         }
         if self.dry_run {
             anstream::println!("every captured pod would leave the mesh first");
+            return Ok(());
+        }
+        if self.cluster.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/{NODE}")).await?.is_none() {
+            let nodes: Vec<_> = self.standing().await?.into_keys().map(|node| printable(&node)).collect();
+            stays.push(format!(
+                "rules in the network namespaces of pods on {}, which are cut off, since the DaemonSet was deleted before they had \
+                 left: they go when the pods are made anew",
+                nodes.join(", ")
+            ));
             return Ok(());
         }
         let mut settings = settings_object(values);
@@ -190,7 +204,7 @@ impl Work {
         Ok(pages.iter().filter(|(_, pages)| !known(pages)).map(|(node, _)| printable(node)).collect())
     }
 
-    /// By node, the pods that have rules of ours; `None` where its agent does not say. Nodes without any are left out.
+    /// By node, the pods that have rules of ours; `None` where no agent says. Nodes without any are left out.
     async fn standing(&self) -> anyhow::Result<BTreeMap<String, Option<Vec<Standing>>>> {
         let pages = pages::of_nodes(&self.cluster, &[(Process::Agent, "/pods")]).await?;
         let of_node = |pages: &NodePages| {
@@ -198,7 +212,17 @@ impl Work {
             Some(pods.iter().filter_map(Standing::read).collect::<Vec<_>>())
         };
         let all = pages.iter().map(|(node, pages)| (node.clone(), of_node(pages)));
-        Ok(all.filter(|(_, pods)| pods.as_ref().is_none_or(|pods| !pods.is_empty())).collect())
+        let mut all: BTreeMap<_, _> =
+            all.filter(|(_, pods)| pods.as_ref().is_none_or(|pods| !pods.is_empty())).collect();
+        // The control plane remembers pods also where no agent runs that could be asked.
+        let records: Vec<Value> = self.cluster.list(RECORDS, RECORDED).await?;
+        let unasked: Vec<_> = records.iter().filter_map(node_of_record).filter(|it| !pages.contains_key(it)).collect();
+        if !unasked.is_empty() {
+            let nodes: Vec<Node> = self.cluster.list("/api/v1/nodes", "").await?;
+            let there = |name: &String| nodes.iter().any(|node| node.metadata.name.as_ref() == Some(name));
+            all.extend(unasked.into_iter().filter(there).map(|node| (node, None)));
+        }
+        Ok(all)
     }
 
     /// The DaemonSet, and its pods: an agent whose DaemonSet is being deleted takes out what it put onto its node.
@@ -261,10 +285,9 @@ impl Work {
             let name = place.rsplit('/').next().unwrap_or_default();
             gone += self.delete(&format!("{kind} {name}"), &place).await?;
         }
-        let maps = format!("{in_ours}/configmaps");
-        for record in self.cluster.list::<Value>(&maps, "labelSelector=justmtls.dev%2Frecord%3Dcaptured").await? {
+        for record in self.cluster.list::<Value>(RECORDS, RECORDED).await? {
             let name = record["metadata"]["name"].as_str().unwrap_or_default();
-            gone += self.delete(&format!("ConfigMap {name}"), &format!("{maps}/{name}")).await?;
+            gone += self.delete(&format!("ConfigMap {name}"), &format!("{RECORDS}/{name}")).await?;
         }
         for version in ["v1", "v1beta1", "v1alpha1"] {
             let bundles = format!("/apis/certificates.k8s.io/{version}/clustertrustbundles");
@@ -325,6 +348,13 @@ impl Work {
     }
 }
 
+/// The node of a record of captured pods that names any.
+fn node_of_record(record: &Value) -> Option<String> {
+    let pods = record["data"]["pods"].as_str().unwrap_or_default();
+    let node = record["data"]["node"].as_str().filter(|node| !node.is_empty())?;
+    (!pods.trim().is_empty()).then(|| node.to_owned())
+}
+
 /// A pod with rules of ours.
 #[derive(PartialEq, Eq, Debug)]
 struct Standing {
@@ -379,6 +409,13 @@ mod tests {
         let read = |state: &str| Standing::read(&json!({ "name": "shop/web", "state": state })).map(|pod| pod.leaving);
         assert_eq!(["captured", "beginning", "leaving"].map(read), [Some(false), Some(false), Some(true)]);
         assert_eq!(["not-captured", "waiting"].map(read), [None, None]);
+    }
+
+    #[test]
+    fn a_record_names_its_node_while_it_names_pods() {
+        let of = |pods: &str| node_of_record(&json!({ "data": { "node": "a", "pods": pods } }));
+        assert_eq!((of("1-2\n3-4"), of(" \n")), (Some("a".to_owned()), None));
+        assert_eq!(node_of_record(&json!({})), None);
     }
 
     #[test]

@@ -57,7 +57,31 @@ impl Capture {
         let Some(looks) = self.looks.filter(|looks| looks.next <= Instant::now()) else { return Ok(0) };
         self.looks = looks.after();
         self.forget_ended()?;
-        self.forget_stale()
+        Ok(self.forget_begun_without_rules()? + self.forget_stale()?)
+    }
+
+    /// Forgets what began while rules were gone and does not stand yet. The kernel would go on with it as it began, past the rules,
+    /// and the guards let none of that by: its next attempt is captured, where it would wait in vain. Returns how many.
+    pub(super) fn forget_begun_without_rules(&mut self) -> Result<usize, CaptureError> {
+        let plan = &self.plan;
+        let is_own = |end: SocketAddr| plan.addresses.contains(&end.ip());
+        let is_excluded = |flow: &Flow| {
+            let ports = if is_own(flow.source) { &plan.excluded_out } else { &plan.excluded_in };
+            ports.contains(&flow.destination.port())
+        };
+        let begun = |flow: &&Flow| {
+            flow.phase == Phase::Opening
+                && !flow.is_translated()
+                && flow.zone == 0
+                && is_own(flow.source) != is_own(flow.destination)
+                && !is_excluded(flow)
+        };
+        let flows = flows::list(&mut self.netfilter)?;
+        let mut forgotten = 0;
+        for flow in flows.iter().filter(begun) {
+            forgotten += usize::from(flows::forget(&mut self.netfilter, flow)?);
+        }
+        Ok(forgotten)
     }
 
     /// Forgets the pod's connections that were accepted and have ended, and whose ports are kept. Returns how many. A client's are

@@ -2,6 +2,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener};
+use std::thread;
 use std::time::Duration;
 
 use agent::capture::{Capture, Standing};
@@ -352,6 +353,43 @@ fn what_was_opened_before_capture_is_listed_and_nothing_else_is_ended() {
         assert_eq!(server.opened_before().unwrap(), [ends(&open[1])]);
         open[1].echo().unwrap();
         captured.echo().unwrap();
+    });
+}
+
+#[test]
+fn what_begins_while_a_rule_is_gone_is_captured_when_it_is_back() {
+    with_privilege(what_begins_while_a_rule_is_gone_is_captured_when_it_is_back, || {
+        let lab = Lab::new();
+        let _apps = FAMILIES.map(|family| App::anywhere(&lab.b, family, 8080));
+        // What a pod opens, and what is opened to one.
+        // The chains that would catch it are gone, and connection tracking is at work: as while a table comes back.
+        for (gone, pod, addresses, client) in
+            [(["capture_out", "guard_out"], &lab.a, A, &lab.a), (["capture_in", "guard_in"], &lab.b, B, &lab.node)]
+        {
+            let plan = plan(addresses);
+            let proxy = Proxy::start(prepared(pod, plan.clone())).begin();
+            let mut without = rules::ruleset(&plan);
+            let chains = without.chains.iter_mut().filter(|it| gone.contains(&&*it.name));
+            chains.for_each(|chain| chain.rules.clear());
+            for family in FAMILIES {
+                nft::replace(&mut netlink(pod, Protocol::Netfilter), &without).unwrap();
+                let before = proxy.seen().len();
+                thread::scope(|scope| {
+                    let opening = scope.spawn(|| Client::connect(client, B[family], 8080)?.seen());
+                    eventually("it to begin past the rules", || {
+                        let flows = flows::list(&mut netlink(pod, Protocol::Netfilter)).unwrap();
+                        flows.iter().any(|it| {
+                            let is_it = (it.destination.ip(), it.destination.port()) == (B[family], 8080);
+                            is_it && it.phase == flows::Phase::Opening && !it.is_translated()
+                        })
+                    });
+                    assert_eq!(proxy.seen().len(), before, "{gone:?}: it is not captured");
+                    proxy.capture.lock().unwrap().repair().unwrap();
+                    opening.join().unwrap().unwrap();
+                });
+                assert_eq!(proxy.seen().len(), before + 1, "{gone:?}: it is captured");
+            }
+        }
     });
 }
 
