@@ -151,6 +151,8 @@ pub struct Capture {
     idle: bool,
     /// When to look for flows that nobody has any more.
     looks: Option<Looks>,
+    /// At how many of those to forget what began while rules were gone: at none, but after a repair.
+    repaired: u8,
 }
 
 /// Of the pod's namespace.
@@ -296,6 +298,7 @@ impl Capture {
             dropped: 0,
             idle: false,
             looks: None,
+            repaired: 0,
         })
     }
 
@@ -435,8 +438,7 @@ impl Capture {
         let rules = self.standing.as_ref().map_or(Rules::Whole, |expected| expected.rules);
         self.load(rules)?;
         if rules == Rules::Whole {
-            self.forget_begun_without_rules()?;
-            self.looks = Some(Looks::from_now());
+            (self.looks, self.repaired) = (Some(Looks::at_once()), 2);
         }
         Ok(())
     }

@@ -75,6 +75,8 @@ struct Captured {
     gateways: Vec<IpAddr>,
     /// What was opened to the pod before its capture and is open still, as proxies were told.
     from_before: Vec<Ends>,
+    /// Some of that is being ended.
+    is_ending: bool,
     /// `None` where the kernel's notifications cannot be watched: it is looked at now and then.
     _follower: Option<Follower>,
 }
@@ -358,8 +360,9 @@ impl Node {
                 self.shown.journal.problem("not-followed", pod.as_str(), &error.to_string());
                 None
             });
-            let from_before = Vec::new();
-            self.captures.insert(pod.clone(), Captured { capture, listeners, gateways, from_before, _follower });
+            let (from_before, is_ending) = (Vec::new(), false);
+            let captured = Captured { capture, listeners, gateways, from_before, is_ending, _follower };
+            self.captures.insert(pod.clone(), captured);
         }
         self.act(actions);
     }

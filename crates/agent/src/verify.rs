@@ -42,7 +42,7 @@ pub(crate) enum Found {
     Strengthened,
     /// It was captured too late, and so many connections from before were ended.
     Ended(usize),
-    /// These were opened to it before its capture, and are open.
+    /// These were opened to it before its capture, and are open: mostly none.
     OpenFromBefore(Vec<Ends>),
     /// So many of those were ended, since they are refused by now.
     EndedAsRefused(usize),
@@ -157,15 +157,19 @@ fn look(capture: &mut Capture, depth: Depth) -> Vec<Found> {
         },
         Err(error) => return vec![failed("it cannot be verified", &error)],
     }
-    let was_open = capture.guarded() == Some(Strength::Opening);
     match capture.strengthen() {
-        Ok(false) if was_open => match capture.opened_before() {
-            Ok(open) => found.push(Found::OpenFromBefore(open)),
-            Err(error) => found.push(failed("what is open from before its capture cannot be listed", &error)),
-        },
         Ok(false) => {}
-        Ok(true) => found.extend([Found::OpenFromBefore(Vec::new()), Found::Strengthened]),
+        Ok(true) => found.push(Found::Strengthened),
         Err(error) => found.push(failed("its guard cannot be completed", &error)),
+    }
+    // With a guard that judges everything there is nothing from before.
+    let open = match capture.guarded() {
+        Some(Strength::Opening) => capture.opened_before(),
+        _ => Ok(Vec::new()),
+    };
+    match open {
+        Ok(open) => found.push(Found::OpenFromBefore(open)),
+        Err(error) => found.push(failed("what is open from before its capture cannot be listed", &error)),
     }
     match capture.forget_stale_when_due() {
         Ok(0) => {}

@@ -107,20 +107,21 @@ impl Work {
     /// open goes on for as long as the drain time.
     async fn farewell(&self, arguments: &Arguments, values: &Values, stays: &mut Vec<String>) -> anyhow::Result<()> {
         let place = format!("/api/v1/namespaces/{NAMESPACE}/configmaps/{SETTINGS}");
-        if self.cluster.get(&place).await?.is_none() || self.standing().await?.is_empty() {
-            return Ok(());
-        }
-        if self.dry_run {
-            anstream::println!("every captured pod would leave the mesh first");
+        let standing = self.standing().await?;
+        if self.cluster.get(&place).await?.is_none() || standing.is_empty() {
             return Ok(());
         }
         if self.cluster.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/{NODE}")).await?.is_none() {
-            let nodes: Vec<_> = self.standing().await?.into_keys().map(|node| printable(&node)).collect();
+            let nodes: Vec<_> = standing.keys().map(|node| printable(node)).collect();
             stays.push(format!(
                 "rules in the network namespaces of pods on {}, which are cut off, since the DaemonSet was deleted before they had \
                  left: they go when the pods are made anew",
                 nodes.join(", ")
             ));
+            return Ok(());
+        }
+        if self.dry_run {
+            anstream::println!("every captured pod would leave the mesh first");
             return Ok(());
         }
         let mut settings = settings_object(values);
@@ -174,7 +175,8 @@ impl Work {
                 }
                 if !silent.is_empty() {
                     stays.push(format!(
-                        "rules in the network namespaces of pods on {}: they go when the pods are made anew",
+                        "rules in the network namespaces of pods on {0}: they go when the pods are made anew; and, where no agent has taken \
+                         it out, the CNI plugin: remove 00-justmtls.conflist from the CNI configurations of {0}",
                         silent.join(", ")
                     ));
                 }

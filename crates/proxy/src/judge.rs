@@ -24,7 +24,7 @@ pub(crate) fn judge(node: &Node) {
 }
 
 /// What was opened to a pod before its capture and would be refused if it came now. It is in clear, and the agent alone can
-/// reach it (T11). What strict lets in of the pod's node and of the API server goes on.
+/// reach it (T11). What may be a declared probe, or a call of the API server, goes on.
 pub(crate) fn refused_from_before(node: &Node, pod: &Pod) -> Vec<Ends> {
     let (open, declared) = (pod.opened_before(), pod.declared());
     let is_refused = |view: &View, ends: &Ends| {
@@ -36,8 +36,7 @@ pub(crate) fn refused_from_before(node: &Node, pod: &Pod) -> Vec<Ends> {
         }
         let own_node = probe::own_node(node, &declared);
         let maybe = MaybeProbe { pod: &pod.uid, destination, source, node: own_node, probes: &declared.probes };
-        let exempt = |because| mesh::probe_refused_now(view, because, maybe).is_none();
-        !exempt(PlaintextReason::Probe) && !exempt(PlaintextReason::ApiServer)
+        !mesh::may_be_probe(view, maybe)
     };
     node.view.read(|view| open.into_iter().filter(|ends| is_refused(view, ends)).collect())
 }

@@ -28,23 +28,27 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_PROBES: u32 = 6;
 
 /// Makes a listener's connections ready to be copied before there are any, since an accepted socket has what its listener has:
-/// small writes at once, a reset if we die, probes when idle.
+/// small writes at once, and a reset if we die.
 ///
 /// # Errors
 /// The kernel's.
 pub(crate) fn prepare_listener(listener: &TcpListener) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     SockRef::from(listener).set_tcp_nodelay(true)?;
-    linux::sockets::reset_on_close(listener, true)?;
-    keepalive(listener)
+    linux::sockets::reset_on_close(listener, true)
 }
 
-/// Takes a captured connection, as a listener gave it, into the event queue of this core.
+/// Takes a captured connection, as a listener gave it, into the event queue of this core. Probes when idle it does not have from
+/// there: it may be older than our hold of the listener.
 ///
 /// # Errors
-/// The kernel's, by the call.
+/// [`EndedEarly::Reset`] where the client is gone already; the kernel refuses options of a dead socket.
 pub(crate) fn captured(stream: std::net::TcpStream) -> Result<TcpStream, EndedEarly> {
-    stream.set_nonblocking(true).map_err(|_| EndedEarly::System("ioctl"))?;
+    let prepare = || {
+        stream.set_nonblocking(true)?;
+        keepalive(&stream)
+    };
+    prepare().map_err(|_: io::Error| EndedEarly::Reset(crate::reasons::Side::Client))?;
     TcpStream::from_std(stream).map_err(|_| EndedEarly::System("epoll_ctl"))
 }
 

@@ -87,6 +87,8 @@ impl<A: Authority> Pods<A> {
             Some(_) | None => Arc::new(self.pod(&added)),
         };
         pod.declare(declared(&added));
+        // An agent that is new tells of it.
+        pod.set_opened_before(Vec::new());
         self.node.certificates.hold(&pod.identity, &self.authority, &self.node.metrics);
         let mut served = Served { pod: pod.clone(), added, listeners, accepting: Vec::new(), ready: false };
         // Before the old ones end: somebody accepts at any time.

@@ -32,7 +32,7 @@ const TURN: usize = 256 * 1024;
 /// How long something that is held back waits for bytes to go with.
 const SOON: Duration = Duration::from_millis(2);
 
-/// How long a reader has for what still lies in front of a reset before the reset is passed on without it.
+/// How long a slow reader has, for each part of what still lies in front of a reset, before the reset is passed on without the rest.
 const RESET_GRACE: Duration = Duration::from_secs(1);
 
 /// What a look at a source gave.

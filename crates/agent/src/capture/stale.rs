@@ -30,6 +30,11 @@ impl Looks {
     const FIRST: Duration = Duration::from_secs(1);
     const LONGEST: Duration = Duration::from_secs(64);
 
+    /// The first one now.
+    pub(super) fn at_once() -> Looks {
+        Looks { next: Instant::now(), pause: Looks::FIRST }
+    }
+
     /// From now on.
     pub(super) fn from_now() -> Looks {
         Looks { next: Instant::now() + Looks::FIRST, pause: Looks::FIRST }
@@ -52,17 +57,25 @@ impl Capture {
         }
     }
 
-    /// Forgets the flows of the pod that no socket has any more, where it is time to look for some. Returns how many.
-    pub(crate) fn forget_stale_when_due(&mut self) -> Result<usize, CaptureError> {
+    /// Forgets the flows of the pod that no socket has any more, or that began while rules were gone, where it is time to look for
+    /// some. Returns how many.
+    pub fn forget_stale_when_due(&mut self) -> Result<usize, CaptureError> {
         let Some(looks) = self.looks.filter(|looks| looks.next <= Instant::now()) else { return Ok(0) };
         self.looks = looks.after();
         self.forget_ended()?;
-        Ok(self.forget_begun_without_rules()? + self.forget_stale()?)
+        let begun = match self.repaired {
+            0 => 0,
+            left => {
+                self.repaired = left - 1;
+                self.forget_begun_without_rules()?
+            }
+        };
+        Ok(begun + self.forget_stale()?)
     }
 
     /// Forgets what began while rules were gone and does not stand yet. The kernel would go on with it as it began, past the rules,
     /// and the guards let none of that by: its next attempt is captured, where it would wait in vain. Returns how many.
-    pub(super) fn forget_begun_without_rules(&mut self) -> Result<usize, CaptureError> {
+    fn forget_begun_without_rules(&mut self) -> Result<usize, CaptureError> {
         let plan = &self.plan;
         let is_own = |end: SocketAddr| plan.addresses.contains(&end.ip());
         let is_excluded = |flow: &Flow| {

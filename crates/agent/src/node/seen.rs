@@ -84,11 +84,14 @@ impl Node {
         });
     }
 
-    /// What was opened to a pod before its capture, for those who know what is refused.
+    /// What was opened to a pod before its capture, for those who know what is refused. Told again and again while there is
+    /// some: what they say to it may be lost.
     fn open_from_before(&mut self, pod: &PodUid, open: Vec<Ends>) {
-        let Some(captured) = self.captures.get_mut(pod).filter(|captured| captured.from_before != open) else { return };
-        captured.from_before = open;
-        self.tell_from_before(pod, None);
+        let Some(captured) = self.captures.get_mut(pod) else { return };
+        if !(open.is_empty() && captured.from_before.is_empty()) {
+            captured.from_before = open;
+            self.tell_from_before(pod, None);
+        }
     }
 
     /// Tells one proxy of it, or all that are to serve the pod.
@@ -101,17 +104,23 @@ impl Node {
         }
     }
 
-    /// Ends what is refused by now of what was open before a pod's capture.
-    pub(super) fn end_refused(&self, pod: PodUid, these: Vec<Ends>) {
-        let Some(capture) = self.captures.get(&pod).map(|captured| captured.capture.clone()) else { return };
+    /// Ends what is refused by now of what was open before a pod's capture, and looks what is left. Once at a time: what is said
+    /// meanwhile is said again when that is told.
+    pub(super) fn end_refused(&mut self, pod: PodUid, these: Vec<Ends>) {
+        let Some(captured) = self.captures.get_mut(&pod).filter(|captured| !captured.is_ending) else { return };
+        captured.is_ending = true;
+        let capture = captured.capture.clone();
         self.blocking(move || {
-            let found = match lock(&capture).end_these_from_before(&these) {
-                Ok(connections) => Found::EndedAsRefused(connections),
+            let capture = lock(&capture);
+            let ended = capture.end_these_from_before(&these).and_then(|ended| Ok((ended, capture.opened_before()?)));
+            let found = match ended {
+                Ok((ended, left)) => vec![Found::EndedAsRefused(ended), Found::OpenFromBefore(left)],
                 Err(error) => {
-                    Found::Failed { sentence: format!("its connections from before capture cannot be ended: {error}") }
+                    let sentence = format!("its connections from before capture cannot be ended: {error}");
+                    vec![Found::EndedAsRefused(0), Found::Failed { sentence }]
                 }
             };
-            Event::Found(vec![(pod, found)])
+            Event::Found(found.into_iter().map(|found| (pod.clone(), found)).collect())
         });
     }
 
@@ -134,13 +143,20 @@ impl Node {
                 }
                 Found::OpenFromBefore(open) => self.open_from_before(&pod, open),
                 Found::EndedAsRefused(connections) => {
+                    if let Some(captured) = self.captures.get_mut(&pod) {
+                        captured.is_ending = false;
+                    }
+                    if connections == 0 {
+                        continue;
+                    }
                     self.shown.metrics.refused_connections.inc_by(connections as u64);
                     let detail =
                         format!("{connections} connections from before its capture were ended: plaintext is refused");
                     self.shown.journal.change("ended-from-before", pod.as_str(), &detail);
                 }
                 Found::Forgotten(flows) => {
-                    let detail = format!("{flows} flows of before its capture that no socket has any more");
+                    let detail =
+                        format!("{flows} flows that no socket has any more, or that began while rules were gone");
                     self.shown.journal.change("forgotten", pod.as_str(), &detail);
                 }
                 Found::Dropped(packets) => {

@@ -1,20 +1,22 @@
 //! Probes over real sockets, to a port that takes no plaintext: what was declared passes, and everything else is refused by
 //! name.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh::{Check, HttpProbe, Mode, PlaintextReason, Probe, Probes, RefuseReason};
+use mesh::{Action, Check, HttpProbe, Mode, PlaintextReason, Policy, Probe, Probes, RefuseReason, Resource};
 use rustls::time_provider::DefaultTimeProvider;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, timeout};
+use wire::pods::Ends;
 
+use super::whole_path::deny_client;
 use super::world::{Authority, CLIENT, Capture, LONG, SERVER, Served, World, connect, run, workload};
 use crate::clock::Clock;
 use crate::connections::Security;
-use crate::judge::judge;
+use crate::judge::{judge, refused_from_before};
 use crate::pod::Declared;
 use crate::reasons::EndedEarly;
 
@@ -416,5 +418,30 @@ fn a_pod_that_the_view_does_not_know_yet_is_waited_for() {
         tokio::task::yield_now().await;
         world.set_mode(Mode::Strict);
         timeout(LONG, application.accept()).await.expect("refused").unwrap();
+    });
+}
+
+#[test]
+fn of_what_was_open_before_capture_only_what_may_be_a_probe_goes_on_where_plaintext_is_refused() {
+    run(async {
+        let world = strict();
+        let (probed, other) = (8080, 9090);
+        let probes = Probes::new([Probe { port: probed, check: http() }]).unwrap();
+        world.server.declare(Declared { probes, gateways: vec![CLIENT] });
+        let stranger: IpAddr = "127.77.9.9".parse().unwrap();
+        let ends = |port, peer| Ends { own: SocketAddr::new(SERVER, port), peer: SocketAddr::new(peer, 40_000) };
+        let all = [ends(probed, CLIENT), ends(other, CLIENT), ends(probed, stranger)];
+        world.server.set_opened_before(all.to_vec());
+        let refused = || refused_from_before(&world.node, &world.server);
+        assert_eq!(refused(), all[1..]);
+        world.set_mode(Mode::Permissive);
+        assert_eq!(refused(), []);
+        // A policy that names who may come does not name who shows no identity.
+        let allow = Policy { action: Action::Allow, ..deny_client() };
+        world.node.view.change(|view| view.apply(Resource::Policy(allow)));
+        assert_eq!(refused(), all[1..]);
+        // The view may lose the pod before its node does.
+        world.node.view.change(|view| view.remove(&mesh::ResourceKey::Workload("server".into())));
+        assert_eq!(refused(), []);
     });
 }

@@ -298,7 +298,7 @@ fn a_node_that_refuses_the_connection_is_a_reset_within_milliseconds() {
     });
 }
 
-fn deny_client() -> Policy {
+pub(super) fn deny_client() -> Policy {
     let principals = vec![mesh::StringMatch::Exact("cluster.local/ns/a/sa/client".into())];
     let clause = Clause { matches: vec![Match { principals, ..Match::default() }] };
     Policy {
@@ -366,6 +366,6 @@ fn the_task_of_a_connection_is_small() {
         let outbound = size_of_val(&crate::outbound::serve(&world.node, &world.client, &connection, path.client));
         let inbound = size_of_val(&crate::inbound::serve(&world.node, &world.server, &connection, path.server));
         // Beside it a connection owns its TLS state, and a buffer per direction once that has carried something.
-        assert!(outbound < 8192 && inbound < 8192, "{outbound} and {inbound} bytes");
+        assert!(outbound < 2048 && inbound < 2048, "{outbound} and {inbound} bytes");
     });
 }

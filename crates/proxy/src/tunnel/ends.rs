@@ -206,7 +206,8 @@ impl Source for TunnelSource {
             Ok(Control::Closed { lease }) => {
                 // The other side has seen both directions end, as we are about to.
                 self.next = Some(Ok(Control::Closed { lease }));
-                std::future::pending().await
+                splice::in_error(&self.tcp).await;
+                EndedEarly::Reset(self.far)
             }
             Ok(_) => Violation::OutOfOrder.into(),
             Err(early) => early,

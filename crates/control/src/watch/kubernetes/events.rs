@@ -62,6 +62,7 @@ impl Events {
             let came = match self.body.fill_buf().await {
                 Ok([]) => return None,
                 Ok(came) => came,
+                Err(error) if is_end(&error) => return None,
                 Err(error) => return Some(vec![Err(kube::Error::ReadEvents(error).into())]),
             };
             let length = came.len();
@@ -79,6 +80,20 @@ impl Events {
             }
         }
     }
+}
+
+/// Whether a connection merely went, as whoever stands between may let it after a while: the watch goes on from where it was.
+fn is_end(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{TimedOut, UnexpectedEof};
+    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = next {
+        let kind = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+        if matches!(kind, Some(UnexpectedEof | TimedOut)) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
 }
 
 /// The events of whole lines, up to the first that is none.

@@ -73,9 +73,11 @@ impl From<Failure> for End {
 /// One page of a list.
 #[derive(Deserialize)]
 struct Page<'a> {
+    #[serde(default)]
     metadata: ListMeta,
+    /// Of an empty list some servers say `null`.
     #[serde(borrow)]
-    items: Vec<&'a RawValue>,
+    items: Option<Vec<&'a RawValue>>,
 }
 
 impl Follower {
@@ -221,7 +223,7 @@ impl Follower {
             let unreadable = |error| Failure::from(kube::Error::SerdeError(error));
             let page: Page<'_> = serde_json::from_str(&text).map_err(unreadable)?;
             let mut readings = Vec::with_capacity(PIECE);
-            for object in page.items {
+            for object in page.items.unwrap_or_default() {
                 let reading = (self.read)(object.get()).map_err(unreadable)?;
                 seen.insert(reading.key.clone());
                 readings.push(reading);
