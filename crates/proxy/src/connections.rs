@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use identity::{SpiffeId, UnixTime, VerifiedPeer};
-use mesh::{AllowedProbe, PlaintextReason, PodUid};
+use mesh::{AllowedProbe, PlaintextReason, PodUid, Workload};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -71,6 +71,11 @@ impl Security {
             Self::Plaintext(_) => None,
         }
     }
+}
+
+/// `namespace/name`, for people.
+pub(crate) fn full_name(workload: &Workload) -> Arc<str> {
+    format!("{}/{}", workload.namespace, workload.name).into()
 }
 
 /// What was decided about a connection.

@@ -7,7 +7,7 @@ use identity::UnixTime;
 use mesh::{PlaintextReason, View};
 use serde::Serialize;
 
-use crate::connections::{Connection, Direction};
+use crate::connections::{Connection, Direction, full_name};
 use crate::pod::Pod;
 use crate::reasons::EndedEarly;
 
@@ -89,10 +89,10 @@ pub(crate) fn from_before(pod: &Pod, view: &View, now: UnixTime) -> HashMap<Edge
     let mut edges = HashMap::new();
     for ends in pod.opened_before() {
         let address = ends.peer.ip();
-        let name = view.workload_at(address).map(|it| format!("{}/{}", it.namespace, it.name));
+        let name = view.workload_at(address).map(|it| full_name(it));
         let edge = Edge {
             direction: Direction::Inbound.as_str(),
-            source: name.unwrap_or_else(|| address.to_string()).into(),
+            source: name.unwrap_or_else(|| address.to_string().into()),
             destination: pod.name.clone(),
             port: ends.own.port(),
             security: "plaintext",

@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
 use wire::tunnel::{Claim, FIRST_LEASE};
 
-use crate::connections::{Connection, Decision, Security};
+use crate::connections::{Connection, Decision, Security, full_name};
 use crate::first_bytes::{First, FirstBytes, Guarded, guarded_leg};
 use crate::node::Node;
 use crate::pod::Pod;
@@ -307,7 +307,7 @@ fn allow(
         let allowed = mesh::authorize(view, Incoming { pod: &connection.pod.uid, destination, source, security });
         match &allowed {
             Ok(_) => {
-                let other = view.workload_at(source).map(|it| format!("{}/{}", it.namespace, it.name).into());
+                let other = view.workload_at(source).map(|it| full_name(it));
                 connection.decide(Decision { other, ..decision() });
             }
             Err(denied) => tracing::debug!(pod = %connection.pod.name, %source, %denied, "denied"),

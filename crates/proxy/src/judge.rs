@@ -26,7 +26,12 @@ pub(crate) fn judge(node: &Node) {
 /// What was opened to a pod before its capture and would be refused if it came now. It is in clear, and the agent alone can
 /// reach it (T11). What may be a declared probe, or a call of the API server, goes on.
 pub(crate) fn refused_from_before(node: &Node, pod: &Pod) -> Vec<Ends> {
-    let (open, declared) = (pod.opened_before(), pod.declared());
+    let open = pod.opened_before();
+    // Mostly; and this is asked of each pod at each change of the view.
+    if open.is_empty() {
+        return open;
+    }
+    let declared = pod.declared();
     let is_refused = |view: &View, ends: &Ends| {
         let (destination, source) = (ends.own, ends.peer.ip());
         let security = mesh::Security::Plaintext(PlaintextReason::PreCapture);

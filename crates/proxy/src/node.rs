@@ -11,7 +11,7 @@ use crate::access_log::AccessLog;
 use crate::budgets::Budgets;
 use crate::certs::Certificates;
 use crate::clock::Clock;
-use crate::connections::{Connection, Direction, Registry};
+use crate::connections::{Connection, Direction, Registry, full_name};
 use crate::coverage::{Coverage, Edge};
 use crate::metrics::Metrics;
 use crate::pool::Pool;
@@ -114,6 +114,6 @@ impl Node {
             Direction::Inbound => connection.source.ip(),
             Direction::Outbound => connection.destination()?.ip(),
         };
-        self.view.read(|view| view.workload_at(address).map(|it| format!("{}/{}", it.namespace, it.name).into()))
+        self.view.read(|view| view.workload_at(address).map(|it| full_name(it)))
     }
 }

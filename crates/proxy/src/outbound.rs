@@ -14,7 +14,7 @@ use tokio::time::{Instant, timeout_at};
 use wire::tunnel::{Claim, MAX_DATA};
 
 use crate::batch::{self, Told};
-use crate::connections::{Connection, Decision, Security};
+use crate::connections::{Connection, Decision, Security, full_name};
 use crate::node::Node;
 use crate::pod::Pod;
 use crate::pool::{Ends, Key};
@@ -127,7 +127,7 @@ async fn lease(
         connection.decide(Decision {
             to: target.address,
             security: Security::Mtls(tunnel.peer.clone()),
-            other: Some(name(&target.workload)),
+            other: Some(full_name(&target.workload)),
             service: target.service.as_ref().map(|service| service.to_string().into()),
         });
         // The longer it lay, the likelier it is that the other side is gone; then nothing but the question is lost.
@@ -304,12 +304,8 @@ fn look(node: &Node, connection: &Connection, outgoing: Outgoing<'_>) -> Route {
 }
 
 fn plaintext(view: &mesh::View, to: std::net::SocketAddr, because: PlaintextReason) -> Decision {
-    let other = view.workload_at(to.ip()).map(|workload| name(workload));
+    let other = view.workload_at(to.ip()).map(|workload| full_name(workload));
     Decision { to, security: Security::Plaintext(because), other, service: None }
-}
-
-fn name(workload: &mesh::Workload) -> Arc<str> {
-    format!("{}/{}", workload.namespace, workload.name).into()
 }
 
 fn claim(connection: &Connection, target: &Target) -> Claim {

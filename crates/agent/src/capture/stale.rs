@@ -82,19 +82,11 @@ impl Capture {
             let ports = if is_own(flow.source) { &plan.excluded_out } else { &plan.excluded_in };
             ports.contains(&flow.destination.port())
         };
-        let begun = |flow: &&Flow| {
-            flow.phase == Phase::Opening
-                && !flow.is_translated()
-                && flow.zone == 0
-                && is_own(flow.source) != is_own(flow.destination)
-                && !is_excluded(flow)
+        let begun = |flow: &Flow| {
+            is_past_rules(flow, Phase::Opening) && is_own(flow.source) != is_own(flow.destination) && !is_excluded(flow)
         };
-        let flows = flows::list(&mut self.netfilter)?;
-        let mut forgotten = 0;
-        for flow in flows.iter().filter(begun) {
-            forgotten += usize::from(flows::forget(&mut self.netfilter, flow)?);
-        }
-        Ok(forgotten)
+        let flows: Vec<_> = flows::list(&mut self.netfilter)?.into_iter().filter(begun).collect();
+        self.forget(&flows)
     }
 
     /// Forgets the pod's connections that were accepted and have ended, and whose ports are kept. Returns how many. A client's are
@@ -112,27 +104,34 @@ impl Capture {
     pub fn forget_stale(&mut self) -> Result<usize, CaptureError> {
         let own = self.plan.addresses.clone();
         self.forget_without_socket(|flow| {
-            flow.phase == Phase::Open
-                && !flow.is_translated()
-                && flow.zone == 0
+            is_past_rules(flow, Phase::Open)
                 && [flow.source, flow.destination].iter().any(|end| own.contains(&end.ip()))
         })
     }
 
     /// Forgets those of `these` flows that no socket of the pod has. Returns how many.
     pub(super) fn forget_without_socket(&mut self, these: impl Fn(&Flow) -> bool) -> Result<usize, CaptureError> {
-        let flows = flows::list(&mut self.netfilter)?;
+        let mut flows = flows::list(&mut self.netfilter)?;
         // Afterwards: what was opened meanwhile is not taken for one that is gone.
         let live: HashSet<(SocketAddr, SocketAddr)> =
             diag::connections(&mut self.diagnosis()?)?.iter().map(|it| (it.local, it.remote)).collect();
+        flows.retain(|flow| these(flow) && !sockets_of(flow).iter().any(|socket| live.contains(socket)));
+        self.forget(&flows)
+    }
+
+    /// Forgets flows. Returns how many were still there.
+    fn forget(&mut self, flows: &[Flow]) -> Result<usize, CaptureError> {
         let mut forgotten = 0;
-        for flow in flows.iter().filter(|flow| these(flow)) {
-            if !sockets_of(flow).iter().any(|socket| live.contains(socket)) {
-                forgotten += usize::from(flows::forget(&mut self.netfilter, flow)?);
-            }
+        for flow in flows {
+            forgotten += usize::from(flows::forget(&mut self.netfilter, flow)?);
         }
         Ok(forgotten)
     }
+}
+
+/// Whether a flow that is so far has met none of our rules.
+fn is_past_rules(flow: &Flow, phase: Phase) -> bool {
+    flow.phase == phase && !flow.is_translated() && flow.zone == 0
 }
 
 /// The sockets, by their own and their peer's address, that the pod may have of a flow: of who began it, and of who answers.

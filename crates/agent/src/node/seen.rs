@@ -74,7 +74,8 @@ impl Node {
         let Some(capture) = self.captures.get(pod).map(|captured| captured.capture.clone()) else { return };
         let pod = pod.clone();
         self.blocking(move || {
-            let found = match lock(&capture).end_from_before() {
+            // All of it: it should have been captured before it had any.
+            let found = match lock(&capture).end_from_before(|_| true) {
                 Ok(connections) => Found::Ended(connections),
                 Err(error) => {
                     Found::Failed { sentence: format!("its connections from before capture cannot be ended: {error}") }
@@ -112,7 +113,9 @@ impl Node {
         let capture = captured.capture.clone();
         self.blocking(move || {
             let capture = lock(&capture);
-            let ended = capture.end_these_from_before(&these).and_then(|ended| Ok((ended, capture.opened_before()?)));
+            let ended = capture
+                .end_from_before(|ends| these.contains(ends))
+                .and_then(|ended| Ok((ended, capture.opened_before()?)));
             let found = match ended {
                 Ok((ended, left)) => vec![Found::EndedAsRefused(ended), Found::OpenFromBefore(left)],
                 Err(error) => {

@@ -3,11 +3,12 @@
 //! Only the line is looked into here; the object in it is handed as it stands to the one who reads it, once. (Through the client's
 //! own type, an enum with a tag, each object is read twice, and the code of each kind exists twice.)
 
-use std::collections::BTreeMap;
 use std::pin::Pin;
 
 use futures_util::{AsyncBufRead, AsyncBufReadExt};
 use kube::Client;
+use kube::core::Status;
+use kube::core::watch::Bookmark;
 use manifests::ObjectKey;
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -116,28 +117,6 @@ struct Line<'a> {
     object: &'a RawValue,
 }
 
-#[derive(Deserialize)]
-struct Mark {
-    metadata: MarkMetadata,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct MarkMetadata {
-    resource_version: String,
-    #[serde(default)]
-    annotations: BTreeMap<String, String>,
-}
-
-/// What the API server says of itself in place of an object.
-#[derive(Deserialize)]
-struct Status {
-    #[serde(default)]
-    code: u16,
-    #[serde(default)]
-    message: String,
-}
-
 fn event(line: &[u8], read: Read) -> Result<Event, Failure> {
     let parsed = || -> serde_json::Result<Result<Event, Failure>> {
         let Line { kind, object } = serde_json::from_slice(line)?;
@@ -146,11 +125,13 @@ fn event(line: &[u8], read: Read) -> Result<Event, Failure> {
             "ADDED" | "MODIFIED" => Ok(Event::There(read(object)?)),
             "DELETED" => read(object).map(|reading| Ok(Event::Gone(reading.key, reading.version)))?,
             "BOOKMARK" => {
-                let Mark { metadata } = serde_json::from_str(object)?;
+                let Bookmark { metadata, .. } = serde_json::from_str(object)?;
                 let ends_list = metadata.annotations.contains_key(END_OF_LIST);
                 Ok(Event::Bookmark { version: metadata.resource_version, ends_list })
             }
-            "ERROR" => serde_json::from_str(object).map(|Status { code, message }| Err(Failure::of(code, &message)))?,
+            "ERROR" => {
+                serde_json::from_str(object).map(|Status { code, message, .. }| Err(Failure::of(code, &message)))?
+            }
             other => Err(Failure::Away(format!("a watch says {other:?}, which no watch says"))),
         })
     };
@@ -197,7 +178,7 @@ mod tests {
     proptest! {
         #[test]
         fn however_the_bytes_come_the_events_are_the_same(cuts in prop::collection::vec(1_usize..200, 0..20)) {
-            let mark = json!({ "kind": "Pod", "metadata": { "resourceVersion": "3",
+            let mark = json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "resourceVersion": "3",
                 "annotations": { END_OF_LIST: "true" } } });
             let bytes = lines(&[
                 json!({ "type": "ADDED", "object": pod("one", "1") }),
