@@ -150,6 +150,17 @@ pub fn raise_descriptor_limit() -> io::Result<u64> {
     Ok(hard)
 }
 
+/// Lets the calling thread stand behind others for processor time (setpriority(2), whose process is a thread on Linux):
+/// `niceness` is from 0 to 19, and what a thread has given away it does not get back.
+///
+/// # Errors
+/// The number is lower than what the thread has.
+pub fn be_nice(niceness: i32) -> io::Result<()> {
+    // SAFETY: plain numbers.
+    Errno::result(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, niceness) })?;
+    Ok(())
+}
+
 /// What a thread holds, as the kernel tells it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Held {

@@ -1,5 +1,5 @@
 //! One thread and one single-threaded runtime per core: a connection is served by one core from its first byte to its
-//! last, and nothing of it is shared.
+//! last, unless its payer keeps that core busy beside others ([`crate::turns`]).
 //!
 //! Each listener belongs to one core, in turn, since the cores cannot share it without letting others join (T24). That core
 //! serves what it accepts, without waking another, unless it has clearly more to do than one that it can hand over to.
@@ -19,7 +19,8 @@ use crate::connections::Direction;
 use crate::node::Node;
 use crate::pod::Pod;
 use crate::redirect::{self, Captured};
-use crate::{legs, pool};
+use crate::turns::{Everybody, Turns};
+use crate::{legs, offload, pool};
 
 /// Connections that may wait for a core to take them over. Beyond it whoever accepted one serves it.
 const HANDED_OVER: usize = 1024;
@@ -72,7 +73,9 @@ impl Cores {
     /// # Errors
     /// The system gives no thread or event queue.
     pub(crate) fn start(count: usize, node: &Arc<Node>) -> io::Result<Self> {
-        let cores = (0..count.max(1)).map(|number| Core::start(number, node.clone())).collect::<io::Result<_>>()?;
+        let (count, everybody) = (count.max(1), Everybody::new());
+        let start = |number| Core::start((number, count), &everybody, node.clone());
+        let cores = (0..count).map(start).collect::<io::Result<_>>()?;
         Ok(Self { cores, turn: AtomicUsize::new(0) })
     }
 
@@ -99,7 +102,7 @@ impl Cores {
 
     /// Serves a connection that core `own` has accepted: there, or on the least busy core. Only for a task of that core. It
     /// waits for nothing: an acceptor that is stopped would lose a connection that it waits with.
-    fn serve(&self, own: usize, node: &Arc<Node>, mut captured: Captured) {
+    fn serve(&self, (own, turns): (usize, &Turns), node: &Arc<Node>, mut captured: Captured) {
         let open = |core: &Core| core.open.load(Ordering::Relaxed);
         let Some(least) = self.cores.iter().min_by_key(|core| open(core)) else { return };
         let here = &self.cores[own];
@@ -110,7 +113,7 @@ impl Cores {
                 Err(TrySendError::Full((back, _busy)) | TrySendError::Closed((back, _busy))) => captured = back,
             }
         }
-        serve_here(node.clone(), captured, Busy::on(here));
+        serve_here(turns, node.clone(), captured, Busy::on(here));
     }
 
     /// How many connections each core has.
@@ -120,23 +123,49 @@ impl Cores {
 }
 
 impl Core {
-    fn start(number: usize, node: Arc<Node>) -> io::Result<Self> {
+    fn start((number, count): (usize, usize), everybody: &Everybody, node: Arc<Node>) -> io::Result<Self> {
         let open = Arc::new(AtomicUsize::new(0));
         let (connections, handed_over) = mpsc::channel(HANDED_OVER);
         let (listeners, listening) = mpsc::unbounded_channel();
-        thread::Builder::new().name(format!("core-{number}")).spawn(move || {
-            pool::this_is_core(number);
-            match Builder::new_current_thread().enable_all().build_local(LocalOptions::default()) {
-                Ok(runtime) => runtime.block_on(serve_all(number, node, listening, handed_over)),
-                Err(error) => tracing::error!(%error, "a core has no event queue"),
-            }
+        let swept = node.clone();
+        let (turns, returning) = Turns::new(everybody, move |aside| {
+            let node = swept.clone();
+            let started = thread(format!("aside-{number}"), count + number, || async move {
+                offload::this_may_wait();
+                tokio::task::spawn_local(sweep(node));
+                aside.run().await;
+            });
+            started.inspect_err(|error| tracing::error!(%error, "a busy pod's neighbours wait with it")).is_ok()
+        });
+        thread(format!("core-{number}"), number, move || async move {
+            tokio::task::spawn_local(returning.run());
+            serve_all((number, turns), node, listening, handed_over).await;
         })?;
         Ok(Self { open, listeners, connections })
     }
 }
 
+/// Starts a thread with an event queue and a shelf of its own.
+fn thread<F: Future<Output = ()>>(
+    name: String,
+    shelf: usize,
+    main: impl FnOnce() -> F + Send + 'static,
+) -> io::Result<()> {
+    let serve = move || {
+        pool::this_is_shelf(shelf);
+        let mut builder = Builder::new_current_thread();
+        // The threads that it starts are those of [`offload`].
+        builder.enable_all().on_thread_start(offload::this_may_wait);
+        match builder.build_local(LocalOptions::default()) {
+            Ok(runtime) => runtime.block_on(main()),
+            Err(error) => tracing::error!(%error, "a core has no event queue"),
+        }
+    };
+    thread::Builder::new().name(name).spawn(serve).map(|_| ())
+}
+
 async fn serve_all(
-    number: usize,
+    (number, turns): (usize, Turns),
     node: Arc<Node>,
     mut listening: mpsc::UnboundedReceiver<Listening>,
     mut handed_over: mpsc::Receiver<(Captured, Busy)>,
@@ -144,25 +173,31 @@ async fn serve_all(
     tokio::task::spawn_local(sweep(node.clone()));
     loop {
         tokio::select! {
-            Some((captured, busy)) = handed_over.recv() => serve_here(node.clone(), captured, busy),
+            Some((captured, busy)) = handed_over.recv() => serve_here(&turns, node.clone(), captured, busy),
             Some(listening) = listening.recv() => {
-                tokio::task::spawn_local(accept(number, node.clone(), listening));
+                tokio::task::spawn_local(accept((number, turns.clone()), node.clone(), listening));
             }
             else => return,
         }
     }
 }
 
-fn serve_here(node: Arc<Node>, captured: Captured, one: Busy) {
-    tokio::task::spawn_local(async move {
-        redirect::serve(&node, captured).await;
-        drop(one);
-    });
+fn serve_here(turns: &Turns, node: Arc<Node>, captured: Captured, one: Busy) {
+    let payer = captured.payer(&node);
+    let life = redirect::serve(node, captured, payer.clone());
+    turns.live(
+        payer,
+        Box::pin(async move {
+            life.await;
+            drop(one);
+        }),
+    );
 }
 
-async fn accept(number: usize, node: Arc<Node>, listening: Listening) {
+async fn accept((number, turns): (usize, Turns), node: Arc<Node>, listening: Listening) {
     let Listening { listener, pod, direction, cores, mut stop } = listening;
-    let accepting = redirect::accept(&node, listener, &pod, direction, |captured| cores.serve(number, &node, captured));
+    let serve = |captured| cores.serve((number, &turns), &node, captured);
+    let accepting = redirect::accept(&node, listener, &pod, direction, serve);
     tokio::select! {
         biased;
         // Its sender is dropped with the pod.
@@ -171,7 +206,7 @@ async fn accept(number: usize, node: Arc<Node>, listening: Listening) {
     }
 }
 
-/// Looks after this core's tunnels at rest.
+/// Looks after this thread's tunnels at rest.
 async fn sweep(node: Arc<Node>) {
     loop {
         tokio::time::sleep(SWEEP).await;

@@ -79,7 +79,8 @@ async fn arrive(
         () = node.learn(source.ip(), LEARN) => {}
     }
     let expected = expect(node, pod, destination, source).await?;
-    let known = node.view.read(|view| Payer::at(view, source.ip()).is_known());
+    let payer = node.view.read(|view| Payer::at(view, source.ip()));
+    let known = payer.is_known();
     let half_read = node.budgets.half_read(source.ip(), known)?;
 
     let mut first = FirstBytes::new();
@@ -111,7 +112,7 @@ async fn arrive(
 
     let config = node.certificates.server(&pod.identity).await?;
     let place = node.budgets.accept(source.ip(), destination).await?;
-    let accepting = tunnel::accept(client, hello.into_bytes(), config);
+    let accepting = tunnel::accept(client, hello.into_bytes(), config, (&node.offload, payer));
     let mut tunnel = node.metrics.handshake(connection.direction, accepting).await?;
     drop((place, half_read));
     // The certificate is held against what the view says of its address (T16), which is nothing where that is unknown.

@@ -6,7 +6,8 @@
 //! Invariants, stated as absences:
 //! - no privileged call: sockets of pods come from the agent, ready made;
 //! - no byte reaches a pod without an [`mesh::Allowed`], or an [`mesh::AllowedProbe`] that says which bytes, and none leaves it in clear without a named reason;
-//! - no task serves a connection on two cores, and nothing of it is locked while bytes are copied;
+//! - no connection is served by two threads at once, and nothing of it is locked while bytes are copied;
+//! - no payer has two turns while another one waits for its first (`turns`, `offload`);
 //! - no connection ends early without a name (`reasons`), and none that died looks as if it had ended in order;
 //! - nothing that a stranger sends is queued without a bound;
 //! - no private key is shown by this process, or leaves it but for its own node's agent, sealed, for the next proxy.
@@ -31,6 +32,7 @@ mod judge;
 mod legs;
 mod metrics;
 mod node;
+mod offload;
 mod outbound;
 mod pod;
 mod pods;
@@ -44,6 +46,7 @@ mod shares;
 mod splice;
 mod stash;
 mod tunnel;
+mod turns;
 mod view;
 mod watched;
 

@@ -14,6 +14,7 @@ use crate::clock::Clock;
 use crate::connections::{Connection, Direction, Registry, full_name};
 use crate::coverage::{Coverage, Edge};
 use crate::metrics::Metrics;
+use crate::offload::Offload;
 use crate::pool::Pool;
 use crate::questions::Questions;
 use crate::reasons::EndedEarly;
@@ -40,6 +41,8 @@ pub(crate) struct Node {
     pub(crate) coverage: Coverage,
     /// What each may take.
     pub(crate) budgets: Budgets,
+    /// Where handshakes are worked out.
+    pub(crate) offload: Offload,
     /// Numbers.
     pub(crate) metrics: Arc<Metrics>,
     /// A line for each connection.
@@ -59,6 +62,7 @@ impl Node {
             pool: Pool::new(&metrics, budgets.resting()),
             coverage: Coverage::default(),
             budgets,
+            offload: Offload::new(1),
             metrics,
             access_log: AccessLog::off(),
             clock,

@@ -19,6 +19,7 @@ use crate::node::Node;
 use crate::pod::Pod;
 use crate::pool::{Ends, Key};
 use crate::reasons::{EndedEarly, Side};
+use crate::shares::Payer;
 use crate::splice::{self, plain_leg};
 use crate::tunnel::{DRAINING, Tunnel};
 use crate::{legs, tunnel};
@@ -218,7 +219,8 @@ async fn dial(
     let (config, until) = node.certificates.client(&pod.identity, &target.workload.identity).await?;
     let place = node.budgets.dial(connection.source.ip(), target.address).await?;
     let (outer, own) = legs::to_wire(pod, connection.source.ip(), target.address).await?;
-    let mut tunnel = node.metrics.handshake(connection.direction, tunnel::dial(outer, config)).await?;
+    let pays = (&node.offload, Payer::Pod(pod.uid.clone()));
+    let mut tunnel = node.metrics.handshake(connection.direction, tunnel::dial(outer, config, pays)).await?;
     tunnel.own(own, until);
     drop(place);
     node.pool.dialled();

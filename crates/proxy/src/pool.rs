@@ -4,7 +4,7 @@
 //! used for again is exactly what it was made for ([`Key`]), and only while neither pod has changed in the view: whoever
 //! changed a label or a policy meant it for connections from now on (T20). The other side decides anew about each.
 //!
-//! Each core has a shelf of its own; one that finds its own empty looks at the others' (T45).
+//! Each thread that serves connections has a shelf of its own; one that finds its own empty looks at the others' (T45).
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -126,11 +126,11 @@ pub(crate) struct Pool {
     most: usize,
 }
 
-thread_local!(static CORE: Cell<usize> = const { Cell::new(0) });
+thread_local!(static SHELF: Cell<usize> = const { Cell::new(0) });
 
-/// Says which core this thread is.
-pub(crate) fn this_is_core(number: usize) {
-    CORE.set(number % SHELVES);
+/// Says which shelf is this thread's.
+pub(crate) fn this_is_shelf(number: usize) {
+    SHELF.set(number % SHELVES);
 }
 
 impl Pool {
@@ -154,7 +154,7 @@ impl Pool {
     /// Takes the tunnel that was used last, if one may be used now: of this core first, of others where it has none. `proven`
     /// says whether what its other side has proven still holds.
     pub(crate) fn take(&self, key: &Key, ends: &Ends, now: UnixTime, proven: impl Fn(&Tunnel) -> bool) -> Option<Warm> {
-        let own = CORE.get();
+        let own = SHELF.get();
         for place in (0..SHELVES).map(|offset| (own + offset) % SHELVES) {
             while let Some(mut idle) = self.pop(place, key) {
                 let unchanged = may_be_used(&idle, now) && idle.ends.are(ends);
@@ -185,7 +185,7 @@ impl Pool {
 
     /// Puts a tunnel back whose last connection ended in order on both sides.
     pub(crate) fn put(&self, key: Key, tunnel: Box<Tunnel>, ends: Ends) {
-        let mut shelf = self.shelf(CORE.get());
+        let mut shelf = self.shelf(SHELF.get());
         if tunnel.lease() > LEASES || shelf.count >= ON_A_SHELF || self.len() >= self.most {
             return;
         }
@@ -199,7 +199,7 @@ impl Pool {
 
     /// Drops what has lain too long, has heard something, or leads between pods that have changed.
     pub(crate) fn sweep(&self, now: UnixTime, view: &LiveView) {
-        self.retain(CORE.get(), |key, of_key| {
+        self.retain(SHELF.get(), |key, of_key| {
             let present = Ends::now(view, key);
             of_key.retain_mut(|idle| {
                 let unchanged = present.as_ref().is_some_and(|present| idle.ends.are(present));

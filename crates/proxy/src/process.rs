@@ -21,6 +21,7 @@ use crate::clock::Clock;
 use crate::control_plane::ControlPlane;
 use crate::cores::Cores;
 use crate::node::Node;
+use crate::offload::Offload;
 use crate::pods::Pods;
 use crate::reasons::EndedEarly;
 use crate::{admin, estate};
@@ -178,6 +179,7 @@ async fn serve(args: Args, descriptors: u64) -> Result<()> {
     let mut node = Node::new(Clock::default(), descriptors);
     node.access_log = access_log(&args, &node)?;
     node.addresses.clone_from(&args.node_addresses);
+    node.offload = Offload::new(count);
     let node = Arc::new(node);
     let cores = Arc::new(Cores::start(count, &node).context("cannot start the threads that serve connections")?);
     let control = Arc::new(ControlPlane::new(&args, node.clone()));

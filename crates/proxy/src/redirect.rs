@@ -1,6 +1,7 @@
 //! From a pod's listeners to the life of each connection.
 //!
-//! There is one acceptor per listener, on one core ([`crate::cores`]). A core serves a connection to its end.
+//! There is one acceptor per listener, on one core ([`crate::cores`]), which serves a connection to its end, each payer's in turn
+//! ([`crate::turns`]).
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -22,7 +23,7 @@ use crate::watched::watched;
 use crate::{inbound, legs, outbound};
 
 /// How many connections an acceptor takes before the rest of its core has its turn.
-const TURN: usize = 64;
+const TURN: usize = 16;
 
 /// How long an acceptor waits when the process has no room for another connection. They stay in the kernel's queue.
 const NO_ROOM: Duration = Duration::from_millis(50);
@@ -38,6 +39,16 @@ pub(crate) struct Captured {
     pub(crate) pod: Arc<Pod>,
     /// Which way it goes.
     pub(crate) direction: Direction,
+}
+
+impl Captured {
+    /// Who pays for it.
+    pub(crate) fn payer(&self, node: &Node) -> Payer {
+        match self.direction {
+            Direction::Outbound => Payer::Pod(self.pod.uid.clone()),
+            Direction::Inbound => node.view.read(|view| Payer::at(view, self.source.ip())),
+        }
+    }
 }
 
 /// Which way the connections of a listener go.
@@ -99,18 +110,12 @@ fn is_about_one_connection(error: &io::Error) -> bool {
 }
 
 /// Serves one captured connection, and those that follow it through the same tunnel. How each ended is in the log by then.
-pub(crate) async fn serve(node: &Node, captured: Captured) {
-    let Captured { stream, source, pod, direction } = captured;
+pub(crate) async fn serve(node: Arc<Node>, captured: Captured, payer: Payer) {
+    let (node, Captured { stream, source, pod, direction }) = (&*node, captured);
     let connection = node.connections.open(&node.clock, &pod, direction, source);
     // For the tunnel's whole life, also between two connections: its descriptors are held all that time.
     let _counted = pod.count_in();
-    let share = match direction {
-        Direction::Outbound => node.budgets.connection(Payer::Pod(pod.uid.clone()), None),
-        Direction::Inbound => {
-            let payer = node.view.read(|view| Payer::at(view, source.ip()));
-            node.budgets.connection(payer, Some(pod.uid.clone()))
-        }
-    };
+    let share = node.budgets.connection(payer, (direction == Direction::Inbound).then(|| pod.uid.clone()));
     let first = async {
         share.as_ref().map_err(EndedEarly::clone)?;
         life(node, stream, &connection).await

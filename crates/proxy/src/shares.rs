@@ -51,6 +51,14 @@ impl Payer {
         })
     }
 
+    /// Who has a turn of its own. Strangers choose their addresses, and have one together.
+    pub(crate) fn in_turn(self) -> Self {
+        match self {
+            Self::Stranger(_) => Self::Stranger(Ipv6Addr::UNSPECIFIED.into()),
+            known => known,
+        }
+    }
+
     /// Whether the view knows it. There are only so many of these, while strangers choose their addresses.
     pub(crate) fn is_known(&self) -> bool {
         !matches!(self, Self::Stranger(_))

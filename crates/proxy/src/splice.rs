@@ -8,12 +8,11 @@
 //! once waits in memory of the connection's own, and nothing more is read until it is gone: a reader that stops stops its
 //! writer.
 
-use std::cell::Cell;
 use std::future::poll_fn;
 use std::io;
 use std::net::Shutdown;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use socket2::SockRef;
@@ -130,18 +129,22 @@ pub(crate) async fn splice_and_close<CF: Source, CT: Sink, SF: Source, ST: Sink>
 /// Whether a direction has ended in order.
 #[derive(Default, Debug)]
 struct Ended {
-    yes: Cell<bool>,
+    yes: AtomicBool,
     told: Notify,
 }
 
 impl Ended {
     fn set(&self) {
-        self.yes.set(true);
+        self.yes.store(true, Ordering::Relaxed);
         self.told.notify_one();
     }
 
+    fn is_set(&self) -> bool {
+        self.yes.load(Ordering::Relaxed)
+    }
+
     async fn wait(&self) {
-        while !self.yes.get() {
+        while !self.is_set() {
             self.told.notified().await;
         }
     }
@@ -220,11 +223,11 @@ async fn pump(
             turn = TURN;
         }
     }
-    if to.fin(other_ended.yes.get())? && to.has_waiting() {
+    if to.fin(other_ended.is_set())? && to.has_waiting() {
         flush(origin, to, Duration::ZERO).await?;
     }
     ended.set();
-    if other_ended.yes.get() {
+    if other_ended.is_set() {
         return Ok(());
     }
     tokio::select! {

@@ -18,8 +18,10 @@ use tokio::time::{Instant, timeout};
 use wire::tunnel::{Claim, Control, Decoder, Reason, Sender, Violation};
 
 use self::ends::{TunnelSink, TunnelSource};
+use crate::offload::Offload;
 use crate::pod::OwnLeg;
 use crate::reasons::{EndedEarly, Side};
+use crate::shares::Payer;
 use crate::splice::{self, Leg, Sink};
 
 /// How long a handshake may take.
@@ -52,16 +54,21 @@ pub(crate) struct Tunnel {
     own: Option<OwnLeg>,
 }
 
-/// Makes a tunnel over a fresh connection, to whom `config` expects.
+/// Makes a tunnel over a fresh connection, to whom `config` expects. `pays`: where the handshake is worked out, and whose turn
+/// it takes there.
 ///
 /// # Errors
 /// By name, whatever keeps the handshake from proving that identity.
-pub(crate) async fn dial(tcp: TcpStream, config: Arc<ClientConfig>) -> Result<Box<Tunnel>, EndedEarly> {
-    let finished = timeout(HANDSHAKE, Box::pin(handshake::client(&tcp, config))).await;
+pub(crate) async fn dial(
+    tcp: TcpStream,
+    config: Arc<ClientConfig>,
+    pays: (&Offload, Payer),
+) -> Result<Box<Tunnel>, EndedEarly> {
+    let finished = timeout(HANDSHAKE, Box::pin(handshake::client(&tcp, config, pays))).await;
     Ok(Tunnel::new(tcp, finished.map_err(|_| EndedEarly::HandshakeTimeout)??, Side::Server))
 }
 
-/// Makes a tunnel over a connection whose first bytes were a hello of ours.
+/// Makes a tunnel over a connection whose first bytes were a hello of ours. `pays` as in [`dial`].
 ///
 /// # Errors
 /// By name, whatever keeps the handshake from proving an identity.
@@ -69,8 +76,9 @@ pub(crate) async fn accept(
     tcp: TcpStream,
     first: Vec<u8>,
     config: Arc<ServerConfig>,
+    pays: (&Offload, Payer),
 ) -> Result<Box<Tunnel>, EndedEarly> {
-    let finished = timeout(HANDSHAKE, Box::pin(handshake::server(&tcp, config, first))).await;
+    let finished = timeout(HANDSHAKE, Box::pin(handshake::server(&tcp, config, first, pays))).await;
     Ok(Tunnel::new(tcp, finished.map_err(|_| EndedEarly::HandshakeTimeout)??, Side::Client))
 }
 

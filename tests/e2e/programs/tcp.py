@@ -4,10 +4,13 @@ Servers listen on both families and print `ready` when they do. Clients try the 
 """
 
 import asyncio
+import collections
 import errno
+import itertools
 import socket
 import struct
 import sys
+import threading
 import time
 
 # What follows a reset is no second kind of failure.
@@ -348,68 +351,47 @@ def hold_many(host, port, count, at_once):
     asyncio.run(run())
 
 
-def ping(host, port, count):
-    """Measures `count` round trips of one byte on one connection, then `count` new connections with one round trip each;
-    prints the median of both in microseconds."""
-    def round_trip(connection):
-        connection.sendall(b"x")
-        if connection.recv(1) != b"x":
-            raise OSError("no answer")
+def flood(at_once, attack):
+    """`attack` again and again, by so many at once, until the process is ended. Says how often, now and then."""
+    numbers = itertools.count(1)
 
-    def median(work):
-        times = []
-        for _ in range(int(count)):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        return f"{sorted(times)[len(times) // 2] * 1e6:.0f}"
-
-    def anew():
-        with dial(host, port) as connection:
-            round_trip(connection)
-
-    with dial(host, port) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        say("median", median(lambda: round_trip(connection)), median(anew))
-
-
-def besiege(host, port, count, rate):
-    """Holds up to `count` connections, made at `rate` a second, until its input ends: a third begins a TLS hello and
-    stops, a tenth asks an echo server for much and never reads, the others say nothing. What is refused is made anew. Says when it has tried all."""
-    async def run():
-        held, made, refused = [], 0, 0
-        hello = bytes.fromhex("16030106000100") + b"\x05\xfc\x03\x03" + bytes(60)
-
-        async def attack(number):
-            nonlocal refused
-            reader = writer = None
+    def for_ever():
+        while True:
             try:
-                reader, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port), limit=1024), 5)
-                if number % 3 == 1:
-                    writer.write(hello)
-                elif number % 10 == 2:
-                    writer.write(bytes(65536))
-                held.append(writer)
-            except (OSError, TimeoutError):
-                refused += 1
-                if writer:
-                    writer.close()
+                attack()
+            except OSError:
+                pass
+            if (number := next(numbers)) % 100 == 0:
+                say("made", number)
 
-        end = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
-        while not end.done():
-            for _ in range(max(1, int(rate) // 20)):
-                asyncio.ensure_future(attack(made))
-                made += 1
-            # Those that were reset make room for others.
-            held[:] = [writer for writer in held if not writer.is_closing()]
-            while len(held) > int(count):
-                held.pop(0).transport.abort()
-            if made - int(rate) // 20 < int(count) <= made:
-                say("besieged", len(held), "refused", refused)
-            await asyncio.sleep(0.05)
-        say("made", made, "held", len(held), "refused", refused)
+    for _ in range(int(at_once)):
+        threading.Thread(target=for_ever, daemon=True).start()
+    say("flooding")
+    threading.Event().wait()
 
-    asyncio.run(run())
+
+def flood_ports(host, at_once):
+    """Connections, each to another port, on which nobody listens."""
+    ports = itertools.cycle(range(20000, 60000))
+
+    def attack():
+        with dial(host, next(ports)) as connection:
+            connection.recv(1)
+
+    flood(at_once, attack)
+
+
+def flood_hellos(host, port, at_once):
+    """Connections that begin a hello of TLS and stop; each of those who attack holds its last ten."""
+    hello = bytes.fromhex("16030106000100") + b"\x05\xfc\x03\x03" + bytes(60)
+    held = threading.local()
+
+    def attack():
+        connection = dial(host, port)
+        connection.sendall(hello)
+        held.__dict__.setdefault("all", collections.deque(maxlen=10)).append(connection)
+
+    flood(at_once, attack)
 
 
 def join_listener(host, port):

@@ -86,9 +86,14 @@ impl Load {
     }
 
     /// So many ask at the same time as often as they can, each request on a connection of its own.
-    pub fn short(mut self, workers: u64) -> Self {
+    pub fn short(self, workers: u64) -> Self {
+        self.short_at(workers, 0)
+    }
+
+    /// The same, so many requests a second of all together.
+    pub fn short_at(mut self, workers: u64, rate: u32) -> Self {
         self.short = workers;
-        self.with("--short", workers).with("--rate", 0)
+        self.with("--short", workers).with("--rate", rate)
     }
 
     /// Short connections altogether.
@@ -239,6 +244,10 @@ pub struct Counts {
     pub slowest: Duration,
     /// The longest time between two successes.
     pub gap: Duration,
+    /// What half of the successes took at most; of one phase only.
+    pub median: Duration,
+    /// What ninety-nine of a hundred took at most; of one phase only.
+    pub p99: Duration,
 }
 
 impl Report {
@@ -278,6 +287,8 @@ impl Report {
             bytes: counts["bytes"].as_u64().unwrap_or(0),
             slowest: milliseconds("slowest_ms"),
             gap: milliseconds("gap_ms"),
+            median: milliseconds("median_ms"),
+            p99: milliseconds("p99_ms"),
         }
     }
 
@@ -292,6 +303,7 @@ impl Report {
                 bytes: sum.bytes + counts.bytes,
                 slowest: sum.slowest.max(counts.slowest),
                 gap: sum.gap.max(counts.gap),
+                ..sum
             },
         )
     }

@@ -12,14 +12,14 @@ use wire::tunnel::{Claim, Control, FIRST_LEASE, MAX_CONTROL_FRAME, MAX_DATA, Rea
 
 use super::world::{CLIENT, Capture, LONG, SERVER, Served, World, connect, id, run, workload};
 use crate::reasons::{EndedEarly, Side};
-use crate::tunnel::{self, Tunnel};
+use crate::tunnel::Tunnel;
 
 /// A tunnel that the test itself makes to the server's pod, with the client's certificate.
 async fn tunnel_to_server(world: &World, capture: Capture) -> (Box<Tunnel>, Served, TcpListener, SocketAddr) {
     let to = capture.address;
     let (stream, (inbound, application)) = tokio::join!(connect(CLIENT, to), capture.accept(world));
     let (config, _) = world.node.certificates.client(&world.client.identity, &world.server.identity).await.unwrap();
-    let tunnel = tunnel::dial(stream, config).await.unwrap();
+    let tunnel = world.handshake(stream, config).await.unwrap();
     (tunnel, inbound, application, to)
 }
 
@@ -203,7 +203,7 @@ fn a_client_of_another_authority_is_refused_by_name_and_learns_that_it_was() {
         let svid = foreign.authority.svid(&world.client.identity, &foreign.node.clock);
         let time = std::sync::Arc::new(world.node.clock.clone());
         let config = identity::tls::client_config(&svid, &world.authority.bundle, &world.server.identity, time);
-        let mut tunnel = tunnel::dial(stream, config).await.unwrap();
+        let mut tunnel = world.handshake(stream, config).await.unwrap();
         let told = tunnel.hear().await.unwrap_err();
         assert_eq!(told.facts().name, "peer-refused", "{told}");
         assert_eq!(inbound.end().await.unwrap_err().facts().name, "unknown-issuer");

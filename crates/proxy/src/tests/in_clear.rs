@@ -184,7 +184,7 @@ fn strict_ends_what_is_being_sent_in_clear() {
 /// A hello of ours, as bytes that a plain client can send late.
 async fn tunnel_over(world: &World, stream: TcpStream) -> Result<Box<tunnel::Tunnel>, EndedEarly> {
     let (config, _) = world.node.certificates.client(&world.client.identity, &world.server.identity).await?;
-    tunnel::dial(stream, config).await
+    world.handshake(stream, config).await
 }
 
 #[test]

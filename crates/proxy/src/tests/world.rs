@@ -12,6 +12,7 @@ use identity::issuer::{Intermediate, Root, WorkloadToCertify};
 use identity::{PrivateKey, SpiffeId, Svid, TrustBundle, TrustDomain};
 use ipnet::IpNet;
 use mesh::{Canonical, MeshSettings, Mode, Modes, PodUid, Resource, Speaks, Uncaptured, Workload, WorkloadUid};
+use rustls::ClientConfig;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
@@ -24,8 +25,9 @@ use crate::connections::{Connection, Direction};
 use crate::node::Node;
 use crate::pod::Pod;
 use crate::reasons::EndedEarly;
+use crate::shares::Payer;
 use crate::stash::Stash;
-use crate::tunnel::Tunnel;
+use crate::tunnel::{self, Tunnel};
 use crate::{inbound, legs, outbound, redirect};
 
 /// The address of the pod `a/client`.
@@ -34,10 +36,10 @@ pub(crate) const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(127, 77, 0,
 pub(super) const SERVER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(127, 77, 0, 2));
 
 /// Longer than anything takes that a test waits for.
-pub(super) const LONG: Duration = Duration::from_secs(20);
+pub(crate) const LONG: Duration = Duration::from_secs(20);
 
 /// Runs a test on a core's kind of runtime.
-pub(super) fn run<F: Future<Output = ()>>(test: F) {
+pub(crate) fn run<F: Future<Output = ()>>(test: F) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(Default::default()).unwrap();
     runtime.block_on(async { tokio::time::timeout(LONG * 3, test).await.expect("the test hangs") });
 }
@@ -199,6 +201,15 @@ impl World {
             redirect::to_its_end(&node, &same, life).await.map(Some)
         });
         Served { connection, end }
+    }
+
+    /// What the data path does with a connection to the wire, for the client's pod.
+    pub(super) async fn handshake(
+        &self,
+        stream: TcpStream,
+        config: Arc<ClientConfig>,
+    ) -> Result<Box<Tunnel>, EndedEarly> {
+        tunnel::dial(stream, config, (&self.node.offload, Payer::Pod(self.client.uid.clone()))).await
     }
 
     /// A program in the client's pod that connects, captured there; the outbound side is served.

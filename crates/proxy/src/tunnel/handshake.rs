@@ -1,5 +1,8 @@
 //! The handshake over a socket, by rustls' unbuffered interface: it sees exactly the records of the handshake, so that what
 //! follows is left for [`wire::records`].
+//!
+//! What is read and written is the core's. What is worked out in between, from one wait for the other side to the next, is a
+//! step of [`Shake`], which is done elsewhere ([`crate::offload`]).
 
 use std::io;
 use std::sync::Arc;
@@ -13,7 +16,9 @@ use rustls::{ClientConfig, CommonState, Error as TlsError, ServerConfig};
 use tokio::net::TcpStream;
 use wire::records::{self, BEFORE, Opener, Sealer};
 
+use crate::offload::Offload;
 use crate::reasons::EndedEarly;
+use crate::shares::Payer;
 use crate::splice;
 
 /// The most bytes of the other side's handshake. A chain of certificates as long as is allowed takes half of it.
@@ -33,19 +38,26 @@ pub(super) struct Finished {
 }
 
 /// Handshakes as the side that connected.
-pub(super) async fn client(tcp: &TcpStream, config: Arc<ClientConfig>) -> Result<Finished, EndedEarly> {
-    let connection = UnbufferedClientConnection::new(config, unnamed()).map_err(|error| failed(&error))?;
-    finish(connection, tcp, Vec::new()).await
+pub(super) async fn client(
+    tcp: &TcpStream,
+    config: Arc<ClientConfig>,
+    pays: (&Offload, Payer),
+) -> Result<Finished, EndedEarly> {
+    finish(|| UnbufferedClientConnection::new(config, unnamed()), tcp, Vec::new(), pays).await
 }
 
 /// Handshakes as the side that was connected to; `first` is what came already.
-pub(super) async fn server(tcp: &TcpStream, config: Arc<ServerConfig>, first: Vec<u8>) -> Result<Finished, EndedEarly> {
-    let connection = UnbufferedServerConnection::new(config).map_err(|error| failed(&error))?;
-    finish(connection, tcp, first).await
+pub(super) async fn server(
+    tcp: &TcpStream,
+    config: Arc<ServerConfig>,
+    first: Vec<u8>,
+    pays: (&Offload, Payer),
+) -> Result<Finished, EndedEarly> {
+    finish(|| UnbufferedServerConnection::new(config), tcp, first, pays).await
 }
 
 /// What the two kinds of rustls' connection have in common.
-trait Connection: Sized {
+trait Connection: Send + Sized + 'static {
     type Data;
     fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data>;
     fn common(&self) -> &CommonState;
@@ -84,76 +96,127 @@ impl Connection for UnbufferedServerConnection {
     }
 }
 
-async fn finish<C: Connection>(mut connection: C, tcp: &TcpStream, mut came: Vec<u8>) -> Result<Finished, EndedEarly> {
-    if let Err(early) = shake_hands(&mut connection, tcp, &mut came).await {
-        if matches!(early, EndedEarly::Handshake(_)) {
-            say_why(&mut connection, tcp, &mut came);
+/// A handshake under way, without its socket.
+struct Shake<C> {
+    connection: C,
+    /// What came and rustls has no use for yet, or is not of the handshake.
+    came: Vec<u8>,
+    /// Up to here rustls may look: one record further each time that it has no use for what it has.
+    shown: usize,
+    /// What is to be sent.
+    outgoing: Vec<u8>,
+}
+
+/// What a step has led to.
+enum Step {
+    /// What is to be sent must go; then more must come.
+    Waits,
+    /// Both sides are proven, once the rest is sent.
+    Done,
+}
+
+impl<C: Connection> Shake<C> {
+    /// Works out what can be with what came.
+    fn step(mut self) -> (Self, Result<Step, EndedEarly>) {
+        let step = self.work();
+        (self, step)
+    }
+
+    fn work(&mut self) -> Result<Step, EndedEarly> {
+        loop {
+            let UnbufferedStatus { discard, state } = self.connection.process(&mut self.came[..self.shown]);
+            let mut is_blocked = false;
+            match state.map_err(|error| failed(&error))? {
+                ConnectionState::EncodeTlsData(mut data) => {
+                    encode(&mut data, &mut self.outgoing).map_err(|_| EndedEarly::System("encode"))?;
+                }
+                // It goes before anything else is waited for.
+                ConnectionState::TransmitTlsData(data) => data.done(),
+                // A server may send before the client has proven itself; we do not.
+                ConnectionState::BlockedHandshake | ConnectionState::WriteTraffic(_) => is_blocked = true,
+                ConnectionState::PeerClosed | ConnectionState::Closed => return Err(EndedEarly::HandshakeCut),
+                _ => return Err(failed(&TlsError::HandshakeNotComplete)),
+            }
+            self.came.drain(..discard);
+            self.shown -= discard;
+            if is_blocked {
+                if !self.connection.common().is_handshaking() {
+                    return Ok(Step::Done);
+                }
+                if !self.show_next() {
+                    return Ok(Step::Waits);
+                }
+            }
         }
-        return Err(early);
+    }
+
+    /// Shows rustls the next record; `false` while it is not there as a whole.
+    fn show_next(&mut self) -> bool {
+        let Some(&[_, _, _, high, low]) = self.came[self.shown..].first_chunk::<BEFORE>() else { return false };
+        let end = self.shown + BEFORE + usize::from(u16::from_be_bytes([high, low]));
+        let is_whole = end <= self.came.len();
+        if is_whole {
+            self.shown = end;
+        }
+        is_whole
+    }
+
+    /// Reads until the next record is there.
+    async fn read(&mut self, tcp: &TcpStream) -> Result<(), EndedEarly> {
+        while !self.show_next() {
+            if self.came.len() >= MOST {
+                return Err(EndedEarly::Handshake(Refusal::Protocol("a handshake without an end".into())));
+            }
+            tcp.readable().await.map_err(|_| EndedEarly::HandshakeCut)?;
+            let mut buffer = [0; 4096];
+            match tcp.try_read(&mut buffer) {
+                Ok(0) => return Err(EndedEarly::HandshakeCut),
+                Ok(length) => self.came.extend_from_slice(&buffer[..length]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return Err(EndedEarly::HandshakeCut),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Says and hears what is needed until both sides are proven, and says why where they are not.
+async fn finish<C: Connection>(
+    make: impl FnOnce() -> Result<C, TlsError> + Send + 'static,
+    tcp: &TcpStream,
+    came: Vec<u8>,
+    (offload, payer): (&Offload, Payer),
+) -> Result<Finished, EndedEarly> {
+    let begin = move || {
+        let connection = make().map_err(|error| failed(&error))?;
+        Ok::<_, EndedEarly>(Shake { connection, came, shown: 0, outgoing: Vec::new() }.step())
+    };
+    let (mut shake, mut step) = offload.run(&payer, begin).await??;
+    loop {
+        let next = match step {
+            Ok(step) => write_all(tcp, &std::mem::take(&mut shake.outgoing)).await.map(|()| step),
+            Err(early) => Err(early),
+        };
+        let end = match next {
+            Ok(Step::Done) => break,
+            Ok(Step::Waits) => shake.read(tcp).await,
+            Err(early) => Err(early),
+        };
+        if let Err(early) = end {
+            if matches!(early, EndedEarly::Handshake(_)) {
+                say_why(&mut shake, tcp);
+            }
+            return Err(early);
+        }
+        (shake, step) = offload.run(&payer, || shake.step()).await?;
     }
     let refused = |refusal: Refusal| {
         splice::orderly_close(tcp);
         EndedEarly::Handshake(refusal)
     };
-    let peer = VerifiedPeer::from_handshake(connection.common(), JUSTMTLS_1).map_err(refused)?;
-    let (sealer, opener) = connection.records().map_err(|error| refused(error.refusal()))?;
-    Ok(Finished { peer, sealer, opener, rest: came })
-}
-
-/// Says and hears what is needed until both sides are proven. What came and is not of the handshake is left in `came`.
-async fn shake_hands<C: Connection>(connection: &mut C, tcp: &TcpStream, came: &mut Vec<u8>) -> Result<(), EndedEarly> {
-    let mut outgoing = Vec::new();
-    // Up to here rustls may look: one record further each time that it has no use for what it has.
-    let mut shown = 0;
-    loop {
-        let UnbufferedStatus { discard, state } = connection.process(&mut came[..shown]);
-        let mut is_blocked = false;
-        match state.map_err(|error| failed(&error))? {
-            ConnectionState::EncodeTlsData(mut data) => {
-                encode(&mut data, &mut outgoing).map_err(|_| EndedEarly::System("encode"))?;
-            }
-            ConnectionState::TransmitTlsData(data) => {
-                write_all(tcp, &outgoing).await?;
-                outgoing.clear();
-                data.done();
-            }
-            // A server may send before the client has proven itself; we do not.
-            ConnectionState::BlockedHandshake | ConnectionState::WriteTraffic(_) => is_blocked = true,
-            ConnectionState::PeerClosed | ConnectionState::Closed => return Err(EndedEarly::HandshakeCut),
-            _ => return Err(failed(&TlsError::HandshakeNotComplete)),
-        }
-        came.drain(..discard);
-        shown -= discard;
-        if is_blocked {
-            if !connection.common().is_handshaking() {
-                return Ok(());
-            }
-            shown = next_record(tcp, came, shown).await?;
-        }
-    }
-}
-
-/// Waits until a whole record lies behind the first `shown` bytes, and returns where it ends.
-async fn next_record(tcp: &TcpStream, came: &mut Vec<u8>, shown: usize) -> Result<usize, EndedEarly> {
-    loop {
-        if let Some(&[_, _, _, high, low]) = came[shown..].first_chunk::<BEFORE>() {
-            let end = shown + BEFORE + usize::from(u16::from_be_bytes([high, low]));
-            if end <= came.len() {
-                return Ok(end);
-            }
-        }
-        if came.len() >= MOST {
-            return Err(EndedEarly::Handshake(Refusal::Protocol("a handshake without an end".into())));
-        }
-        tcp.readable().await.map_err(|_| EndedEarly::HandshakeCut)?;
-        let mut buffer = [0; 4096];
-        match tcp.try_read(&mut buffer) {
-            Ok(0) => return Err(EndedEarly::HandshakeCut),
-            Ok(length) => came.extend_from_slice(&buffer[..length]),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(_) => return Err(EndedEarly::HandshakeCut),
-        }
-    }
+    let peer = VerifiedPeer::from_handshake(shake.connection.common(), JUSTMTLS_1).map_err(refused)?;
+    let (sealer, opener) = shake.connection.records().map_err(|error| refused(error.refusal()))?;
+    Ok(Finished { peer, sealer, opener, rest: shake.came })
 }
 
 fn encode<D>(data: &mut rustls::unbuffered::EncodeTlsData<'_, D>, outgoing: &mut Vec<u8>) -> Result<(), EncodeError> {
@@ -184,13 +247,12 @@ async fn write_all(tcp: &TcpStream, mut bytes: &[u8]) -> Result<(), EndedEarly> 
 
 /// Sends the alert that says why, as far as the socket takes it, and lets it arrive: a reset would overtake it. No byte of
 /// an application is in this connection.
-fn say_why<C: Connection>(connection: &mut C, tcp: &TcpStream, came: &mut [u8]) {
-    let mut outgoing = Vec::new();
+fn say_why<C: Connection>(shake: &mut Shake<C>, tcp: &TcpStream) {
     // Only what waits to be sent: to have it look at the other side's messages once more would be a mistake.
-    while connection.common().wants_write() {
-        match connection.process(came).state {
+    while shake.connection.common().wants_write() {
+        match shake.connection.process(&mut shake.came).state {
             Ok(ConnectionState::EncodeTlsData(mut data)) => {
-                if encode(&mut data, &mut outgoing).is_err() {
+                if encode(&mut data, &mut shake.outgoing).is_err() {
                     break;
                 }
             }
@@ -198,7 +260,7 @@ fn say_why<C: Connection>(connection: &mut C, tcp: &TcpStream, came: &mut [u8]) 
         }
     }
     // A peer whose window is full learns it from the end of the connection.
-    let _ = tcp.try_write(&outgoing);
+    let _ = tcp.try_write(&shake.outgoing);
     splice::orderly_close(tcp);
 }
 

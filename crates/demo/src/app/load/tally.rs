@@ -1,5 +1,6 @@
 //! What a load has counted.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -44,6 +45,33 @@ struct Counts {
     slowest: Duration,
     /// The longest time without a success.
     gap: Duration,
+    took: Times,
+}
+
+/// What successes took, to within a sixteenth, in no more memory however many they are.
+#[derive(Clone, Debug, Default)]
+struct Times(BTreeMap<u64, u64>);
+
+impl Times {
+    /// Bits of a number of microseconds that are kept.
+    const KEPT: u32 = 5;
+
+    fn count(&mut self, took: Duration) {
+        let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        let dropped = (u64::BITS - micros.leading_zeros()).saturating_sub(Self::KEPT);
+        *self.0.entry(micros >> dropped << dropped).or_default() += 1;
+    }
+
+    /// What this share of them took at most.
+    fn quantile(&self, share: f64) -> Duration {
+        let all: u64 = self.0.values().sum();
+        let mut seen = 0;
+        let found = self.0.iter().find(|(_, count)| {
+            seen += **count;
+            seen as f64 >= all as f64 * share
+        });
+        Duration::from_micros(found.map_or(0, |(micros, _)| *micros))
+    }
 }
 
 struct Failure {
@@ -123,6 +151,7 @@ impl Tally {
             Ok(bytes) => {
                 counts.ok += 1;
                 counts.bytes += bytes;
+                counts.took.count(took);
             }
             Err(broken) => {
                 counts.failed += 1;
@@ -176,6 +205,8 @@ impl Tally {
                     "bytes": counts.bytes,
                     "slowest_ms": milliseconds(counts.slowest),
                     "gap_ms": milliseconds(counts.gap),
+                    "median_ms": milliseconds(counts.took.quantile(0.5)),
+                    "p99_ms": milliseconds(counts.took.quantile(0.99)),
                 });
             }
         }
@@ -199,4 +230,32 @@ impl Failure {
 
 fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn quantiles_are_those_of_a_sorted_list_to_within_a_sixteenth(
+            micros in prop::collection::vec(0_u64..10_000_000, 1..200),
+            share in 0.01_f64..1.0,
+        ) {
+            let mut times = Times::default();
+            micros.iter().for_each(|micros| times.count(Duration::from_micros(*micros)));
+            let mut sorted = micros;
+            sorted.sort_unstable();
+            let exact = sorted[(sorted.len() as f64 * share).ceil() as usize - 1];
+            let told = times.quantile(share).as_micros() as u64;
+            prop_assert!(told <= exact && exact - told <= exact / 16, "{told} of {exact}");
+        }
+    }
+
+    #[test]
+    fn what_never_happened_took_no_time() {
+        assert_eq!(Times::default().quantile(0.5), Duration::ZERO);
+    }
 }
