@@ -18,6 +18,7 @@ mod life;
 mod network;
 mod node;
 mod ready;
+mod version;
 
 use crate::process::descendants;
 use crate::programs;

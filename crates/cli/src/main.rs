@@ -10,6 +10,7 @@ mod app;
 mod demo;
 mod log;
 mod manual;
+mod supervise;
 
 use std::process::ExitCode;
 
@@ -45,6 +46,9 @@ enum Command {
     /// What the container runtime runs for each pod: asks the agent to capture it.
     #[command(hide = true)]
     Cni,
+    /// The first process of a container: runs another verb, and starts it again when it dies.
+    #[command(hide = true)]
+    Supervise(supervise::Arguments),
     /// Prints a page of a process' admin socket.
     #[command(hide = true)]
     Admin(admin::Arguments),
@@ -69,6 +73,7 @@ fn main() -> ExitCode {
         Command::Completions(arguments) => manual::completions(&arguments, Arguments::command()),
         Command::Man(arguments) => manual::man(&arguments, Arguments::command()),
         Command::Cni => Ok(agent::plugin::run()),
+        Command::Supervise(arguments) => log::begin(log).and_then(|()| supervise::run(&arguments)),
         Command::Admin(arguments) => admin::run(&arguments),
         Command::DemoApp(arguments) => app::run(&arguments),
     };

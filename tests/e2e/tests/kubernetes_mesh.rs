@@ -12,6 +12,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Of the proxies in these tests: long enough to see connections live, short enough to wait for.
 const DRAIN: Duration = Duration::from_secs(15);
 const LONG: u64 = 10;
+/// A killed proxy's successor serves within this time.
+const AT_ONCE: Duration = Duration::from_secs(3);
 /// Of one request.
 const ANSWER: Duration = Duration::from_secs(10);
 
@@ -100,9 +102,12 @@ fn nobody_notices_installation_restarts_kills_and_rollouts() {
     deployment_rolls(&cluster, "after");
 }
 
-/// Nobody is refused, and what the dead proxy had ends with an error.
+/// Nobody is refused or waits for long, also when it is not the first time: kubelet would let ten seconds pass. What the dead
+/// proxy had ends with an error.
 fn proxy_is_killed(cluster: &Kubernetes, node: &str, load: Loaded) {
     let report = meanwhile(load, |_| cluster.kill(node, "proxy"));
+    let during = report.of_phase("during", "short").gap.max(report.of_phase("after", "short").gap);
+    assert!(during < AT_ONCE, "nobody was served for {during:?}: {report}");
     for kind in ["refused", "early-end", "wrong-bytes", "timeout", "other"] {
         report.assert_never(kind);
     }

@@ -2,8 +2,12 @@
 
 #![forbid(unsafe_code)]
 
-use e2e::{Cluster, PATIENCE, eventually, is_gone, needs, text, wait_until};
+use std::fs;
+use std::process::{Child, Command, Stdio};
+
+use e2e::{Cluster, PATIENCE, binary, eventually, is_gone, needs, text, wait_until};
 use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 const MESH: &str = include_str!("../manifests/mesh.yaml");
 
@@ -96,4 +100,84 @@ fn a_process_that_does_not_exist_is_answered_with_those_that_do() {
     let old = cluster.process("node-a");
     cluster.verb(&["kill", "proxy@node-a"]).run().ok();
     cluster.replaced("node-a", old);
+}
+
+/// The first process of a container of ours, without a container: ended with the test.
+struct Supervisor(Child);
+
+impl Supervisor {
+    fn of(arguments: &[&str]) -> Self {
+        let mut command = Command::new(binary());
+        command.arg("supervise").args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        Self(command.spawn().expect("the binary starts"))
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.0.id() as i32)
+    }
+
+    fn child(&self) -> Option<Pid> {
+        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.0.id())).ok()?;
+        children.split_whitespace().next()?.parse().ok().map(Pid::from_raw)
+    }
+
+    /// Waits for a child that is not `old` and has lived for longer than one that dies at its start.
+    fn wait_for_child(&self, old: Option<Pid>) -> Pid {
+        let mut seen = std::time::Instant::now();
+        let mut child = None;
+        wait_until("another child that lives", PATIENCE, || {
+            let now = self.child().filter(|it| Some(*it) != old);
+            if now != child {
+                (child, seen) = (now, std::time::Instant::now());
+            }
+            match child {
+                Some(child) if seen.elapsed().as_millis() > 1100 => Ok(child),
+                other => Err(format!("{other:?}")),
+            }
+        })
+    }
+}
+
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        let child = self.child();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+        // As its container would.
+        if let Some(child) = child {
+            let _ = kill(child, Signal::SIGKILL);
+        }
+    }
+}
+
+/// A load of nothing, which waits for words.
+const IDLE: &[&str] = &["demo-app", "load", "--to", "127.0.0.1:1", "--short", "0", "--controlled"];
+
+#[test]
+fn what_is_supervised_is_started_again_when_it_is_killed_and_ends_when_it_is_told_to() {
+    let mut supervisor = Supervisor::of(IDLE);
+    let mut child = None;
+    for _ in 0..2 {
+        let killed = supervisor.wait_for_child(child);
+        kill(killed, Signal::SIGKILL).unwrap();
+        child = Some(killed);
+    }
+    let last = supervisor.wait_for_child(child);
+    kill(supervisor.pid(), Signal::SIGTERM).unwrap();
+    assert_eq!(supervisor.0.wait().unwrap().code(), Some(0), "as it ends when it is told to");
+    assert!(is_gone(last));
+}
+
+#[test]
+fn what_is_supervised_and_dies_again_and_again_or_at_its_start_is_left_to_who_counts() {
+    let mut supervisor = Supervisor::of(IDLE);
+    let mut child = None;
+    for _ in 0..4 {
+        let killed = supervisor.wait_for_child(child);
+        kill(killed, Signal::SIGKILL).unwrap();
+        child = Some(killed);
+    }
+    assert_eq!(supervisor.0.wait().unwrap().code(), Some(137));
+    let mut wrong = Supervisor::of(&["proxy", "--no-such-flag"]);
+    assert_eq!(wrong.0.wait().unwrap().code(), Some(2));
 }

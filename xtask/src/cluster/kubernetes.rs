@@ -1,6 +1,8 @@
 //! Kubernetes itself: one Go program from the module in `xtask/cluster/kubernetes`, built once per version of that
-//! module and kept outside the tree. Which Kubernetes that is, its `go.mod` says and nothing else.
+//! module and kept outside the tree. Which Kubernetes that is, its `go.mod` says, or whoever asks for another one
+//! ([`version`](super::version)).
 
+use super::version;
 use crate::oci::sha256;
 use crate::process::{output, succeeds};
 use anyhow::{Context, Result, bail};
@@ -23,7 +25,9 @@ pub(super) fn programs(root: &Path) -> Result<PathBuf> {
         let file = module.join(name);
         all.extend(std::fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?);
     }
-    let version = version(&std::fs::read_to_string(module.join("go.mod"))?)?;
+    let own = required(&std::fs::read_to_string(module.join("go.mod"))?)?;
+    let other = version::asked_for(&own)?;
+    let version = other.clone().unwrap_or(own);
     let linker = linker_flags(&version)?;
     all.extend_from_slice(linker.as_bytes());
     let cache = cache()?;
@@ -43,13 +47,17 @@ pub(super) fn programs(root: &Path) -> Result<PathBuf> {
     let unfinished = built.with_extension("unfinished");
     let _ = std::fs::remove_dir_all(&unfinished);
     std::fs::create_dir(&unfinished)?;
+    let made = unfinished.join("module");
+    if let Some(other) = &other {
+        version::make_module(&go, &module, &made, other)?;
+    }
     let done = succeeds(
         Command::new(&go)
             .args(ARGUMENTS)
             .args(["-ldflags", &linker, "-o"])
             .arg(&unfinished)
             .args([".", "./pause"])
-            .current_dir(&module)
+            .current_dir(if other.is_some() { &made } else { &module })
             .env("CGO_ENABLED", "0")
             .env("GOTOOLCHAIN", "local"),
     )?;
@@ -57,17 +65,20 @@ pub(super) fn programs(root: &Path) -> Result<PathBuf> {
         let _ = std::fs::remove_dir_all(&unfinished);
         bail!("Kubernetes {version} did not build in {}: what `go build` said is above", module.display());
     }
+    if other.is_some() {
+        std::fs::remove_dir_all(&made)?;
+    }
     std::fs::rename(&unfinished, &built)?;
     Ok(built)
 }
 
 /// The version that the module requires, without its `v`.
-fn version(go_mod: &str) -> Result<String> {
-    let required = |line: &str| {
+fn required(go_mod: &str) -> Result<String> {
+    let of_kubernetes = |line: &str| {
         let line = line.trim().trim_start_matches("require ");
         line.strip_prefix("k8s.io/kubernetes v").map(str::to_owned)
     };
-    go_mod.lines().find_map(required).context("go.mod requires no k8s.io/kubernetes")
+    go_mod.lines().find_map(of_kubernetes).context("go.mod requires no k8s.io/kubernetes")
 }
 
 /// A component that does not know its own version is refused by the others.
@@ -135,9 +146,9 @@ mod tests {
 
     #[test]
     fn the_version_is_the_one_that_the_module_requires() {
-        assert_eq!(version("module m\n\nrequire k8s.io/kubernetes v1.37.2\n").unwrap(), "1.37.2");
-        assert_eq!(version("require (\n\tk8s.io/kubernetes v1.35.4\n)\n").unwrap(), "1.35.4");
-        assert!(version("module m\n").is_err());
+        assert_eq!(required("module m\n\nrequire k8s.io/kubernetes v1.37.2\n").unwrap(), "1.37.2");
+        assert_eq!(required("require (\n\tk8s.io/kubernetes v1.35.4\n)\n").unwrap(), "1.35.4");
+        assert!(required("module m\n").is_err());
     }
 
     #[test]

@@ -42,6 +42,7 @@ fn agent(source: Source<'_>) -> Value {
         "image": source.plain(Key::Image),
         "imagePullPolicy": source.plain(Key::ImagePullPolicy),
         "args": [
+            "supervise",
             "agent",
             "--kubernetes",
             "--node=$(NODE_NAME)",
@@ -100,6 +101,7 @@ fn proxy(source: Source<'_>) -> Value {
         "image": source.plain(Key::Image),
         "imagePullPolicy": source.plain(Key::ImagePullPolicy),
         "args": [
+            "supervise",
             "proxy",
             "--kubernetes",
             "--node=$(NODE_NAME)",
