@@ -64,7 +64,18 @@ fn main() -> ExitCode {
     }
     let arguments = Arguments::parse();
     let log = arguments.log_format;
-    let result = match arguments.command {
+    let result = supervise::let_signals_in().and_then(|()| run(arguments.command, log));
+    match result {
+        Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(1)),
+        Err(error) => {
+            anstream::eprintln!("{ERROR}error{ERROR:#}: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command, log: log::Format) -> anyhow::Result<i32> {
+    match command {
         Command::Cluster(verb) => install::run(verb, control::unenforceable),
         Command::Demo(arguments) => demo::run(arguments),
         Command::Control(arguments) => process(log, || control::run(arguments)),
@@ -76,13 +87,6 @@ fn main() -> ExitCode {
         Command::Supervise(arguments) => log::begin(log).and_then(|()| supervise::run(&arguments)),
         Command::Admin(arguments) => admin::run(&arguments),
         Command::DemoApp(arguments) => app::run(&arguments),
-    };
-    match result {
-        Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(1)),
-        Err(error) => {
-            anstream::eprintln!("{ERROR}error{ERROR:#}: {error:#}");
-            ExitCode::FAILURE
-        }
     }
 }
 

@@ -35,7 +35,8 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<i32> {
     let mut signals = SigSet::empty();
     [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT].into_iter().for_each(|signal| signals.add(signal));
-    // Before there is a child: its end waits until it is asked for. The child itself begins with none blocked.
+    // Before there is a child: its end waits until it is asked for. The child has them blocked, too, until it lets them in
+    // ([`let_signals_in`]).
     signals.thread_block().context("cannot block signals")?;
     let mut deaths = Deaths::default();
     loop {
@@ -45,12 +46,25 @@ pub(crate) fn run(arguments: &Arguments) -> Result<i32> {
         let child = started.context("cannot start what is to be supervised")?.id();
         let child = Pid::from_raw(i32::try_from(child).context("a process has a strange number")?);
         let (end, is_told) = wait(child, &signals)?;
-        let now = Instant::now();
-        if is_told || !deaths.is_to_live_on(&end, now - began, now) {
+        let (now, command) = (Instant::now(), &arguments.command[0]);
+        let lived = now - began;
+        if is_told || end == End::Exited(0) {
             return Ok(end.status());
         }
-        tracing::error!(command = ?arguments.command[0], after = ?now - began, "{}: it is started again", end.text());
+        if !deaths.is_to_live_on(lived, now) {
+            tracing::error!(?command, ?lived, "{}, too soon or too often: its container ends with it", end.text());
+            return Ok(end.status());
+        }
+        tracing::warn!(?command, ?lived, "{}: it is started again", end.text());
     }
+}
+
+/// Lets the signals in that whoever started this process has blocked: its supervisor has.
+///
+/// # Errors
+/// The kernel's.
+pub(crate) fn let_signals_in() -> Result<()> {
+    SigSet::empty().thread_set_mask().context("cannot let signals in")
 }
 
 /// How a process ended.
@@ -105,10 +119,10 @@ struct Deaths(VecDeque<Instant>);
 
 impl Deaths {
     /// Whether it is to be started again here.
-    fn is_to_live_on(&mut self, end: &End, lived: Duration, now: Instant) -> bool {
+    fn is_to_live_on(&mut self, lived: Duration, now: Instant) -> bool {
         self.0.push_back(now);
         self.0.retain(|death| now - *death < WITHIN);
-        *end != End::Exited(0) && lived >= LIVED && self.0.len() < MOST
+        lived >= LIVED && self.0.len() < MOST
     }
 }
 
@@ -116,24 +130,20 @@ impl Deaths {
 mod tests {
     use super::*;
 
-    const KILLED: End = End::Killed(Signal::SIGKILL);
-
     #[test]
     fn what_has_lived_lives_on_until_it_dies_too_often() {
         let (mut deaths, start) = (Deaths::default(), Instant::now());
         for number in 1..MOST {
             let now = start + LIVED * u32::try_from(number).unwrap();
-            assert!(deaths.is_to_live_on(&KILLED, LIVED, now), "{number}");
+            assert!(deaths.is_to_live_on(LIVED, now), "{number}");
         }
-        assert!(!deaths.is_to_live_on(&End::Exited(1), LIVED, start + WITHIN / 2));
-        assert!(deaths.is_to_live_on(&KILLED, LIVED, start + WITHIN * 2), "what was long ago does not count");
+        assert!(!deaths.is_to_live_on(LIVED, start + WITHIN / 2));
+        assert!(deaths.is_to_live_on(LIVED, start + WITHIN * 2), "what was long ago does not count");
     }
 
     #[test]
-    fn what_ends_in_order_or_at_its_start_is_not_started_again() {
-        let mut deaths = Deaths::default();
-        assert!(!deaths.is_to_live_on(&End::Exited(0), WITHIN, Instant::now()));
-        assert!(!deaths.is_to_live_on(&End::Exited(1), LIVED / 2, Instant::now()));
-        assert_eq!((End::Exited(3).status(), KILLED.status()), (3, 137));
+    fn what_dies_at_its_start_is_not_started_again() {
+        assert!(!Deaths::default().is_to_live_on(LIVED / 2, Instant::now()));
+        assert_eq!((End::Exited(3).status(), End::Killed(Signal::SIGKILL).status()), (3, 137));
     }
 }

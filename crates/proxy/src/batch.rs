@@ -1,4 +1,4 @@
-//! The buffer that all connections of a core share: bytes are read into it, sealed or opened where they lie, and written
+//! The buffer that all connections of a thread share: bytes are read into it, sealed or opened where they lie, and written
 //! from it, all in one step without a wait. So a connection that has nothing to say owns no buffer.
 //!
 //! What is read in clear lies in slots with room around each for a frame's and a record's header and trailer; so a tunnel's
@@ -47,7 +47,7 @@ pub(crate) struct Batch {
     pieces: Vec<Range<usize>>,
 }
 
-/// Does something with the core's buffer. Nothing that waits can be done in `work`, and so no connection ever finds
+/// Does something with the thread's buffer. Nothing that waits can be done in `work`, and so no connection ever finds
 /// another's bytes there.
 pub(crate) fn with<T>(work: impl FnOnce(&mut Batch) -> T) -> T {
     thread_local!(static BATCH: RefCell<Batch> = RefCell::new(Batch::new()));

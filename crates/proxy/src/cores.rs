@@ -151,17 +151,24 @@ fn thread<F: Future<Output = ()>>(
     shelf: usize,
     main: impl FnOnce() -> F + Send + 'static,
 ) -> io::Result<()> {
+    let (say, begun) = std::sync::mpsc::channel();
     let serve = move || {
         pool::this_is_shelf(shelf);
         let mut builder = Builder::new_current_thread();
         // The threads that it starts are those of [`offload`].
         builder.enable_all().on_thread_start(offload::this_may_wait);
-        match builder.build_local(LocalOptions::default()) {
-            Ok(runtime) => runtime.block_on(main()),
-            Err(error) => tracing::error!(%error, "a core has no event queue"),
+        let (runtime, end) = match builder.build_local(LocalOptions::default()) {
+            Ok(runtime) => (Some(runtime), Ok(())),
+            Err(error) => (None, Err(error)),
+        };
+        // Whoever has started it waits.
+        let _ = say.send(end);
+        if let Some(runtime) = runtime {
+            runtime.block_on(main());
         }
     };
-    thread::Builder::new().name(name).spawn(serve).map(|_| ())
+    thread::Builder::new().name(name).spawn(serve)?;
+    begun.recv().unwrap_or_else(|_| Err(io::Error::other("it has ended at its start")))
 }
 
 async fn serve_all(
@@ -182,16 +189,21 @@ async fn serve_all(
     }
 }
 
+/// Whether there is room for it is found out before it stands in a line: that may be long, and what stands there is held.
 fn serve_here(turns: &Turns, node: Arc<Node>, captured: Captured, one: Busy) {
     let payer = captured.payer(&node);
-    let life = redirect::serve(node, captured, payer.clone());
-    turns.live(
-        payer,
-        Box::pin(async move {
-            life.await;
-            drop(one);
-        }),
-    );
+    let share = captured.share(&node, payer.clone());
+    let has_room = share.is_ok();
+    let life = redirect::serve(node, captured, share);
+    let life = async move {
+        life.await;
+        drop(one);
+    };
+    if has_room {
+        turns.live(payer, Box::pin(life));
+    } else {
+        tokio::task::spawn_local(life);
+    }
 }
 
 async fn accept((number, turns): (usize, Turns), node: Arc<Node>, listening: Listening) {

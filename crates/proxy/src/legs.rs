@@ -38,7 +38,7 @@ pub(crate) fn prepare_listener(listener: &TcpListener) -> io::Result<()> {
     linux::sockets::reset_on_close(listener, true)
 }
 
-/// Takes a captured connection, as a listener gave it, into the event queue of this core. Probes when idle it does not have from
+/// Takes a captured connection, as a listener gave it, into the event queue of this thread. Probes when idle it does not have from
 /// there: it may be older than our hold of the listener.
 ///
 /// # Errors

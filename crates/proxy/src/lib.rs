@@ -7,7 +7,7 @@
 //! - no privileged call: sockets of pods come from the agent, ready made;
 //! - no byte reaches a pod without an [`mesh::Allowed`], or an [`mesh::AllowedProbe`] that says which bytes, and none leaves it in clear without a named reason;
 //! - no connection is served by two threads at once, and nothing of it is locked while bytes are copied;
-//! - no payer has two turns while another one waits for its first (`turns`, `offload`);
+//! - no payer has more than two turns while another one waits for its first (`turns`, `offload`);
 //! - no connection ends early without a name (`reasons`), and none that died looks as if it had ended in order;
 //! - nothing that a stranger sends is queued without a bound;
 //! - no private key is shown by this process, or leaves it but for its own node's agent, sealed, for the next proxy.

@@ -151,7 +151,7 @@ impl Pool {
         self.tunnels.get_or_create(&Origin { from }).inc();
     }
 
-    /// Takes the tunnel that was used last, if one may be used now: of this core first, of others where it has none. `proven`
+    /// Takes the tunnel that was used last, if one may be used now: of this thread's shelf first, of others where it has none. `proven`
     /// says whether what its other side has proven still holds.
     pub(crate) fn take(&self, key: &Key, ends: &Ends, now: UnixTime, proven: impl Fn(&Tunnel) -> bool) -> Option<Warm> {
         let own = SHELF.get();

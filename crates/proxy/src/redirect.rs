@@ -17,7 +17,7 @@ use crate::inbound::Next;
 use crate::node::Node;
 use crate::pod::Pod;
 use crate::reasons::EndedEarly;
-use crate::shares::Payer;
+use crate::shares::{Payer, Share};
 use crate::tunnel::Tunnel;
 use crate::watched::watched;
 use crate::{inbound, legs, outbound};
@@ -48,6 +48,12 @@ impl Captured {
             Direction::Outbound => Payer::Pod(self.pod.uid.clone()),
             Direction::Inbound => node.view.read(|view| Payer::at(view, self.source.ip())),
         }
+    }
+
+    /// Room for it, where there is any.
+    pub(crate) fn share(&self, node: &Node, payer: Payer) -> Result<Share, EndedEarly> {
+        let towards = (self.direction == Direction::Inbound).then(|| self.pod.uid.clone());
+        node.budgets.connection(payer, towards)
     }
 }
 
@@ -110,12 +116,11 @@ fn is_about_one_connection(error: &io::Error) -> bool {
 }
 
 /// Serves one captured connection, and those that follow it through the same tunnel. How each ended is in the log by then.
-pub(crate) async fn serve(node: Arc<Node>, captured: Captured, payer: Payer) {
+pub(crate) async fn serve(node: Arc<Node>, captured: Captured, share: Result<Share, EndedEarly>) {
     let (node, Captured { stream, source, pod, direction }) = (&*node, captured);
     let connection = node.connections.open(&node.clock, &pod, direction, source);
     // For the tunnel's whole life, also between two connections: its descriptors are held all that time.
     let _counted = pod.count_in();
-    let share = node.budgets.connection(payer, (direction == Direction::Inbound).then(|| pod.uid.clone()));
     let first = async {
         share.as_ref().map_err(EndedEarly::clone)?;
         life(node, stream, &connection).await

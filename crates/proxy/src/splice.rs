@@ -4,7 +4,7 @@
 //! a reset. Both legs carry SO_LINGER {1, 0} while bytes are copied, so that whatever drops them, a decision, a bug or a
 //! kill, is a reset for the applications and never an orderly end of half the data (T8); only [`orderly_close`] clears it.
 //!
-//! Bytes are read, changed and written in one step, in the core's one buffer ([`crate::batch`]). What a socket does not take at
+//! Bytes are read, changed and written in one step, in the thread's one buffer ([`crate::batch`]). What a socket does not take at
 //! once waits in memory of the connection's own, and nothing more is read until it is gone: a reader that stops stops its
 //! writer.
 

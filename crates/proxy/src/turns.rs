@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use slab::Slab;
 use tokio::sync::mpsc;
 use tokio::task::{coop, spawn_local, yield_now};
+use tokio::time::timeout;
 
 use crate::shares::Payer;
 
@@ -120,7 +121,7 @@ impl Turns {
     }
 
     /// Advances a line on this thread until it is empty, or goes to the other.
-    fn advance(&self, line: Arc<Line>, place: Place) {
+    fn advance(&self, mut line: Arc<Line>, place: Place) {
         let turns = self.clone();
         // Its connections count what they do by themselves; the line must not run dry in the middle of one.
         spawn_local(coop::unconstrained(async move {
@@ -128,11 +129,11 @@ impl Turns {
                 match turns.advance_until(&line, place).await {
                     Until::Empty if turns.forget(&line) => return,
                     Until::Empty => {}
-                    Until::Elsewhere(other) => {
-                        // Its thread ends with the process.
-                        let _ = other.send(line);
-                        return;
-                    }
+                    Until::Elsewhere(other) => match other.send(line) {
+                        Ok(()) => return,
+                        // There is no other thread any more.
+                        Err(back) => line = back.0,
+                    },
                 }
             }
         }));
@@ -141,16 +142,17 @@ impl Turns {
     async fn advance_until(&self, line: &Line, place: Place) -> Until {
         let mut watch = Watch::new(place);
         loop {
-            let mut next = Some(poll_fn(|context| line.next(context)).await);
+            let next = poll_fn(|context| line.next(context));
+            // A line that was left stays for a while: most who come and go come again, and what was seen of them counts.
+            let next = if line.is_empty() { timeout(BESIDE, next).await } else { Ok(next.await) };
+            let Ok(next) = next else { return Until::Empty };
+            let mut next = Some(next);
             let began = watch.begin();
             let mut is_over = false;
             while let Some(number) = next {
                 line.step(&number);
                 is_over = began.elapsed() >= TURN;
                 next = if is_over { None } else { lock(&line.calls).numbers.pop_front() };
-            }
-            if line.is_empty() {
-                return Until::Empty;
             }
             let now = Instant::now();
             line.last.store(self.0.everybody.time(now), Ordering::Relaxed);
@@ -244,7 +246,7 @@ impl Aside {
 
 /// Until when a line was advanced.
 enum Until {
-    /// Nobody is left in it.
+    /// Nobody is left in it, and nobody has come for a while.
     Empty,
     /// It is the other thread's from now on.
     Elsewhere(mpsc::UnboundedSender<Arc<Line>>),
@@ -322,7 +324,8 @@ struct Number {
     number: usize,
     /// It stands among the calls.
     is_called: AtomicBool,
-    calls: Arc<Mutex<Calls>>,
+    /// It may stand among these itself, and is kept by whoever may call it.
+    calls: Weak<Mutex<Calls>>,
 }
 
 impl Wake for Number {
@@ -331,8 +334,10 @@ impl Wake for Number {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        if !self.is_called.swap(true, Ordering::AcqRel) {
-            let mut calls = lock(&self.calls);
+        if !self.is_called.swap(true, Ordering::AcqRel)
+            && let Some(calls) = self.calls.upgrade()
+        {
+            let mut calls = lock(&calls);
             calls.numbers.push_back(self.clone());
             let asleep = calls.asleep.take();
             drop(calls);
@@ -350,7 +355,7 @@ impl Line {
 
     fn join(&self, life: Life) {
         let number = lock(&self.lives).insert(Some(life));
-        Arc::new(Number { number, is_called: AtomicBool::new(false), calls: self.calls.clone() }).wake();
+        Arc::new(Number { number, is_called: AtomicBool::new(false), calls: Arc::downgrade(&self.calls) }).wake();
     }
 
     fn is_empty(&self) -> bool {
@@ -470,9 +475,12 @@ mod tests {
                 ended.await.unwrap();
             }
             assert!(steps.load(Ordering::Relaxed) > 1000, "the thousand have theirs, too");
-            // Its task has looked once more since.
-            yield_now().await;
-            assert!(turns.lock().is_empty(), "nobody is remembered");
+            let calls: Vec<_> = turns.lock().values().map(|line| Arc::downgrade(&line.calls)).collect();
+            assert_eq!(calls.len(), 2);
+            let mut looks = tokio::time::interval(Duration::from_millis(10));
+            while !turns.lock().is_empty() || calls.iter().any(|calls| calls.strong_count() > 0) {
+                looks.tick().await;
+            }
         });
     }
 

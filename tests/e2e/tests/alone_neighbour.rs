@@ -34,30 +34,28 @@ enum Siege {
 
 /// A siege that goes on for as long as it is held.
 struct Besieged<'a> {
-    _target: Option<Server<'a>>,
     load: Option<Loaded>,
     flood: Option<Running>,
+    _target: Server<'a>,
 }
 
 impl Siege {
     fn start(self, cluster: &Cluster) -> Besieged<'_> {
+        let target = Server::start(cluster, "app/near", PORT);
+        let load = || Some(target.load("app/hostile", Family::V4));
+        let near = cluster.address("app/near", Family::V4).to_string();
         let flood = |pod: &str, verb: &[&str]| {
             let mut flood = cluster.tcp(pod, verb).spawn();
             flood.wait_for("flooding");
-            Besieged { _target: None, load: None, flood: Some(flood) }
+            Some(flood)
         };
-        let load = |of: fn(Load) -> Load| {
-            let target = Server::start(cluster, "app/near", PORT);
-            let load = of(target.load("app/hostile", Family::V4)).start();
-            Besieged { _target: Some(target), load: Some(load), flood: None }
+        let (load, flood) = match self {
+            Siege::Connections => (load().map(|load| load.short(64)), None),
+            Siege::Bulk => (load().map(|load| load.bulk(8, 1 << 24)), None),
+            Siege::Handshakes => (None, flood("app/hostile", &["flood-ports", &near, "32"])),
+            Siege::Hellos => (None, flood("legacy/outsider", &["flood-hellos", &near, "8080", "4"])),
         };
-        let near = cluster.address("app/near", Family::V4).to_string();
-        match self {
-            Siege::Connections => load(|load| load.short(64)),
-            Siege::Bulk => load(|load| load.bulk(8, 1 << 24)),
-            Siege::Handshakes => flood("app/hostile", &["flood-ports", &near, "32"]),
-            Siege::Hellos => flood("legacy/outsider", &["flood-hellos", &near, "8080", "32"]),
-        }
+        Besieged { load: load.map(Load::start), flood, _target: target }
     }
 }
 
@@ -84,6 +82,7 @@ fn a_quiet_pod_beside(siege: Siege) {
     load.over();
     load.wait_for_more(ENOUGH);
     let attacks = besieged.attacks();
+    println!("{attacks} attacks");
     drop(besieged);
     let report = load.finish();
     println!("{report}");

@@ -163,8 +163,12 @@ fn what_is_supervised_is_started_again_when_it_is_killed_and_ends_when_it_is_tol
         child = Some(killed);
     }
     let last = supervisor.wait_for_child(child);
+    let status = fs::read_to_string(format!("/proc/{last}/status")).unwrap();
+    assert!(status.contains("SigBlk:\t0000000000000000"), "what tells it to end reaches it: {status}");
+    // To wait for a process closes its input, at whose end this one would end, too.
+    let _input = supervisor.0.stdin.take();
     kill(supervisor.pid(), Signal::SIGTERM).unwrap();
-    assert_eq!(supervisor.0.wait().unwrap().code(), Some(0), "as it ends when it is told to");
+    assert_eq!(supervisor.0.wait().unwrap().code(), Some(128 + Signal::SIGTERM as i32));
     assert!(is_gone(last));
 }
 
