@@ -8,22 +8,21 @@
 //! everybody whom it serves waits with it. So a line that keeps a core busy beside others is advanced by another thread
 //! ([`Aside`]) for as long as it does: the core sleeps most of the time again, and is woken at once.
 
-use std::collections::{HashMap, VecDeque};
+mod line;
+
+use std::collections::HashMap;
 use std::fmt;
-use std::future::{Future, poll_fn};
-use std::mem;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
-use slab::Slab;
 use tokio::sync::mpsc;
 use tokio::task::{coop, spawn_local, yield_now};
 use tokio::time::timeout;
 
+use self::line::Line;
 use crate::shares::Payer;
 
 /// How long a line has its thread before the others have it. What a connection does in one step is not interrupted.
@@ -142,7 +141,7 @@ impl Turns {
     async fn advance_until(&self, line: &Line, place: Place) -> Until {
         let mut watch = Watch::new(place);
         loop {
-            let next = poll_fn(|context| line.next(context));
+            let next = line.next();
             // A line that was left stays for a while: most who come and go come again, and what was seen of them counts.
             let next = if line.is_empty() { timeout(BESIDE, next).await } else { Ok(next.await) };
             let Ok(next) = next else { return Until::Empty };
@@ -152,7 +151,7 @@ impl Turns {
             while let Some(number) = next {
                 line.step(&number);
                 is_over = began.elapsed() >= TURN;
-                next = if is_over { None } else { lock(&line.calls).numbers.pop_front() };
+                next = if is_over { None } else { line.next_now() };
             }
             let now = Instant::now();
             line.last.store(self.0.everybody.time(now), Ordering::Relaxed);
@@ -294,114 +293,16 @@ impl Watch {
     }
 }
 
-/// All of one payer on this core.
-struct Line {
-    payer: Payer,
-    /// By number. One that is being polled is not in its place.
-    lives: Mutex<Slab<Option<Life>>>,
-    calls: Arc<Mutex<Calls>>,
-    /// When it had its last turn, in milliseconds ([`Everybody::time`]).
-    last: AtomicU64,
-}
-
-impl fmt::Debug for Line {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Line").field("payer", &self.payer).field("calls", &self.calls).finish_non_exhaustive()
-    }
-}
-
-/// Who of a line has something to do. Whoever calls them may be on another thread.
-#[derive(Default, Debug)]
-struct Calls {
-    numbers: VecDeque<Arc<Number>>,
-    /// The line's task, while it waits for a call.
-    asleep: Option<Waker>,
-}
-
-/// A place in a line.
-#[derive(Debug)]
-struct Number {
-    number: usize,
-    /// It stands among the calls.
-    is_called: AtomicBool,
-    /// It may stand among these itself, and is kept by whoever may call it.
-    calls: Weak<Mutex<Calls>>,
-}
-
-impl Wake for Number {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        if !self.is_called.swap(true, Ordering::AcqRel)
-            && let Some(calls) = self.calls.upgrade()
-        {
-            let mut calls = lock(&calls);
-            calls.numbers.push_back(self.clone());
-            let asleep = calls.asleep.take();
-            drop(calls);
-            if let Some(line) = asleep {
-                line.wake();
-            }
-        }
-    }
-}
-
-impl Line {
-    fn new(payer: Payer) -> Self {
-        Self { payer, lives: Mutex::default(), calls: Arc::default(), last: AtomicU64::new(0) }
-    }
-
-    fn join(&self, life: Life) {
-        let number = lock(&self.lives).insert(Some(life));
-        Arc::new(Number { number, is_called: AtomicBool::new(false), calls: Arc::downgrade(&self.calls) }).wake();
-    }
-
-    fn is_empty(&self) -> bool {
-        lock(&self.lives).is_empty()
-    }
-
-    fn next(&self, context: &mut Context<'_>) -> Poll<Arc<Number>> {
-        let mut calls = lock(&self.calls);
-        match calls.numbers.pop_front() {
-            Some(number) => Poll::Ready(number),
-            None => {
-                calls.asleep = Some(context.waker().clone());
-                Poll::Pending
-            }
-        }
-    }
-
-    /// Lets one live until it waits. Who has ended may be called still, and whoever has its number since looks in vain.
-    fn step(&self, number: &Arc<Number>) {
-        let life = lock(&self.lives).get_mut(number.number).and_then(mem::take);
-        let Some(mut life) = life else { return };
-        // Before: a call that comes meanwhile is not to be lost.
-        number.is_called.store(false, Ordering::Release);
-        let waker = Waker::from(number.clone());
-        let step = || life.as_mut().poll(&mut Context::from_waker(&waker));
-        // One that panics must not take the others of its line with it. What it was doing is dropped, and looked at by nobody.
-        match catch_unwind(AssertUnwindSafe(step)) {
-            Ok(Poll::Pending) => {
-                if let Some(place) = lock(&self.lives).get_mut(number.number) {
-                    *place = Some(life);
-                }
-            }
-            Ok(Poll::Ready(())) | Err(_) => {
-                lock(&self.lives).try_remove(number.number);
-            }
-        }
-    }
-}
-
 fn lock<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
     what.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::future::poll_fn;
     use std::net::IpAddr;
+    use std::sync::atomic::{AtomicBool, AtomicU64};
+    use std::task::{Poll, Waker};
 
     use proptest::prelude::*;
     use tokio::sync::{Notify, oneshot};
