@@ -1,6 +1,6 @@
 //! Kubernetes itself: one Go program from the module in `xtask/cluster/kubernetes`, built once per version of that
 //! module and kept outside the tree. Which Kubernetes that is, its `go.mod` says, or whoever asks for another one
-//! ([`version`](super::version)).
+//! ([`super::version`]).
 
 use super::version;
 use crate::oci::sha256;
