@@ -19,6 +19,8 @@ spec: { nodeName: node-a, serviceAccountName: hostile, containers: [{ name: idle
 const ENOUGH: u64 = 1_000;
 /// How many times its time alone a request may take.
 const MOST: f64 = 2.0;
+/// And how much longer besides: processors that have nothing else to do wake sooner at one time than at another.
+const WAKING: Duration = Duration::from_micros(500);
 
 /// What the hostile pod does.
 enum Siege {
@@ -94,7 +96,7 @@ fn a_quiet_pod_beside(siege: Siege) {
             "{work}: alone {:.1?}, p99 {:.1?}; besieged {:.1?}, p99 {:.1?}",
             alone.median, alone.p99, beside.median, beside.p99
         );
-        assert!(beside.median <= alone.median.mul_f64(MOST), "{work}: {report}");
+        assert!(beside.median <= alone.median.mul_f64(MOST) + WAKING, "{work}: {report}");
     }
 }
 
