@@ -121,6 +121,15 @@ impl Supervisor {
         children.split_whitespace().next()?.parse().ok().map(Pid::from_raw)
     }
 
+    /// Kills so many children, one after the other; the last of them.
+    fn kill_children(&self, times: usize) -> Option<Pid> {
+        (0..times).fold(None, |old, _| {
+            let child = self.wait_for_child(old);
+            kill(child, Signal::SIGKILL).unwrap();
+            Some(child)
+        })
+    }
+
     /// Waits for a child that is not `old` and has lived for longer than one that dies at its start.
     fn wait_for_child(&self, old: Option<Pid>) -> Pid {
         let mut seen = std::time::Instant::now();
@@ -156,13 +165,8 @@ const IDLE: &[&str] = &["demo-app", "load", "--to", "127.0.0.1:1", "--short", "0
 #[test]
 fn what_is_supervised_is_started_again_when_it_is_killed_and_ends_when_it_is_told_to() {
     let mut supervisor = Supervisor::of(IDLE);
-    let mut child = None;
-    for _ in 0..2 {
-        let killed = supervisor.wait_for_child(child);
-        kill(killed, Signal::SIGKILL).unwrap();
-        child = Some(killed);
-    }
-    let last = supervisor.wait_for_child(child);
+    let killed = supervisor.kill_children(2);
+    let last = supervisor.wait_for_child(killed);
     let status = fs::read_to_string(format!("/proc/{last}/status")).unwrap();
     assert!(status.contains("SigBlk:\t0000000000000000"), "what tells it to end reaches it: {status}");
     // To wait for a process closes its input, at whose end this one would end, too.
@@ -175,12 +179,7 @@ fn what_is_supervised_is_started_again_when_it_is_killed_and_ends_when_it_is_tol
 #[test]
 fn what_is_supervised_and_dies_again_and_again_or_at_its_start_is_left_to_who_counts() {
     let mut supervisor = Supervisor::of(IDLE);
-    let mut child = None;
-    for _ in 0..4 {
-        let killed = supervisor.wait_for_child(child);
-        kill(killed, Signal::SIGKILL).unwrap();
-        child = Some(killed);
-    }
+    supervisor.kill_children(4);
     assert_eq!(supervisor.0.wait().unwrap().code(), Some(137));
     let mut wrong = Supervisor::of(&["proxy", "--no-such-flag"]);
     assert_eq!(wrong.0.wait().unwrap().code(), Some(2));

@@ -48,16 +48,20 @@ pub(super) fn programs(root: &Path) -> Result<PathBuf> {
     let _ = std::fs::remove_dir_all(&unfinished);
     std::fs::create_dir(&unfinished)?;
     let made = unfinished.join("module");
-    if let Some(other) = &other {
-        version::make_module(&go, &module, &made, other)?;
-    }
+    let module = match other {
+        None => module,
+        Some(other) => {
+            version::make_module(&go, &module, &made, &other)?;
+            made.clone()
+        }
+    };
     let done = succeeds(
         Command::new(&go)
             .args(ARGUMENTS)
             .args(["-ldflags", &linker, "-o"])
             .arg(&unfinished)
             .args([".", "./pause"])
-            .current_dir(if other.is_some() { &made } else { &module })
+            .current_dir(&module)
             .env("CGO_ENABLED", "0")
             .env("GOTOOLCHAIN", "local"),
     )?;
@@ -65,7 +69,7 @@ pub(super) fn programs(root: &Path) -> Result<PathBuf> {
         let _ = std::fs::remove_dir_all(&unfinished);
         bail!("Kubernetes {version} did not build in {}: what `go build` said is above", module.display());
     }
-    if other.is_some() {
+    if made.is_dir() {
         std::fs::remove_dir_all(&made)?;
     }
     std::fs::rename(&unfinished, &built)?;
