@@ -5,8 +5,16 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Command, Stdio};
 
 /// The cargo that runs this program, so that the toolchain file is honoured once and for all.
+///
+/// It is not told of the package that this program is: build scripts ask to be run again where that changes, and what was built
+/// by `cargo build` would be built anew.
 pub(crate) fn cargo() -> Command {
-    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    for name in names.filter(|name| ["CARGO_PKG_", "CARGO_MANIFEST_"].iter().any(|it| name.starts_with(it))) {
+        command.env_remove(name);
+    }
+    command
 }
 
 /// Runs a command with inherited output; `true` if it succeeded.

@@ -387,7 +387,8 @@ fn what_begins_while_a_rule_is_gone_is_captured_when_it_is_back() {
                     assert_eq!(proxy.seen().len(), before, "{gone:?}: it is not captured");
                     let mut capture = proxy.capture.lock().unwrap();
                     capture.repair().unwrap();
-                    assert_eq!(capture.forget_stale_when_due().unwrap(), 1);
+                    // The last acknowledgement of the connection before may have made another that is stale.
+                    assert!(capture.forget_stale_when_due().unwrap() >= 1);
                     drop(capture);
                     opening.join().unwrap().unwrap();
                 });
