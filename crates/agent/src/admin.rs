@@ -35,6 +35,8 @@ pub(crate) struct Shown {
     settled: AtomicBool,
     /// What an agent before this one had was taken over.
     inherited: AtomicBool,
+    /// Another agent has this one's place.
+    stands_by: AtomicBool,
     /// How the plugin stands on the node; `None` before it was looked at.
     plugin: Mutex<Option<Standing>>,
     /// Whether there is to be one.
@@ -52,6 +54,7 @@ impl Shown {
             complete: AtomicBool::new(false),
             settled: AtomicBool::new(false),
             inherited: AtomicBool::new(false),
+            stands_by: AtomicBool::new(false),
             plugin: Mutex::new(None),
             has_plugin,
             config,
@@ -77,6 +80,11 @@ impl Shown {
         self.inherited.store(true, Ordering::Relaxed);
     }
 
+    /// Another agent has the place: what is shown grows no newer from here on. It is ready to take the place back.
+    pub(crate) fn stand_by(&self) {
+        self.stands_by.store(true, Ordering::Relaxed);
+    }
+
     /// All pods of the node have been named once.
     pub(crate) fn complete(&self) {
         self.complete.store(true, Ordering::Relaxed);
@@ -85,12 +93,12 @@ impl Shown {
 
 type Shared = State<Arc<Shown>>;
 
-/// Serves on a Unix socket that only this user and root can open. A socket that an earlier process left is replaced, in
+/// Listens on a Unix socket that only this user and root can open. A socket that an earlier process left is replaced, in
 /// one step.
 ///
 /// # Errors
 /// The socket cannot be made.
-pub(crate) fn serve(path: &Path, shown: Arc<Shown>) -> io::Result<()> {
+pub(crate) fn listen(path: &Path) -> io::Result<UnixListener> {
     let mut new = path.as_os_str().to_owned();
     new.push(".new");
     match fs::remove_file(&new) {
@@ -100,6 +108,11 @@ pub(crate) fn serve(path: &Path, shown: Arc<Shown>) -> io::Result<()> {
     let listener = UnixListener::bind(&new)?;
     fs::set_permissions(&new, fs::Permissions::from_mode(0o600))?;
     fs::rename(&new, path)?;
+    Ok(listener)
+}
+
+/// Serves all pages, for ever.
+pub(crate) async fn serve(listener: UnixListener, shown: Arc<Shown>) -> io::Result<()> {
     let router = Router::new()
         .route("/readyz", get(ready))
         .route("/livez", get(live))
@@ -111,8 +124,7 @@ pub(crate) fn serve(path: &Path, shown: Arc<Shown>) -> io::Result<()> {
         .route("/metrics", get(metrics))
         .fallback(async || (StatusCode::NOT_FOUND, format!("there is no such page; there are {PAGES}")))
         .with_state(shown);
-    tokio::spawn(async move { axum::serve(listener, router).await });
-    Ok(())
+    axum::serve(listener, router).await
 }
 
 /// All pages of the Unix socket, and those of the TCP port.
@@ -135,8 +147,11 @@ async fn live() -> &'static str {
     "alive\n"
 }
 
-async fn version() -> Json<Value> {
-    Json(json!({ "version": env!("CARGO_PKG_VERSION") }))
+async fn version(State(shown): Shared) -> Json<Value> {
+    Json(json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "stands_by": shown.stands_by.load(Ordering::Relaxed),
+    }))
 }
 
 async fn plugin(State(shown): Shared) -> Json<Value> {
@@ -176,10 +191,12 @@ async fn ready(State(shown): Shared) -> impl IntoResponse {
     if known && proxy && pending.is_empty() {
         shown.settled.store(true, Ordering::Relaxed);
     }
-    let ready = known && proxy && plugin && shown.settled.load(Ordering::Relaxed);
+    let stands_by = shown.stands_by.load(Ordering::Relaxed);
+    let ready = stands_by || known && proxy && plugin && shown.settled.load(Ordering::Relaxed);
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let page = json!({
         "ready": ready,
+        "stands_by": stands_by,
         "pods_named": named,
         "inherited": inherited,
         "plugin": plugin,

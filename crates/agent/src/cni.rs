@@ -77,8 +77,11 @@ impl Caller {
                     continue;
                 }
                 CniRequest::Taken => {
+                    let (there, gone) = oneshot::channel();
                     // Nobody hears it any more where the process ends anyway.
-                    let _ = self.events.send(Event::Succeeded).await;
+                    let _ = self.events.send(Event::Succeeded(gone)).await;
+                    self.outlast(&mut buffer).await;
+                    drop(there);
                     return Ok(());
                 }
                 CniRequest::Add(add) => self.add(add, descriptors).await,
@@ -119,6 +122,12 @@ impl Caller {
             self.channel.async_io(Interest::WRITABLE, |channel| channel.send(&message, &borrowed)).await?;
         }
         Ok(())
+    }
+
+    /// Waits until the agent that took this one's place is gone. It has nothing more to say.
+    async fn outlast(&self, buffer: &mut [u8]) {
+        while self.channel.async_io(Interest::READABLE, |channel| channel.recv(buffer)).await.is_ok_and(|it| it.0 > 0) {
+        }
     }
 
     async fn ask(&self, name: &str, asked: Asked) -> CniResult {

@@ -23,6 +23,7 @@ use wire::pods::{CniRequest, Listener, MAX_MESSAGE, PodAdded, ToAgent, VERSION};
 
 use crate::door::own_uid;
 use crate::listeners::Listeners;
+use crate::process::Handed;
 use crate::proxy::{Said, understand};
 use crate::rules::{INBOUND_PORT, OUTBOUND_PORT};
 use crate::watched::watched;
@@ -120,6 +121,17 @@ pub(crate) fn told(pod: &NodePod, listeners: Vec<Listener>, gateways: &[IpAddr])
         probes: pod.probes.clone(),
         gateways: gateways.to_vec(),
     }
+}
+
+/// What was handed over, for the agent itself, should it have to take its place back.
+///
+/// # Errors
+/// A message is not understood.
+pub(crate) fn kept(handed: Vec<Handed>) -> io::Result<Vec<Said>> {
+    let said = handed.into_iter().map(|(message, descriptors)| {
+        understand(ToAgent::decode(&message).map_err(io::Error::other)?, descriptors).map_err(io::Error::other)
+    });
+    said.filter_map(Result::transpose).collect()
 }
 
 /// An agent whose place this one takes.

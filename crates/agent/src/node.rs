@@ -174,6 +174,10 @@ impl Node {
     pub(crate) fn said(&mut self, number: u64, said: Said) {
         let actions = match said {
             Said::Hello(link, started) => self.welcome(number, link, started),
+            Said::Drains(link) => {
+                self.proxies.rejoin(number, link);
+                return;
+            }
             Said::Gone => {
                 let change = self.proxies.gone(number);
                 self.changed(change, "it closed the connection")
@@ -390,6 +394,9 @@ impl Node {
 
     /// Tries again what failed.
     pub(crate) fn retry(&mut self) {
+        if self.proxies.call_back() {
+            self.shown.journal.change("proxy-called-back", "", "none serves: the one that drains is to start again");
+        }
         let actions = self.pods.retry();
         if !actions.is_empty() || !*self.settled.borrow() {
             self.act(actions);

@@ -1,12 +1,14 @@
 //! The process: what it is started with, in which order it starts, what wakes it, and how it ends.
 
+use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use linux::channel::Channel;
 use linux::privileges::{self, Capabilities, NET_ADMIN, SYS_ADMIN};
 use mesh::PodUid;
 use rustls::time_provider::DefaultTimeProvider;
@@ -15,7 +17,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep, sleep_until};
 use wire::client::{ControlPlane, Role};
 use wire::pods::CniResult;
 
@@ -25,7 +27,7 @@ use crate::cluster;
 use crate::cni::{self, Asked};
 use crate::discovery::{self, Heard};
 use crate::door::{Door, own_uid};
-use crate::estate::Predecessor;
+use crate::estate::{self, Predecessor};
 use crate::failure::Failure;
 use crate::keeper::Keeper;
 use crate::node::Node;
@@ -86,6 +88,8 @@ const KEPT: Capabilities = Capabilities(1 << NET_ADMIN | 1 << SYS_ADMIN | 1 << C
 const BLOCKING_THREADS: usize = 4;
 /// Events that wait for the main thread; whoever has more waits.
 const MOST_EVENTS: usize = 256;
+/// The pause between two looks whether anybody has the place that was given away.
+const STAND_BY: Duration = Duration::from_secs(1);
 /// The pause before what failed is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -100,8 +104,8 @@ pub(crate) enum Event {
     Overdue(Request),
     /// Another agent is to take this one's place, and asks for all that it needs.
     HandOver(oneshot::Sender<std::io::Result<Vec<Handed>>>),
-    /// It has taken it.
-    Succeeded,
+    /// It has taken it, and this ends when that agent does.
+    Succeeded(oneshot::Receiver<()>),
     /// A proxy says something, on the link of that number.
     Proxy(u64, Said),
     /// The control plane says something.
@@ -135,15 +139,15 @@ pub(crate) enum Event {
     Terminate,
 }
 
-struct Events {
+struct Events<'a> {
     inbox: mpsc::Receiver<Event>,
-    terminate: Signal,
+    terminate: &'a mut Signal,
     retry: Interval,
     /// `None` while a look is under way.
     look: Option<Instant>,
 }
 
-impl Events {
+impl Events<'_> {
     async fn next(&mut self) -> Event {
         let look = self.look.unwrap_or_else(Instant::now);
         let event = tokio::select! {
@@ -190,12 +194,62 @@ fn drop_privileges() -> Result<()> {
 }
 
 async fn serve(args: Args) -> Result<()> {
+    let on_kubernetes = args.cluster.kubernetes;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let mut estate = None;
+    while let Some(mut place) = hold(&args, estate, &mut terminate).await? {
+        if !on_kubernetes {
+            break;
+        }
+        // Kubelet would start again what ends before it is told to. And a successor may go before it was of any use, with an
+        // upgrade that is taken back: then the place is this one's again.
+        tokio::select! {
+            biased;
+            _ = terminate.recv() => break,
+            () = place.is_free(&args.cni_socket) => {}
+        }
+        tracing::warn!("the agent that had taken this one's place is gone; this one takes it back");
+        estate = Some(place.estate);
+    }
+    if on_kubernetes {
+        // Named after this pod, and nobody else's.
+        let _ = std::fs::remove_file(&args.admin);
+    }
+    // Rules stand, and the proxy has the listeners: pods that are captured notice nothing.
+    tracing::info!("the agent ends");
+    Ok(())
+}
+
+/// A place that another agent has taken.
+struct Place {
+    /// Ends when that agent does.
+    taken: oneshot::Receiver<()>,
+    /// What it was handed. Who waits in a listener waits for as long as this is kept.
+    estate: Vec<Said>,
+    /// Pages that say that this agent stands by.
+    _pages: JoinSet<io::Result<()>>,
+}
+
+impl Place {
+    /// Waits until nobody has it.
+    async fn is_free(&mut self, path: &Path) {
+        let _ = (&mut self.taken).await;
+        // It may be another than the one that took it, by now.
+        while Channel::connect(path).is_ok() {
+            sleep(STAND_BY).await;
+        }
+    }
+}
+
+/// Holds the node's place until this process is told to end, or another agent has taken it. `estate` is what this one had when
+/// another took it before.
+async fn hold(args: &Args, estate: Option<Vec<Said>>, terminate: &mut Signal) -> Result<Option<Place>> {
     let (events, inbox) = mpsc::channel(MOST_EVENTS);
     let on_kubernetes = args.cluster.kubernetes;
-    let shown = Arc::new(Shown::new(config(&args), args.cluster.has_plugin()));
+    let shown = Arc::new(Shown::new(config(args), args.cluster.has_plugin()));
     let mut node = Node::new(args.listener_owner, events.clone(), shown.clone());
     if on_kubernetes {
-        cluster::prepare(&args).context("cannot prepare the folders of the agent's sockets")?;
+        cluster::prepare(args).context("cannot prepare the folders of the agent's sockets")?;
     }
 
     // Before the doors are taken over: from then on whoever asks finds this agent, which must know all by then.
@@ -205,6 +259,11 @@ async fn serve(args: Args) -> Result<()> {
         node.succeed(estate);
         predecessor
     });
+    match (&predecessor, estate) {
+        (None, Some(estate)) => node.succeed(estate),
+        // What this one had then is old; what is handed over is not.
+        _ => {}
+    }
 
     let own = own_uid().context("cannot read the agent's own uid")?;
     let strangers = &shown.metrics.strangers;
@@ -215,12 +274,14 @@ async fn serve(args: Args) -> Result<()> {
     })?;
     let runtimes = Door::open(&args.cni_socket, own, vec![0, own], strangers)
         .with_context(|| format!("cannot make {} (--cni-socket)", args.cni_socket.display()))?;
-    admin::serve(&args.admin, shown.clone())
-        .with_context(|| format!("cannot make {} (--admin)", args.admin.display()))?;
+    let mut pages = JoinSet::new();
+    let dumps =
+        admin::listen(&args.admin).with_context(|| format!("cannot make {} (--admin)", args.admin.display()))?;
+    pages.spawn(admin::serve(dumps, shown.clone()));
     if let Some(address) = args.metrics {
         let listener = TcpListener::bind(address).await;
         let listener = listener.with_context(|| format!("cannot listen on {address} (--metrics)"))?;
-        tokio::spawn(admin::serve_metrics(listener, shown.clone()));
+        pages.spawn(admin::serve_metrics(listener, shown.clone()));
     }
 
     let place = ControlPlane {
@@ -233,7 +294,6 @@ async fn serve(args: Args) -> Result<()> {
     };
     let mut retry = interval(RETRY);
     retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut wake = Events { inbox, terminate, retry, look: Some(Instant::now()) };
 
     // They end with this set.
@@ -251,12 +311,13 @@ async fn serve(args: Args) -> Result<()> {
         let place = args.cluster.runtime(&args.cni_socket, since, node.wanted());
         tasks.spawn(running::follow(place, events));
     }
-    if let Some(predecessor) = predecessor {
+    // It is kept: the one before stands by for as long as the connection lasts.
+    if let Some(predecessor) = &predecessor {
         predecessor.taken();
     }
     tracing::info!(node = args.node, "the agent runs");
 
-    let succeeded = loop {
+    let taken = loop {
         match wake.next().await {
             Event::Asked(request, asked, reply) => node.asked(request, asked, reply),
             Event::Overdue(request) => node.overdue(request),
@@ -274,35 +335,26 @@ async fn serve(args: Args) -> Result<()> {
             Event::Found(found) | Event::Looked(found) => node.found(found),
             Event::Look => node.look(),
             Event::Retry => node.retry(),
-            Event::Succeeded => {
-                tracing::info!("another agent has taken this one's place");
-                break true;
-            }
-            Event::Terminate => break false,
+            Event::Succeeded(taken) => break Some(taken),
+            Event::Terminate => break None,
         }
     };
-    if succeeded {
+    if let Some(taken) = taken {
+        tracing::info!("another agent has taken this one's place");
         if let Some(keeper) = &keeper {
             keeper.let_go();
         }
         tasks.shutdown().await;
-        drop(node);
-        if on_kubernetes {
-            // Kubelet would start again what ends before it is told to, and that one would take the place back.
-            wake.terminate.recv().await;
-        }
-    } else if let Some(keeper) = &keeper
+        shown.stand_by();
+        let estate = node.hand_over().and_then(estate::kept).context("cannot keep what was handed over")?;
+        return Ok(Some(Place { taken, estate, _pages: pages }));
+    }
+    if let Some(keeper) = &keeper
         && args.cluster.leave(keeper, [&args.cni_socket, &args.proxy_socket, &args.admin]).await
     {
         node.end_leaving().await;
     }
-    if on_kubernetes {
-        // Named after this pod, and nobody else's.
-        let _ = std::fs::remove_file(&args.admin);
-    }
-    // Rules stand, and the proxy has the listeners: pods that are captured notice nothing.
-    tracing::info!("the agent ends");
-    Ok(())
+    Ok(None)
 }
 
 fn config(args: &Args) -> serde_json::Value {

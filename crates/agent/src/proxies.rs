@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use mesh::PodUid;
-use wire::pods::{FromAgent, Kept};
+use wire::pods::{FromAgent, Kept, VERSION};
 
 use crate::proxy::{Link, Sender};
 
@@ -24,7 +24,12 @@ pub(crate) struct Proxies {
     next: Option<Next>,
     leaving: HashMap<u64, Link>,
     left: Left,
+    /// How often nobody served when it was looked.
+    alone: usize,
 }
+
+/// So often nobody serves before one that drains is called back. A proxy that died is started again before that.
+const ALONE: usize = 2;
 
 #[derive(Debug)]
 struct Serving {
@@ -76,6 +81,21 @@ impl Proxies {
         if link.send(&FromAgent::Drain, Vec::new()) {
             self.leaving.insert(number, link);
         }
+    }
+
+    /// It drained already, and had another agent.
+    pub(crate) fn rejoin(&mut self, number: u64, link: Link) {
+        if link.send(&FromAgent::Hello { version: VERSION, kept: Vec::new() }, Vec::new()) {
+            self.leaving.insert(number, link);
+        }
+    }
+
+    /// A look, now and then, whether somebody serves. Where nobody does for some of them, as after an upgrade that was taken back,
+    /// those that drain are told so: whether one was is returned.
+    pub(crate) fn call_back(&mut self) -> bool {
+        self.alone = if self.serving.is_some() || self.next.is_some() { 0 } else { self.alone.saturating_add(1) };
+        let told = |link: &Link| link.send(&FromAgent::Needed, Vec::new());
+        self.alone == ALONE && self.leaving.values().filter(|link| told(link)).count() > 0
     }
 
     /// It is to take the other's place, once it is ready for these pods.
@@ -209,6 +229,25 @@ mod tests {
 
     fn pods(names: &[&str]) -> BTreeSet<PodUid> {
         names.iter().map(|name| PodUid::from(*name)).collect()
+    }
+
+    #[test]
+    fn who_drains_is_called_back_once_where_nobody_serves_for_a_while() {
+        let mut proxies = Proxies::default();
+        let (old, mut hears) = link();
+        proxies.rejoin(1, old);
+        assert_eq!(hears.next(), Some(FromAgent::Hello { version: VERSION, kept: Vec::new() }));
+        assert!(proxies.is_free() && proxies.sender(1).is_some(), "it gets sockets, and serves nobody");
+        for _ in 1..ALONE {
+            assert!(!proxies.call_back(), "one that died is started again meanwhile");
+        }
+        let (new, _new_hears) = link();
+        proxies.serve(2, new, Duration::from_secs(2));
+        assert!(!proxies.call_back() && hears.next().is_none());
+        assert_eq!(proxies.gone(2), Change::Lost);
+        let told: Vec<_> = (0..2 * ALONE).map(|_| proxies.call_back()).collect();
+        assert_eq!(told.iter().position(|told| *told), Some(ALONE - 1));
+        assert_eq!((hears.next(), hears.next()), (Some(FromAgent::Needed), None));
     }
 
     #[test]

@@ -34,6 +34,8 @@ const MOST_BATCHES: usize = 32;
 pub(crate) enum Said {
     /// It said hello, and when it started.
     Hello(Link, Duration),
+    /// It said hello, and drains.
+    Drains(Link),
     /// It is gone.
     Gone,
     /// It accepts on a pod's listeners, and has its certificate.
@@ -134,9 +136,13 @@ pub(crate) async fn serve(door: Door, events: mpsc::Sender<Event>) {
 
 async fn converse(number: u64, channel: AsyncFd<Channel>, events: mpsc::Sender<Event>, _place: OwnedSemaphorePermit) {
     let end = match timeout(HELLO, greet(&channel)).await {
-        Ok(Ok(started)) => {
+        Ok(Ok(since)) => {
             let (link, mut outgoing, closed) = Link::new();
-            let hello = Event::Proxy(number, Said::Hello(link, started));
+            let said = match since {
+                Some(started) => Said::Hello(link, started),
+                None => Said::Drains(link),
+            };
+            let hello = Event::Proxy(number, said);
             if events.send(hello).await.is_err() {
                 return;
             }
@@ -163,9 +169,10 @@ async fn converse(number: u64, channel: AsyncFd<Channel>, events: mpsc::Sender<E
     tracing::warn!("the link to a proxy ended: {end}");
 }
 
-async fn greet(channel: &AsyncFd<Channel>) -> Result<Duration, End> {
+/// When the proxy started; `None` where it drains.
+async fn greet(channel: &AsyncFd<Channel>) -> Result<Option<Duration>, End> {
     match receive(channel, &mut vec![0; MAX_MESSAGE]).await?.0 {
-        ToAgent::Hello { version: VERSION, started } => Ok(started),
+        ToAgent::Hello { version: VERSION, started, leaving } => Ok((!leaving).then_some(started)),
         ToAgent::Hello { version, .. } => Err(End::Version(version)),
         _ => Err(End::NoHello),
     }

@@ -1,4 +1,4 @@
-//! What the processes of the nodes know: pages of their admin sockets, read by `exec` in the DaemonSet's own pods and in no other.
+//! What processes know: pages of their admin sockets, read by `exec` in our own pods and in no other.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 use crate::cluster::Cluster;
-use crate::objects::{NAMESPACE, NODE, PROXY_ADMIN, agent_admin};
+use crate::objects::{CONTROL_ADMIN, NAMESPACE, NODE, PROXY_ADMIN, agent_admin};
 use crate::table::printable;
 use crate::wait::pods_of;
 
@@ -30,6 +30,8 @@ pub(crate) enum Process {
     Agent,
     /// The data path.
     Proxy,
+    /// A replica of the control plane.
+    Control,
 }
 
 /// What one node's processes say: each page, or why it cannot be had.
@@ -76,7 +78,11 @@ pub(crate) async fn of_pods(
     pods: &[Pod],
     wanted: &[(Process, &'static str)],
 ) -> BTreeMap<String, NodePages> {
-    let pods = newest(pods);
+    let pods: BTreeMap<String, String> = stream::iter(candidates(pods))
+        .map(|(node, pods)| async move { (node, holder(cluster, pods).await) })
+        .buffer_unordered(AT_ONCE)
+        .collect()
+        .await;
     let questions =
         pods.iter().flat_map(|(node, pod)| wanted.iter().map(move |(process, page)| (node, pod, *process, *page)));
     let answers = stream::iter(questions).map(|(node, pod, process, page)| async move {
@@ -95,30 +101,53 @@ pub(crate) async fn of_pods(
     all
 }
 
-/// The pod of each node that serves: the newest that runs and does not end.
-fn newest(pods: &[Pod]) -> BTreeMap<String, String> {
-    let mut found: BTreeMap<String, (bool, String, String)> = BTreeMap::new();
+/// The pods of each node that run and do not end: those that are ready first, and the newest of them.
+fn candidates(pods: &[Pod]) -> BTreeMap<String, Vec<String>> {
+    let mut found: BTreeMap<String, Vec<(bool, String, String)>> = BTreeMap::new();
     for pod in pods {
         let (Some(spec), Some(status), Some(name)) = (&pod.spec, &pod.status, &pod.metadata.name) else { continue };
         let running = status.phase.as_deref() == Some("Running") && pod.metadata.deletion_timestamp.is_none();
         let (Some(node), true) = (&spec.node_name, running) else { continue };
         let ready = status.conditions.iter().flatten().any(|it| it.type_ == "Ready" && it.status == "True");
         let made = pod.metadata.creation_timestamp.as_ref().map(|time| time.0.to_string()).unwrap_or_default();
-        let this = (ready, made, name.clone());
-        match found.get(node) {
-            Some(other) if *other >= this => {}
-            _ => {
-                found.insert(node.clone(), this);
-            }
-        }
+        found.entry(node.clone()).or_default().push((ready, made, name.clone()));
     }
-    found.into_iter().map(|(node, (_, _, name))| (node, name)).collect()
+    let names = |mut pods: Vec<(bool, String, String)>| {
+        pods.sort_by(|a, b| b.cmp(a));
+        pods.into_iter().map(|(_, _, name)| name).collect()
+    };
+    found.into_iter().map(|(node, pods)| (node, names(pods))).collect()
 }
 
-async fn ask(cluster: &Cluster, pod: &str, process: Process, page: &str) -> anyhow::Result<Value> {
+/// Of a node's pods the one that has the place: during an upgrade the agent of another stands by, and shows what it had.
+async fn holder(cluster: &Cluster, pods: Vec<String>) -> String {
+    let mut pods = pods.into_iter();
+    let first = pods.next().unwrap_or_default();
+    if pods.len() == 0 || !stands_by(cluster, &first).await {
+        return first;
+    }
+    for other in pods {
+        if !stands_by(cluster, &other).await {
+            return other;
+        }
+    }
+    first
+}
+
+/// Whether a pod's agent stands by. One that gives no answer does not.
+async fn stands_by(cluster: &Cluster, pod: &str) -> bool {
+    ask(cluster, pod, Process::Agent, "/version").await.is_ok_and(|page| page["stands_by"] == true)
+}
+
+/// One page of a process in a pod.
+///
+/// # Errors
+/// It cannot be had, in one sentence.
+pub(crate) async fn ask(cluster: &Cluster, pod: &str, process: Process, page: &str) -> anyhow::Result<Value> {
     let (container, socket) = match process {
         Process::Agent => ("agent", agent_admin(pod)),
         Process::Proxy => ("proxy", PROXY_ADMIN.to_owned()),
+        Process::Control => ("control", CONTROL_ADMIN.to_owned()),
     };
     let answer = tokio::time::timeout(PATIENCE, exec(cluster, pod, container, &socket, page)).await;
     let text = answer.map_err(|_| anyhow!("{pod} does not answer within {} s", PATIENCE.as_secs()))??;
@@ -174,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pod_that_serves_a_node_is_asked() {
+    fn pods_that_are_ready_are_asked_first_and_those_that_do_not_run_never() {
         let (old, new) = ("2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z");
         let pods = [
             pod("a-old", "a", "Running", "True", old, None),
@@ -183,11 +212,9 @@ mod tests {
             pod("b-old", "b", "Running", "False", old, None),
             pod("c-pending", "c", "Pending", "False", new, None),
         ];
-        let found = newest(&pods);
-        assert_eq!(
-            found.into_iter().collect::<Vec<_>>(),
-            [("a".to_owned(), "a-old".to_owned()), ("b".to_owned(), "b-old".to_owned()),]
-        );
+        let expected = [("a", vec!["a-old", "a-starting"]), ("b", vec!["b-old"])];
+        let expected = expected.map(|(node, pods)| (node.to_owned(), pods.into_iter().map(str::to_owned).collect()));
+        assert_eq!(candidates(&pods), BTreeMap::from(expected));
     }
 
     #[test]

@@ -33,6 +33,8 @@ pub(crate) enum Said {
     Gone,
     /// Another proxy serves all pods.
     Drain,
+    /// No proxy serves any more.
+    Needed,
     /// Serve this pod.
     PodAdded(PodAdded, Vec<(Listener, TcpListener)>),
     /// Stop serving it.
@@ -69,11 +71,11 @@ pub(crate) struct State {
     pub(crate) view: Option<Arc<OwnedFd>>,
     /// SVIDs with their keys, sealed, for the next proxy.
     pub(crate) credentials: Option<Arc<OwnedFd>>,
-    /// We accept no more, and call no agent when this one is gone.
+    /// We accept no more, and need an agent for what is open.
     pub(crate) leaving: bool,
 }
 
-/// Keeps the link until we leave: passes on what the agent says, and to it what is in `outgoing`.
+/// Keeps the link: passes on what the agent says, and to it what is in `outgoing`.
 pub(crate) async fn keep(
     place: Place,
     said: mpsc::Sender<Said>,
@@ -81,7 +83,7 @@ pub(crate) async fn keep(
     mut told: Told,
 ) {
     let mut complained = false;
-    while !said.is_closed() && !told.state.borrow().leaving {
+    while !said.is_closed() {
         match call(&place) {
             Ok(link) => {
                 // What was meant for the last agent means nothing to this one.
@@ -124,13 +126,17 @@ async fn converse(
     told: &mut Told,
 ) -> io::Error {
     let speak = async {
-        send(link, &ToAgent::Hello { version: VERSION, started: told.started }, &[]).await?;
-        for (pod, listeners) in (told.pods)() {
-            let borrowed: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
-            send(link, &ToAgent::Held(pod), &borrowed).await?;
+        let leaving = told.state.borrow().leaving;
+        send(link, &ToAgent::Hello { version: VERSION, started: told.started, leaving }, &[]).await?;
+        // The listeners of one that leaves are another's.
+        if !leaving {
+            for (pod, listeners) in (told.pods)() {
+                let borrowed: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
+                send(link, &ToAgent::Held(pod), &borrowed).await?;
+            }
+            send(link, &ToAgent::HeldAll, &[]).await?;
         }
-        send(link, &ToAgent::HeldAll, &[]).await?;
-        let mut before = State::default();
+        let mut before = State { leaving, ..State::default() };
         loop {
             let now = told.state.borrow_and_update().clone();
             tell(link, &before, &now).await?;
@@ -221,6 +227,7 @@ fn understand(bytes: &[u8], descriptors: Vec<OwnedFd>) -> Result<Heard, String> 
         FromAgent::Refused(why) => return Ok(Heard::Refused(format!("the agent refuses this proxy: {why}"))),
         FromAgent::Unknown => return Ok(Heard::Nothing),
         FromAgent::Drain => Said::Drain,
+        FromAgent::Needed => Said::Needed,
         FromAgent::PodAdded(pod) => {
             if pod.listeners.len() != descriptors.len() {
                 return Err(format!("{} listeners and {} descriptors", pod.listeners.len(), descriptors.len()));
@@ -323,7 +330,7 @@ mod tests {
         let talk = talk(State::default(), vec![hello(), (FromAgent::Unknown, Vec::new()), added], 4).await;
         assert!([io::ErrorKind::UnexpectedEof, io::ErrorKind::BrokenPipe].contains(&talk.end.kind()), "{}", talk.end);
         let ready = ToAgent::PodReady { pod: PodUid::from("uid") };
-        let hello = ToAgent::Hello { version: VERSION, started: Duration::ZERO };
+        let hello = ToAgent::Hello { version: VERSION, started: Duration::ZERO, leaving: false };
         assert_eq!(talk.told, [(hello, 0), (ToAgent::Held(held()), 1), (ToAgent::HeldAll, 0), (ready, 0)]);
         let [Said::Connected(left), Said::PodAdded(pod, listeners)] = &talk.heard[..] else {
             panic!("{:?}", talk.heard)

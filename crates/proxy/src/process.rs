@@ -246,6 +246,12 @@ async fn serve(args: Args, descriptors: u64) -> Result<()> {
             }
             Event::Certificates => pods.tell_ready(),
             Event::Terminate if told_to_end => break EndedEarly::ShuttingDown,
+            // Only there it is started again.
+            Event::Agent(Said::Needed) if args.kubernetes && drain.is_some() && !told_to_end => {
+                tracing::warn!("no proxy serves: this one ends, and the next one in its place serves");
+                break EndedEarly::ShuttingDown;
+            }
+            Event::Agent(Said::Needed) => {}
             Event::Agent(Said::Drain) | Event::Terminate => {
                 told_to_end |= matches!(event, Event::Terminate);
                 if drain.is_none() {

@@ -140,6 +140,8 @@ pub enum FromAgent {
     Refused(String),
     /// Another proxy serves all pods from now on: accept no more, and end when the connections have.
     Drain,
+    /// Nobody serves, and nobody who would is in sight: the receiver drains, and is to end so that it is started again.
+    Needed,
     /// Serve this pod.
     PodAdded(PodAdded),
     /// Stop serving it: its namespace must not be kept alive.
@@ -177,6 +179,8 @@ pub enum ToAgent {
         version: u32,
         /// When it started, since the machine did: which of two proxies is the newer one.
         started: Duration,
+        /// It accepts no more, and ends when its connections have.
+        leaving: bool,
     },
     /// The pod's listeners are accepted on and its certificate is held: its rules may be loaded.
     PodReady {
@@ -222,6 +226,7 @@ impl FromAgent {
             }
             Self::Refused(why) => M::Refused(why.clone()),
             Self::Drain => M::Drain(()),
+            Self::Needed => M::Needed(()),
             Self::PodAdded(pod) => M::PodAdded(pod.to_proto()),
             Self::PodRemoved { pod } => M::PodRemoved(v1::PodRemoved { pod_uid: pod.to_string() }),
             Self::Sockets { pod, kind, error } => M::Sockets(v1::Sockets {
@@ -246,6 +251,7 @@ impl FromAgent {
             }
             M::Refused(why) => Ok(Self::Refused(why)),
             M::Drain(()) => Ok(Self::Drain),
+            M::Needed(()) => Ok(Self::Needed),
             M::PodAdded(pod) => Ok(Self::PodAdded(PodAdded::from_proto(pod)?)),
             M::PodRemoved(removed) => Ok(Self::PodRemoved { pod: pod_uid(&removed.pod_uid)? }),
             M::Sockets(sockets) => Ok(Self::Sockets {
@@ -265,9 +271,10 @@ impl ToAgent {
     pub fn encode(&self) -> Vec<u8> {
         use v1::to_agent::Message as M;
         let message = match self {
-            Self::Hello { version, started } => M::Hello(v1::ProxyHello {
+            Self::Hello { version, started, leaving } => M::Hello(v1::ProxyHello {
                 version: *version,
                 started_milliseconds: u64::try_from(started.as_millis()).unwrap_or(u64::MAX),
+                leaving: *leaving,
             }),
             Self::PodReady { pod } => M::PodReady(v1::PodReady { pod_uid: pod.to_string() }),
             Self::WantSockets { pod, kind, count } => M::WantSockets(v1::WantSockets {
@@ -290,9 +297,11 @@ impl ToAgent {
         use v1::to_agent::Message as M;
         let Some(message) = decode::<v1::ToAgent>(bytes)?.message else { return Ok(Self::Unknown) };
         match message {
-            M::Hello(hello) => {
-                Ok(Self::Hello { version: hello.version, started: Duration::from_millis(hello.started_milliseconds) })
-            }
+            M::Hello(hello) => Ok(Self::Hello {
+                version: hello.version,
+                started: Duration::from_millis(hello.started_milliseconds),
+                leaving: hello.leaving,
+            }),
             M::PodReady(ready) => Ok(Self::PodReady { pod: pod_uid(&ready.pod_uid)? }),
             M::WantSockets(want) if (1..=MAX_SOCKETS).contains(&want.count) => {
                 Ok(Self::WantSockets { pod: pod_uid(&want.pod_uid)?, kind: socket_kind(want.kind)?, count: want.count })

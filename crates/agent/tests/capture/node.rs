@@ -185,7 +185,7 @@ fn a_proxy_that_comes_anew_gets_the_pods_and_what_the_last_one_left() {
         assert!(!is_free(&world.lab.a), "connections wait in its listeners");
 
         let second = FakeProxy::connect(&world.path("proxy"));
-        second.say(&ToAgent::Hello { version: VERSION, started: std::time::Duration::ZERO });
+        second.say(&ToAgent::Hello { version: VERSION, started: std::time::Duration::ZERO, leaving: false });
         let Some((FromAgent::Hello { version: VERSION, kept }, files)) = second.hear() else { panic!("a hello") };
         let contents = kept.into_iter().zip(files).map(|(what, file)| (what, linux::sealed::read(&file, 9).unwrap()));
         let mut contents: Vec<_> = contents.collect();
@@ -235,7 +235,7 @@ fn a_proxy_of_another_user_or_version_and_one_that_stammers_is_sent_away() {
         let world = World::new(|_| ());
         world.control.publish([pod("a", A)]);
         let stranger = FakeProxy::connect(&world.path("proxy"));
-        stranger.say(&ToAgent::Hello { version: VERSION + 1, started: std::time::Duration::ZERO });
+        stranger.say(&ToAgent::Hello { version: VERSION + 1, started: std::time::Duration::ZERO, leaving: false });
         let Some((FromAgent::Refused(why), _)) = stranger.hear() else { panic!("a refusal") };
         assert!(why.contains("version 2") && why.contains("this agent 1"), "{why}");
         assert!(stranger.hear().is_none());

@@ -52,7 +52,7 @@ fn an_agent_hands_over_to_the_next_one_and_back_and_no_rule_changes() {
         assert!(proxy.hear().is_none());
         second.join().unwrap();
         let proxy = crate::world::FakeProxy::connect(&world.path("proxy"));
-        proxy.say(&ToAgent::Hello { version: wire::pods::VERSION, started: std::time::Duration::ZERO });
+        proxy.say(&ToAgent::Hello { version: wire::pods::VERSION, started: std::time::Duration::ZERO, leaving: false });
         let Some((FromAgent::Hello { kept, .. }, files)) = proxy.hear() else { panic!("a hello") };
         assert_eq!((kept, linux::sealed::read(&files[0], 9).unwrap()), (vec![Kept::View], b"a view".to_vec()));
         assert_eq!(told(&proxy, 1), [PodUid::from("b")].into());

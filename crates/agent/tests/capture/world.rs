@@ -84,7 +84,7 @@ impl World {
     /// The same before it has said which pods it serves.
     pub(crate) fn greeted(&self) -> FakeProxy {
         let proxy = FakeProxy::connect(&self.path("proxy"));
-        proxy.say(&ToAgent::Hello { version: VERSION, started: std::time::Duration::ZERO });
+        proxy.say(&ToAgent::Hello { version: VERSION, started: std::time::Duration::ZERO, leaving: false });
         let Some((FromAgent::Hello { version: VERSION, .. }, _)) = proxy.hear() else { panic!("a hello") };
         proxy
     }

@@ -47,9 +47,10 @@ fn every_message_survives_the_wire() {
     };
     let kept = vec![Kept::View, Kept::Credentials];
     let mut down = vec![FromAgent::Hello { version: VERSION, kept }, FromAgent::PodAdded(added.clone())];
-    down.extend([FromAgent::PodRemoved { pod: pod.clone() }, FromAgent::Refused("no".into()), FromAgent::Drain]);
+    down.extend([FromAgent::PodRemoved { pod: pod.clone() }, FromAgent::Refused("no".into())]);
+    down.extend([FromAgent::Drain, FromAgent::Needed]);
     let mut up = vec![
-        ToAgent::Hello { version: VERSION, started: std::time::Duration::from_millis(71) },
+        ToAgent::Hello { version: VERSION, started: std::time::Duration::from_millis(71), leaving: true },
         ToAgent::PodReady { pod: pod.clone() },
     ];
     let connections = vec![
@@ -78,9 +79,15 @@ fn what_a_newer_version_adds_is_passed_over() {
     let newer = [0xc2, 0x3e, 0x03, b'n', b'e', b'w'];
     assert_eq!(FromAgent::decode(&newer), Ok(FromAgent::Unknown));
     assert_eq!(ToAgent::decode(&newer), Ok(ToAgent::Unknown));
-    let hello =
-        [ToAgent::Hello { version: VERSION, started: std::time::Duration::ZERO }.encode(), newer.to_vec()].concat();
-    assert_eq!(ToAgent::decode(&hello), Ok(ToAgent::Hello { version: VERSION, started: std::time::Duration::ZERO }));
+    let hello = [
+        ToAgent::Hello { version: VERSION, started: std::time::Duration::ZERO, leaving: false }.encode(),
+        newer.to_vec(),
+    ]
+    .concat();
+    assert_eq!(
+        ToAgent::decode(&hello),
+        Ok(ToAgent::Hello { version: VERSION, started: std::time::Duration::ZERO, leaving: false })
+    );
     // The runtime gets no answer to what is not understood, and a pod that is not captured does not start.
     assert!(CniRequest::decode(&newer).is_err() && CniResult::decode(&newer).is_err());
 }
