@@ -73,12 +73,18 @@ impl Capture {
                 break;
             }
         }
-        self.forget_what_is_over()?;
         let until = Instant::now() + MOMENT;
-        while self.needs_rules()? && Instant::now() < until {
+        loop {
+            self.forget_what_is_over()?;
+            if !self.needs_rules()? {
+                break;
+            }
+            if Instant::now() >= until {
+                ended += self.end_translated()?;
+                break;
+            }
             std::thread::sleep(PAUSE);
         }
-        ended += self.end_translated()?;
         self.remove()?;
         Ok(ended + self.end_translated()?)
     }
@@ -91,9 +97,13 @@ impl Capture {
         Ok(open.iter().any(|it| is_ours(marks, it) || translated.contains(&(it.local, it.remote))))
     }
 
-    /// Forgets what would stand in the way of who has a port next: flows of the proxy's, and kept ports.
+    /// Forgets what would stand in the way of who has a port next: flows of the proxy's, what looks open and is not, and kept
+    /// ports. A connection that meets such a flow is translated, to another port or where that flow went.
     fn forget_what_is_over(&mut self) -> Result<(), CaptureError> {
-        self.forget_without_socket(|flow| rules::is_zone(flow.zone))?;
+        let is_ours =
+            |flow: &Flow| rules::is_zone(flow.zone) || flow.phase != Phase::Ended && is_translated_by_us(flow);
+        self.forget_without_socket(is_ours)?;
+        self.forget_stale()?;
         self.forget_ended()?;
         Ok(())
     }
