@@ -59,6 +59,24 @@ struct Metadata {
     deletion_timestamp: Option<String>,
 }
 
+/// A `Status` of an object that is not there.
+#[derive(Deserialize)]
+struct Missing {
+    reason: String,
+    details: Details,
+}
+
+#[derive(Deserialize)]
+struct Details {
+    name: String,
+}
+
+impl Missing {
+    fn is(&self, name: &str) -> bool {
+        self.reason == "NotFound" && self.details.name == name
+    }
+}
+
 impl ApiServer {
     /// As the environment of a pod says.
     ///
@@ -79,7 +97,7 @@ impl ApiServer {
     pub(crate) async fn fate(&self, namespace: &str, name: &str) -> Fate {
         let path = format!("/apis/apps/v1/namespaces/{namespace}/daemonsets/{name}");
         match timeout(PATIENCE, self.get(&path)).await {
-            Ok(Ok((status, body))) => decide(status, &body),
+            Ok(Ok((status, body))) => decide(status, &body, name),
             Ok(Err(why)) => Fate::Unknown(format!("the API server at {}:{} does not say: {why}", self.host, self.port)),
             Err(_) => Fate::Unknown(format!(
                 "no answer of the API server at {}:{} within {} s",
@@ -127,9 +145,10 @@ async fn converse(
 }
 
 /// Only what the API server says of the object itself counts: that it does not let us ask says nothing of it.
-fn decide(status: StatusCode, body: &[u8]) -> Fate {
+fn decide(status: StatusCode, body: &[u8], name: &str) -> Fate {
     match status {
-        StatusCode::NOT_FOUND => Fate::Goes,
+        // A gateway's answer, or that of a server that does not know of DaemonSets yet, names no object.
+        StatusCode::NOT_FOUND if serde_json::from_slice::<Missing>(body).is_ok_and(|it| it.is(name)) => Fate::Goes,
         StatusCode::OK => match serde_json::from_slice::<Object>(body) {
             Ok(object) if object.metadata.deletion_timestamp.is_some() => Fate::Goes,
             Ok(_) => Fate::Stays,
@@ -154,11 +173,19 @@ mod tests {
     fn only_the_object_itself_says_that_it_goes() {
         let there = br#"{"kind":"DaemonSet","metadata":{"name":"justmtls-node"}}"#;
         let going = br#"{"metadata":{"deletionTimestamp":"2026-01-01T00:00:00Z"}}"#;
+        let decide = |status, body| decide(status, body, "justmtls-node");
         assert_eq!(decide(StatusCode::OK, there), Fate::Stays);
         assert_eq!(decide(StatusCode::OK, going), Fate::Goes);
-        assert_eq!(decide(StatusCode::NOT_FOUND, b""), Fate::Goes);
+        let missing =
+            br#"{"kind":"Status","reason":"NotFound","details":{"name":"justmtls-node","kind":"daemonsets"}}"#;
+        assert_eq!(decide(StatusCode::NOT_FOUND, missing), Fate::Goes);
         for status in [StatusCode::UNAUTHORIZED, StatusCode::FORBIDDEN, StatusCode::BAD_GATEWAY] {
-            assert!(matches!(decide(status, going), Fate::Unknown(_)), "{status}");
+            assert!(matches!(decide(status, missing), Fate::Unknown(_)), "{status}");
+        }
+        let others = br#"{"kind":"Status","reason":"NotFound","details":{"name":"another"}}"#;
+        let no_kind = br#"{"kind":"Status","reason":"NotFound","details":{}}"#;
+        for body in [&b""[..], b"<html>", others, no_kind] {
+            assert!(matches!(decide(StatusCode::NOT_FOUND, body), Fate::Unknown(_)), "{body:?}");
         }
         assert!(matches!(decide(StatusCode::OK, b"<html>"), Fate::Unknown(_)));
     }
@@ -200,7 +227,7 @@ mod tests {
             assert!(asked.starts_with("get /apis/apps/v1/namespaces/a/daemonsets/b http/1.1\r\n"), "{asked}");
             assert!(asked.contains("authorization: bearer the-token\r\n"), "{asked}");
             match answer {
-                Ok((status, body)) if fits => assert_eq!(decide(status, &body), Fate::Goes),
+                Ok((status, body)) if fits => assert_eq!(decide(status, &body, "b"), Fate::Goes),
                 other => assert!(!fits && other.is_err(), "{other:?}"),
             }
         }

@@ -42,8 +42,9 @@ pub struct Args {
     /// Folder of the runtime's CNI configurations: justmtls puts its own there.
     #[arg(long, requires = "cni_bin_dir")]
     pub cni_conf_dir: Option<PathBuf>,
-    /// Namespaces whose pods start also while no agent is there.
-    #[arg(long, value_delimiter = ',', default_values_t = ["kube-system".to_owned(), "justmtls-system".to_owned()])]
+    /// Namespaces whose pods start also while no agent is there. The agent's own, of which `--daemonset` tells, is one of them
+    /// by itself.
+    #[arg(long, value_delimiter = ',', default_values_t = ["kube-system".to_owned()])]
     pub cni_exempt: Vec<String>,
     /// The DaemonSet of this agent, NAMESPACE/NAME: when it is deleted the plugin is taken out of the node.
     #[arg(long, value_parser = daemonset)]
@@ -80,8 +81,14 @@ impl Args {
         let (Some(binaries), Some(configurations)) = (&self.cni_bin_dir, &self.cni_conf_dir) else { return Ok(None) };
         let program = std::env::current_exe().context("cannot find the program that the plugin is a copy of")?;
         let folders = Folders { binaries: binaries.clone(), configurations: configurations.clone(), program };
-        let entry = Entry { socket: socket.to_owned(), exempt: self.cni_exempt.clone() };
+        let entry = Entry { socket: socket.to_owned(), exempt: self.exempt() };
         Ok(Some(Keeper::new(Place::new(folders, entry), shown.clone())))
+    }
+
+    /// Namespaces whose pods start without an agent. Without its own none would ever be there again after a node's boot.
+    fn exempt(&self) -> Vec<String> {
+        let own = self.daemonset.iter().map(|it| &it.namespace).filter(|own| !self.cni_exempt.contains(own));
+        self.cni_exempt.iter().chain(own).cloned().collect()
     }
 
     /// Where the container runtime is.
@@ -204,10 +211,10 @@ mod tests {
         let more =
             [&more[..], &["/host/cni/conf", "--cni-exempt", "a,b", "--daemonset", "justmtls-system/justmtls-node"]];
         let args = line(place, &more.concat()).unwrap();
-        assert_eq!(
-            (args.control, args.cluster.cni_exempt),
-            ("10.0.0.1:15012".parse().unwrap(), vec!["a".into(), "b".into()])
-        );
+        assert_eq!(args.control, "10.0.0.1:15012".parse().unwrap());
+        assert_eq!(args.cluster.exempt(), ["a", "b", "justmtls-system"], "its own pods wait for no agent");
+        let own = ["--cni-exempt", "justmtls-system,a", "--daemonset", "justmtls-system/justmtls-node"];
+        assert_eq!(line(place, &own).unwrap().cluster.exempt(), ["justmtls-system", "a"], "each once");
         assert_eq!(args.cluster.cri_socket.len(), 2);
         let wrong = line(place, &["--daemonset", "justmtls-node"]).unwrap_err();
         assert!(wrong.contains("write NAMESPACE/NAME"), "{wrong}");

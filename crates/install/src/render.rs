@@ -133,7 +133,7 @@ mod tests {
             "replicas=3",
             "cni.binDir=/b",
             "cni.confDir=/c",
-            "cni.exempt=kube-system",
+            "cni.exempt=kube-system,webhooks",
             "cri.socket=/run/x/y.sock",
             "criticalPodsQuota=true",
             "resources.control.cpu=1",

@@ -100,8 +100,8 @@ keys! {
         "The node's directory of CNI plugins. Detected for known distributions.";
     CniConfDir = "cni.confDir", Form::Path, "/etc/cni/net.d",
         "The node's directory of CNI configurations. Detected likewise.";
-    CniExempt = "cni.exempt", Form::Namespaces, "kube-system,justmtls-system",
-        "Namespaces whose pods start while the agent does not answer.";
+    CniExempt = "cni.exempt", Form::Namespaces, "kube-system",
+        "Namespaces, beside justmtls-system, whose pods start while the agent does not answer.";
     CriSocket = "cri.socket", Form::Path, "/run/containerd/containerd.sock",
         "The container runtime's socket. Detected likewise.";
     CriticalPodsQuota = "criticalPodsQuota", Form::Word(&["true", "false"]), "false",

@@ -90,11 +90,12 @@ fn closed_webhooks(configuration: &Value, exempt: &[&str]) -> Vec<String> {
         if closed && of_pods && !namespace.is_empty() && !exempt.contains(&namespace) {
             found.push(format!(
                 "{}: webhook {} refuses pods where it does not answer, and its own pods in {namespace} start only where our agent runs: \
-                 on a node where neither is there yet each would wait for the other; add {namespace} to --set {}=…, or leave {namespace} \
-                 and justmtls-system out of the webhook's namespaceSelector",
+                 on a node where neither is there yet each would wait for the other; install with --set {}={},{namespace}, or leave \
+                 {namespace} and justmtls-system out of the webhook's namespaceSelector",
                 title(configuration, text(configuration, "/kind")),
                 text(webhook, "/name"),
                 Key::CniExempt.as_str(),
+                exempt.join(","),
             ));
         }
     }
