@@ -51,6 +51,7 @@ pub fn expect(view: &View, destination: &Workload, port: u16, source: IpAddr) ->
         _ if !view.is_stale() => (wait, plaintext),
         PlaintextReason::OptedOut
         | PlaintextReason::SystemNamespace
+        | PlaintextReason::NotCapturable
         | PlaintextReason::CapturePending
         | PlaintextReason::UnknownSource => (UNKNOWN, PlaintextReason::StaleView),
         PlaintextReason::NotAPod | PlaintextReason::Outside if view.is_within(source) => {
@@ -70,6 +71,7 @@ fn by_source(view: &View, source: IpAddr) -> (Duration, PlaintextReason) {
             (Speaks::JustMtls, _) => (HELLO, PlaintextReason::Bypass),
             (_, Some(Uncaptured::OptedOut)) => (GRACE, PlaintextReason::OptedOut),
             (_, Some(Uncaptured::SystemNamespace)) => (GRACE, PlaintextReason::SystemNamespace),
+            (_, Some(Uncaptured::NotCapturable)) => (GRACE, PlaintextReason::NotCapturable),
             (_, Some(Uncaptured::HostNetwork)) => (Duration::ZERO, PlaintextReason::HostNetwork),
             (_, Some(Uncaptured::NotAPod)) => (Duration::ZERO, PlaintextReason::NotAPod),
             (_, Some(Uncaptured::Pending) | None) => (UNKNOWN, PlaintextReason::CapturePending),

@@ -46,6 +46,8 @@ reasons! {
         OptedOut = "opted-out",
         /// The other end is in a namespace of the system.
         SystemNamespace = "system-namespace",
+        /// The other end's packets are another mesh's, or those of a runtime with a network stack of its own.
+        NotCapturable = "not-capturable",
         /// The other end is an endpoint that no pod stands behind.
         NotAPod = "not-a-pod",
         /// The other end is to be captured and its node has not acknowledged that yet.

@@ -129,7 +129,10 @@ impl View {
             self.published.remove(&old.pod_uid);
         }
         if !workload.pod_uid.as_str().is_empty() {
-            let left = matches!(workload.uncaptured, Some(Uncaptured::OptedOut | Uncaptured::SystemNamespace));
+            let left = matches!(
+                workload.uncaptured,
+                Some(Uncaptured::OptedOut | Uncaptured::SystemNamespace | Uncaptured::NotCapturable)
+            );
             if workload.speaks == Speaks::JustMtls {
                 self.published.insert(workload.pod_uid.clone());
             } else if left {

@@ -60,6 +60,8 @@ pub enum Uncaptured {
     HostNetwork,
     /// A namespace of the system or of justmtls itself.
     SystemNamespace,
+    /// Its packets are another data path's: another mesh's, or those of a runtime with a network stack of its own.
+    NotCapturable,
     /// It is to be captured and its node has not acknowledged it yet.
     Pending,
     /// Not a pod of this cluster: an endpoint that an EndpointSlice names by address alone.
@@ -73,6 +75,7 @@ impl Uncaptured {
             Self::OptedOut => PlaintextReason::OptedOut,
             Self::HostNetwork => PlaintextReason::HostNetwork,
             Self::SystemNamespace => PlaintextReason::SystemNamespace,
+            Self::NotCapturable => PlaintextReason::NotCapturable,
             Self::Pending => PlaintextReason::CapturePending,
             Self::NotAPod => PlaintextReason::NotAPod,
         }

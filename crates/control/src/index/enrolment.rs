@@ -3,9 +3,9 @@
 use manifests::Kind;
 use mesh::{Mode, Modes, Uncaptured};
 
-use super::facts::{ModeLabel, Namespace, Pod};
+use super::facts::{Foreign, ModeLabel, Namespace, Pod};
 use crate::ROOT_NAMESPACE;
-use crate::problem::Problem;
+use crate::problem::{Problem, quoted};
 
 /// Namespaces that are not captured unless somebody says so: what a cluster needs to start, and ourselves.
 const SYSTEM_NAMESPACES: [&str; 4] = ["kube-system", "kube-public", "kube-node-lease", ROOT_NAMESPACE];
@@ -24,8 +24,28 @@ pub(crate) fn exemption(
         return Some(Uncaptured::HostNetwork);
     }
     let object = || pod.name.as_kind(Kind::Pod);
-    let wanted = wanted_exemption(pod, namespace, problems)?;
     let is_strict = modes.default == Mode::Strict || modes.ports.values().any(|mode| *mode == Mode::Strict);
+    // A guess is overridden by who knows better, and what is strict and captured has shown that it can be.
+    let is_guess = matches!(pod.foreign, Some(Foreign::Runtime(_)));
+    let overridden = is_guess && pod.mode == Some(ModeLabel::On) || is_strict && captured;
+    if let Some(foreign) = pod.foreign.as_ref().filter(|_| !overridden) {
+        if is_strict {
+            let message = match foreign {
+                Foreign::Mesh(mesh) => format!(
+                    "is STRICT by a PeerAuthentication, which we do not enforce: it is in {mesh}, and that has to; take it out of \
+                     that mesh to have it captured"
+                ),
+                Foreign::Runtime(what) => format!(
+                    "is STRICT by a PeerAuthentication, which nothing enforces: {} means a network stack that its node does not see \
+                     into; take it off that, or label the pod justmtls.dev/mode: on if that is not so",
+                    quoted(what)
+                ),
+            };
+            problems.push(Problem::warning(object(), message));
+        }
+        return Some(Uncaptured::NotCapturable);
+    }
+    let wanted = wanted_exemption(pod, namespace, problems)?;
     match wanted {
         Uncaptured::OptedOut if is_strict => {
             let message = "opts out by justmtls.dev/mode: off, and a STRICT PeerAuthentication selects it: strict \

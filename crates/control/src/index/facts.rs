@@ -2,10 +2,12 @@
 //!
 //! Kubernetes ends here. A field that cannot be read is a problem of its object and of nothing else.
 
+mod foreign;
 mod network;
 mod pod;
 mod probes;
 
+pub(crate) use foreign::Foreign;
 pub(crate) use network::{Node, Service, Slice};
 pub(crate) use pod::{ModeLabel, Namespace, Pod};
 

@@ -24,7 +24,10 @@ impl Model {
         if workload.speaks == Speaks::JustMtls {
             self.published.push(workload.pod_uid.clone());
         }
-        if [Some(Uncaptured::OptedOut), Some(Uncaptured::SystemNamespace)].contains(&workload.uncaptured) {
+        if [Uncaptured::OptedOut, Uncaptured::SystemNamespace, Uncaptured::NotCapturable]
+            .map(Some)
+            .contains(&workload.uncaptured)
+        {
             self.published.retain(|pod| *pod != workload.pod_uid);
         }
         if self.published.contains(&workload.pod_uid) {
@@ -62,6 +65,7 @@ fn step() -> impl Strategy<Value = Step> {
         Just(Uncaptured::Pending),
         Just(Uncaptured::OptedOut),
         Just(Uncaptured::SystemNamespace),
+        Just(Uncaptured::NotCapturable),
         Just(Uncaptured::HostNetwork),
         Just(Uncaptured::NotAPod),
     ];

@@ -111,6 +111,7 @@ pub(super) fn encode_uncaptured(why: Uncaptured) -> v1::Uncaptured {
         Uncaptured::HostNetwork => v1::Uncaptured::HostNetwork,
         Uncaptured::SystemNamespace => v1::Uncaptured::SystemNamespace,
         Uncaptured::NotAPod => v1::Uncaptured::NotAPod,
+        Uncaptured::NotCapturable => v1::Uncaptured::NotCapturable,
     }
 }
 
@@ -122,6 +123,7 @@ pub(super) fn decode_uncaptured(value: i32) -> Option<Uncaptured> {
         v1::Uncaptured::HostNetwork => Uncaptured::HostNetwork,
         v1::Uncaptured::SystemNamespace => Uncaptured::SystemNamespace,
         v1::Uncaptured::NotAPod => Uncaptured::NotAPod,
+        v1::Uncaptured::NotCapturable => Uncaptured::NotCapturable,
     })
 }
 

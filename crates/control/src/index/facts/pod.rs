@@ -9,7 +9,7 @@ use manifests::k8s_openapi::api::core::v1 as core;
 use manifests::k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use mesh::{Canonical, PodUid};
 
-use super::{Name, addresses};
+use super::{Foreign, Name, addresses};
 use crate::problem::{Problem, quoted};
 
 /// The label that opts a namespace or a pod out or in (D14).
@@ -71,6 +71,8 @@ pub(crate) struct Pod {
     pub(crate) node: String,
     pub(crate) identity: SpiffeId,
     pub(crate) host_network: bool,
+    /// Whose its packets are, where they are not its own programs'.
+    pub(crate) foreign: Option<Foreign>,
     /// `status.podIPs`. Those of a pod in the host's network are its node's.
     pub(crate) addresses: Vec<IpAddr>,
     /// What the kubelet asks of it.
@@ -118,6 +120,7 @@ impl Pod {
             node,
             identity,
             host_network: spec.host_network.unwrap_or(false),
+            foreign: Foreign::of(&pod.metadata, spec),
             addresses: addresses(first.chain(listed), &object, "status.podIPs", problems),
             canonical: canonical(&pod.metadata, &name),
             probes: super::probes::read(spec, &object, problems),

@@ -41,6 +41,49 @@ fn labels_and_namespaces_decide_who_is_captured() {
 }
 
 #[test]
+fn pods_whose_packets_are_anothers_are_left_to_it_by_name() {
+    const CAPTURED: Uncaptured = Uncaptured::Pending;
+    const LEFT: Uncaptured = Uncaptured::NotCapturable;
+    let sidecar = |name: &str| format!("  initContainers: [{{name: {name}, image: proxy, restartPolicy: Always}}]");
+    let ambient = |value: &str| format!("  annotations: {{ambient.istio.io/redirection: {value}}}");
+    let machine = "  labels: {kubevirt.io: virt-launcher}".to_owned();
+    let class = |name: &str| format!("  runtimeClassName: {name}");
+    let none = String::new();
+    for (metadata, spec, expected) in [
+        (none.clone(), sidecar("istio-proxy"), LEFT),
+        (none.clone(), sidecar("linkerd-proxy"), LEFT),
+        (none.clone(), sidecar("envoy"), CAPTURED),
+        (ON.to_owned(), sidecar("istio-proxy"), LEFT),
+        (ambient("enabled"), none.clone(), LEFT),
+        (ambient("disabled"), none.clone(), CAPTURED),
+        (none.clone(), class("gvisor"), LEFT),
+        (none.clone(), class("Kata-qemu"), LEFT),
+        (none.clone(), class("nvidia"), CAPTURED),
+        (ON.to_owned(), class("kata-like"), CAPTURED),
+        (machine, none.clone(), LEFT),
+    ] {
+        let mut index = index(&pod("shop", "web", "10.88.16.5", &metadata, &spec));
+        assert_eq!(workload(&index, "shop", "web").uncaptured, Some(expected), "{metadata} {spec}");
+        assert_no_problems(&index);
+        apply(&mut index, &peer_authentication("shop", "default", "{mtls: {mode: STRICT}}"));
+        assert_eq!(workload(&index, "shop", "web").uncaptured, Some(expected), "{metadata} {spec}");
+        match expected {
+            LEFT => assert_problem(&index, "Pod shop/web", "is STRICT by a PeerAuthentication, which"),
+            _ => assert_no_problems(&index),
+        }
+    }
+}
+
+#[test]
+fn what_is_strict_and_captured_is_not_let_go_by_an_annotation() {
+    let strict = peer_authentication("shop", "default", "{mtls: {mode: STRICT}}");
+    let mut index = index(&(pod("shop", "web", "10.88.16.5", "", "") + &strict));
+    captured(&mut index, "node-a", &["uid-shop-web"]);
+    apply(&mut index, &pod("shop", "web", "10.88.16.5", "  annotations: {ambient.istio.io/redirection: enabled}", ""));
+    assert_eq!(workload(&index, "shop", "web").uncaptured, None);
+}
+
+#[test]
 fn a_pod_in_the_hosts_network_publishes_no_address() {
     let index = index(&pod("shop", "web", "10.88.0.10", "", "  hostNetwork: true"));
     assert!(workload(&index, "shop", "web").addresses.is_empty());
