@@ -34,6 +34,7 @@ mod watch;
 mod ca;
 mod discovery;
 mod nodes;
+mod refusals;
 mod report;
 mod server;
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 use wire::server::{self, CaptureStream, CertificateRequest, DiscoveryStream, Handler, NoTls, Refused};
 
 use crate::ca::token::{Caller, Tokens, Unknown};
@@ -14,6 +14,7 @@ use crate::control::Event;
 use crate::metrics::Metrics;
 use crate::nodes::Nodes;
 use crate::publication::Publication;
+use crate::refusals::Refusals;
 use crate::{discovery, report};
 
 /// What calls are answered from.
@@ -23,6 +24,7 @@ pub(crate) struct Served {
     pub(crate) tokens: Arc<Tokens>,
     pub(crate) nodes: Nodes,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) refusals: Refusals,
     pub(crate) clock: Clock,
     pub(crate) events: mpsc::Sender<Event>,
 }
@@ -30,7 +32,9 @@ pub(crate) struct Served {
 impl Served {
     async fn authenticate(&self, caller: &server::Caller) -> Result<Caller, Refused> {
         self.tokens.authenticate(&caller.token, caller.address.ip()).await.map_err(|unknown| {
-            debug!(address = %caller.address, reason = unknown.as_str(), "a caller's token is nobody's");
+            if let Some(unsaid) = self.refusals.one_more(unknown.as_str()) {
+                warn!(address = %caller.address, reason = unknown.as_str(), unsaid, "a caller is refused: {unknown}");
+            }
             self.metrics.refused_call(unknown.as_str());
             let sentence = unknown.to_string();
             match unknown {
@@ -120,7 +124,9 @@ impl Handler for Served {
     }
 
     fn stranger(&self, address: SocketAddr, because: NoTls) {
-        debug!(%address, reason = because.as_str(), "a connection did not come to TLS");
+        if let Some(unsaid) = self.refusals.one_more(because.as_str()) {
+            info!(%address, reason = because.as_str(), unsaid, "a connection did not come to TLS");
+        }
         self.metrics.refused_connection(because.as_str());
     }
 }

@@ -23,11 +23,9 @@ pub(crate) const ROOT: &str = "root.pem";
 pub(crate) const INTERMEDIATE: &str = "intermediate.pem";
 pub(crate) const INTERMEDIATE_KEY: &str = "intermediate.key";
 
-/// The root outlives every intermediate that it may be asked for by name.
-const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
-/// Without the root's key there is no second intermediate under the same root: this is how long the mesh can run on one
-/// folder.
-const INTERMEDIATE_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
+/// How long the mesh can run on one authority. Without the root's key there is no second intermediate under the same root, so
+/// that both end at the same time.
+const LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// From here on the end of the intermediate is a problem.
 const WARN_BEFORE_END: Duration = Duration::from_secs(30 * 24 * 3600);
 /// What to do about a folder's authority that is at its end or no good.
@@ -138,8 +136,8 @@ impl Authority {
         trust_domain: &TrustDomain,
         now: UnixTime,
     ) -> Result<Self, AuthorityError> {
-        let root = Root::generate(trust_domain, now, ROOT_LIFETIME)?;
-        let intermediate = root.issue_intermediate(now, INTERMEDIATE_LIFETIME)?;
+        let root = Root::generate(trust_domain, now, LIFETIME)?;
+        let intermediate = root.issue_intermediate(now, LIFETIME)?;
         let bundle = root.bundle().map_err(AuthorityError::NewBundle)?;
         Ok(Self { place: place.to_owned(), remedy, bundle, intermediate })
     }
@@ -335,7 +333,7 @@ mod tests {
         for path in [&one, &two] {
             Authority::open(path, &trust_domain(), at_second(NOW)).unwrap();
         }
-        let late = NOW + INTERMEDIATE_LIFETIME.as_secs() + 1;
+        let late = NOW + LIFETIME.as_secs() + 1;
         let error = Authority::open(&one, &trust_domain(), at_second(late)).err().unwrap().to_string();
         assert!(error.contains("expired") && error.contains("--ca"), "{error}");
         fs::copy(two.join(INTERMEDIATE_KEY), one.join(INTERMEDIATE_KEY)).unwrap();
@@ -348,7 +346,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let authority = Authority::open(&directory.path().join("ca"), &trust_domain(), at_second(NOW)).unwrap();
         assert_eq!(authority.problem(at_second(NOW)), None);
-        let near = NOW + INTERMEDIATE_LIFETIME.as_secs() - 2 * 24 * 3600;
+        let near = NOW + LIFETIME.as_secs() - 2 * 24 * 3600;
         assert!(authority.problem(at_second(near)).unwrap().message.contains("ends in 4"));
     }
 

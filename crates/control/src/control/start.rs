@@ -31,6 +31,7 @@ use crate::nodes::Nodes;
 use crate::probes::Probes;
 use crate::problem::Problem;
 use crate::publication::Publication;
+use crate::refusals::Refusals;
 use crate::server::Served;
 use crate::watch::{Batch, Folder, Kubernetes, Source};
 use crate::{Args, Files, ROOT_NAMESPACE, SETTINGS_NAME};
@@ -141,6 +142,7 @@ impl Control {
         let listener = listener.with_context(|| format!("cannot listen on {} (--listen)", args.listen))?;
         let address = listener.local_addr().context("cannot read the address that is listened on")?;
         let served = Served {
+            refusals: Refusals::default(),
             publication: publication.clone(),
             certifier: certifier.clone(),
             tokens: tokens.clone(),

@@ -32,8 +32,13 @@ struct State {
     /// Versions up to this one are forgotten.
     forgotten: u64,
     fails: Option<u16>,
+    silent: bool,
     absent: BTreeSet<String>,
     without_streaming: bool,
+    /// Lists end with an error after so many objects.
+    lists_break_after: Option<usize>,
+    /// What lists as streams say before they are over.
+    said_in_lists: Vec<(String, Value)>,
     /// Watches that began before are cut.
     era: u64,
     writes: Vec<String>,
@@ -87,6 +92,11 @@ impl Fake {
         self.lock().fails = code;
     }
 
+    /// Answers nothing any more, until it is told otherwise; what was asked meanwhile has no answer ever.
+    pub(crate) fn be_silent(&self, silent: bool) {
+        self.lock().silent = silent;
+    }
+
     /// Does not serve a kind.
     pub(crate) fn without(&self, plural: &str) {
         self.lock().absent.insert(plural.to_owned());
@@ -99,6 +109,18 @@ impl Fake {
     /// Knows nothing of lists as streams, as older servers.
     pub(crate) fn without_streaming(&self) {
         self.lock().without_streaming = true;
+    }
+
+    /// Lists end with an error after so many objects, or by pages after the first page, until it is told otherwise.
+    pub(crate) fn break_lists_after(&self, objects: Option<usize>) {
+        self.lock().lists_break_after = objects;
+    }
+
+    /// What goes while it is listed as a stream.
+    pub(crate) fn remove_in_lists(&self, path: &str) {
+        let mut state = self.lock();
+        let event = json!({ "type": "DELETED", "object": state.objects[path] });
+        state.said_in_lists.push((path.to_owned(), event));
     }
 
     /// How many objects were written by calls.
@@ -199,6 +221,9 @@ impl Fake {
             .collect();
         // Others may come in between.
         tokio::task::yield_now().await;
+        if self.lock().silent {
+            std::future::pending::<()>().await;
+        }
         let mut state = self.lock();
         if let Some(code) = state.fails {
             return status(code, "it is made to fail");
@@ -282,6 +307,17 @@ impl Fake {
             state.lists += 1;
             let objects = state.objects.iter().filter(|(path, _)| target.holds(path));
             first.extend(objects.map(|(_, object)| json!({ "type": "ADDED", "object": object })));
+            if let Some(objects) = state.lists_break_after {
+                first.truncate(objects);
+                let error = json!({ "code": 500, "reason": "Made", "message": "it breaks" });
+                // Later than the objects: in a piece of its own.
+                let error = stream::once(async move {
+                    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+                    json!({ "type": "ERROR", "object": error })
+                });
+                return lines(stream::iter(first).chain(error));
+            }
+            first.extend(state.said_in_lists.iter().filter(|(path, _)| target.holds(path)).map(|it| it.1.clone()));
             let annotations = json!({ "k8s.io/initial-events-end": "true" });
             let metadata = json!({ "resourceVersion": state.version.to_string(), "annotations": annotations });
             let object = json!({ "apiVersion": "v1", "kind": "Some", "metadata": metadata });
@@ -312,6 +348,9 @@ impl Fake {
 
 fn list(state: &mut State, target: &Target, query: &BTreeMap<String, String>) -> Answer {
     let from: usize = query.get("continue").and_then(|token| token.parse().ok()).unwrap_or(0);
+    if from > 0 && state.lists_break_after.is_some() {
+        return status(500, "it breaks");
+    }
     state.lists += usize::from(from == 0);
     let limit: usize = query.get("limit").and_then(|limit| limit.parse().ok()).unwrap_or(usize::MAX);
     let all: Vec<_> = state.objects.iter().filter(|(path, _)| target.holds(path)).map(|(_, object)| object).collect();

@@ -10,7 +10,7 @@ use manifests::k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use manifests::k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use manifests::k8s_openapi::jiff::Timestamp;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
 use super::{Failure, ask, metadata, parameters, tell};
@@ -50,15 +50,20 @@ impl Election {
     /// Takes part until `ending` closes; then lets go, so that another one leads at once.
     pub(crate) async fn run(mut self, mut ending: watch::Receiver<()>) {
         loop {
+            // Also where the API server does not answer at all.
+            let until = self.renewed.filter(|_| *self.leads.borrow()).map(|renewed| renewed + LET_GO);
             let tried = tokio::select! {
                 tried = self.try_once() => tried,
+                () = sleep_until(until.unwrap_or_else(Instant::now)), if until.is_some() => {
+                    Err(Failure::Away("the Lease was not renewed in time".to_owned()))
+                }
                 _ = ending.changed() => break,
             };
             match tried {
                 Ok(leads) => self.set(leads),
                 Err(failure) => {
                     warn!(%failure, "the Lease cannot be asked for");
-                    if self.renewed.is_none_or(|renewed| renewed.elapsed() > LET_GO) {
+                    if self.renewed.is_none_or(|renewed| renewed.elapsed() >= LET_GO) {
                         self.set(false);
                     }
                 }
@@ -186,12 +191,22 @@ mod tests {
         let (alive, ending) = watch::channel(());
         let running = tokio::spawn(election.run(ending));
         leads.wait_for(|leads| *leads).await.unwrap();
-        let began = Instant::now();
-        fake.fail_with(Some(503));
-        leads.wait_for(|leads| !*leads).await.unwrap();
-        assert!(began.elapsed() < DURATION, "{:?}", began.elapsed());
-        fake.fail_with(None);
-        leads.wait_for(|leads| *leads).await.unwrap();
+        for silent in [false, true] {
+            let began = Instant::now();
+            if silent {
+                fake.be_silent(true)
+            } else {
+                fake.fail_with(Some(503))
+            }
+            leads.wait_for(|leads| !*leads).await.unwrap();
+            assert!(began.elapsed() < DURATION, "{silent}: {:?}", began.elapsed());
+            if silent {
+                fake.be_silent(false)
+            } else {
+                fake.fail_with(None)
+            }
+            leads.wait_for(|leads| *leads).await.unwrap();
+        }
         drop(alive);
         running.await.unwrap();
         assert!(

@@ -50,7 +50,7 @@ pub(super) struct Follower {
     metrics: Arc<Metrics>,
     /// Lists come as a stream, where the API server can.
     streams: bool,
-    /// All that there is, as far as it was said.
+    /// All that was said to be there, also by a list that did not come to its end, and not to be gone.
     known: HashSet<ObjectKey>,
     /// How often in a row there was no such kind.
     missing: usize,
@@ -195,8 +195,14 @@ impl Follower {
             let mut end = None;
             for event in came {
                 match event? {
-                    Event::There(reading) => readings.push(reading),
-                    Event::Gone(key, _) => drop(seen.remove(&key)),
+                    Event::There(reading) => {
+                        seen.insert(reading.key.clone());
+                        readings.push(reading);
+                    }
+                    Event::Gone(key, _) => {
+                        seen.remove(&key);
+                        readings.retain(|reading: &Reading| reading.key != key);
+                    }
                     Event::Bookmark { version, ends_list: true } => {
                         end = Some(version);
                         break;
@@ -204,8 +210,7 @@ impl Follower {
                     Event::Bookmark { ends_list: false, .. } => {}
                 }
             }
-            seen.extend(readings.iter().map(|reading| reading.key.clone()));
-            self.say(Said::Objects(readings, Vec::new())).await?;
+            self.there(readings).await?;
             if let Some(version) = end {
                 // What came in the same piece behind the bookmark is said again by the watch that begins there.
                 return self.listed(seen).await.map(|()| version);
@@ -228,10 +233,10 @@ impl Follower {
                 seen.insert(reading.key.clone());
                 readings.push(reading);
                 if readings.len() == PIECE {
-                    self.say(Said::Objects(std::mem::take(&mut readings), Vec::new())).await?;
+                    self.there(std::mem::take(&mut readings)).await?;
                 }
             }
-            self.say(Said::Objects(readings, Vec::new())).await?;
+            self.there(readings).await?;
             match page.metadata.continue_.filter(|token| !token.is_empty()) {
                 Some(token) => parameters = parameters.continue_token(&token),
                 None => {
@@ -240,6 +245,12 @@ impl Follower {
                 }
             }
         }
+    }
+
+    /// A piece of a list. Should the list not come to its end, the next one says what of this is gone.
+    async fn there(&mut self, readings: Vec<Reading>) -> Result<(), End> {
+        self.known.extend(readings.iter().map(|reading| reading.key.clone()));
+        self.say(Said::Objects(readings, Vec::new())).await
     }
 
     /// The list is whole: what it lacks is gone.

@@ -28,10 +28,14 @@ struct Heard {
 }
 
 impl Heard {
+    fn of(client: &Client) -> Self {
+        let source = Kubernetes::follow(client, &Arc::new(Metrics::new()));
+        Self { source, there: BTreeMap::new(), last: Batch::default(), deleted: 0 }
+    }
+
     /// Listens until every kind is listed.
     async fn whole(client: &Client) -> Self {
-        let source = Kubernetes::follow(client, &Arc::new(Metrics::new()));
-        let mut heard = Self { source, there: BTreeMap::new(), last: Batch::default(), deleted: 0 };
+        let mut heard = Self::of(client);
         heard.until(|heard| heard.source.is_complete()).await;
         heard
     }
@@ -110,6 +114,31 @@ async fn a_cut_goes_on_from_where_it_was_and_what_is_forgotten_is_listed_anew() 
     fake.fail_with(None);
     heard.until(|heard| heard.names() == ["three"] && !heard.last.behind).await;
     assert!(fake.lists() > lists);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_goes_after_a_list_that_broke_off_or_while_it_is_listed_is_gone() {
+    for streams in [true, false] {
+        let fake = Fake::default();
+        if !streams {
+            fake.without_streaming();
+        }
+        let many: Vec<_> = (0..600).map(|number| format!("web-{number:04}")).collect();
+        put_pods(&fake, &many.iter().map(String::as_str).collect::<Vec<_>>());
+        fake.break_lists_after(Some(300));
+        let mut heard = Heard::of(&fake.client());
+        heard
+            .until(|heard| heard.names().contains(&"web-0001") && heard.problem("Pod objects: cannot be followed"))
+            .await;
+        fake.remove(&pod("web-0000").0);
+        fake.break_lists_after(None);
+        heard.until(|heard| heard.source.is_complete()).await;
+        assert!(heard.names() == many[1..], "{streams}: {} objects, {:?} first", heard.there.len(), heard.names()[0]);
+    }
+    let fake = Fake::default();
+    put_pods(&fake, &["one", "two"]);
+    fake.remove_in_lists(&pod("one").0);
+    assert_eq!(Heard::whole(&fake.client()).await.names(), ["two"]);
 }
 
 #[tokio::test(start_paused = true)]
