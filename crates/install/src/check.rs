@@ -2,6 +2,7 @@
 
 mod ids;
 mod nodes;
+mod problems;
 
 use std::time::{Duration, Instant};
 
@@ -248,6 +249,7 @@ async fn control_plane(cluster: &Cluster) -> Vec<Finding> {
         Ok(bundle) => findings.extend(roots(bundle, now())),
         Err(error) => findings.push(failed(Id::RootsPublished, format!("{error:#}"))),
     }
+    findings.extend(problems::findings(cluster).await);
     findings
 }
 

@@ -107,7 +107,7 @@ pub(crate) fn objects(values: &Values) -> Vec<Object> {
 /// As [`objects`], with those that are there on demand alone.
 pub(crate) fn all(source: Source<'_>) -> Vec<Object> {
     let mut all = vec![Object::new(namespace(source)), settings(source), quota()];
-    all.extend(rbac::objects().into_iter().map(Object::new));
+    all.extend(rbac::objects(source).into_iter().map(Object::new));
     all.extend(control::objects(source).into_iter().map(Object::new));
     all.push(Object::new(node::daemon_set(source)));
     all

@@ -129,6 +129,7 @@ pub(crate) const USED: &[Expression] = {
         After("--leaf-validity=", Key::LeafValidity),
         After("--drain=", Key::Drain),
         After("--cni-exempt=", Key::CniExempt),
+        After("justmtls.dev:workload:", Key::TrustDomain),
         Plus(Key::Drain, 30),
         Folder(Key::CriSocket),
         File("--cri-socket=/host/run-cri/", Key::CriSocket),

@@ -165,7 +165,8 @@ impl Work {
                 if !silent.is_empty() && !arguments.force {
                     bail!(
                         "the agents of {} do not say whether their pods have left the mesh, and pods that have not are cut off when \
-                         nobody serves them; bring those nodes back and run the command again, or go on without them by --force",
+                         nobody serves them; bring those nodes back and run the command again, or go on without them by --force. \
+                         Meanwhile no policy is enforced, and every other pod is out of the mesh; `justmtls install` takes all of it back",
                         silent.join(", ")
                     );
                 }

@@ -68,6 +68,7 @@ ids! {
         ControlLease = "control-lease", ControlPlane, "look at the logs of the control plane's pods";
         RootsPublished = "roots-published", ControlPlane, "look at the logs of the control plane's pods";
         RootDaysLeft = "root-days-left", ControlPlane, "plan for a new root before that day";
+        ControlProblems = "control-problems", ControlPlane, "do what the sentence says";
         NodePods = "node-pods", Nodes, "look at what holds the DaemonSet's pods up";
         NodeVersions = "node-versions", Nodes, "wait until the roll-out is through, or run `justmtls upgrade`";
         NodeAgents = "node-agents", Nodes, "look at that agent's log";

@@ -3,6 +3,8 @@
 use serde_json::{Value, json};
 
 use super::{AUTHORITY, CONTROL, NAMESPACE, NODE, metadata};
+use crate::source::Source;
+use crate::values::Key;
 
 /// One rule.
 #[derive(Debug)]
@@ -15,6 +17,10 @@ struct Rule {
     /// Why it is needed.
     reason: &'static str,
 }
+
+/// The ClusterTrustBundle's name, whose end is a value.
+const BUNDLE: &str = "justmtls.dev:workload:<trust domain>";
+const BUNDLE_BEFORE: &str = "justmtls.dev:workload:";
 
 const READ: &[&str] = &["list", "watch"];
 
@@ -80,8 +86,15 @@ const CONTROL_CLUSTER: &[Rule] = &[
         group: "certificates.k8s.io",
         resources: &["clustertrustbundles"],
         names: &[],
-        verbs: &["create", "get", "update"],
-        reason: "the roots, for whoever else wants to verify",
+        verbs: &["create"],
+        reason: "the roots, for whoever else wants to verify: no name can be given for this verb",
+    },
+    Rule {
+        group: "certificates.k8s.io",
+        resources: &["clustertrustbundles"],
+        names: &[BUNDLE],
+        verbs: &["get", "update"],
+        reason: "the same, kept up to date",
     },
     Rule {
         group: "certificates.k8s.io",
@@ -151,10 +164,10 @@ const NODE_OWN: &[Rule] = &[Rule {
 const ROLES: &[(&str, &str, &[Rule])] =
     &[("ClusterRole", CONTROL, CONTROL_CLUSTER), ("Role", CONTROL, CONTROL_OWN), ("Role", NODE, NODE_OWN)];
 
-pub(super) fn objects() -> Vec<Value> {
+pub(super) fn objects(source: Source<'_>) -> Vec<Value> {
     let mut objects = vec![account(CONTROL), account(NODE)];
     for (kind, name, rules) in ROLES {
-        objects.push(role(kind, name, rules));
+        objects.push(role(source, kind, name, rules));
         objects.push(binding(kind, name));
     }
     objects
@@ -164,13 +177,17 @@ fn account(name: &str) -> Value {
     json!({ "apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata(name, true) })
 }
 
-fn role(kind: &str, name: &str, rules: &[Rule]) -> Value {
+fn role(source: Source<'_>, kind: &str, name: &str, rules: &[Rule]) -> Value {
+    let named = |name: &&str| match *name {
+        BUNDLE => source.after(BUNDLE_BEFORE, Key::TrustDomain),
+        name => name.into(),
+    };
     let rules: Vec<_> = rules
         .iter()
         .map(|rule| {
             let mut value = json!({ "apiGroups": [rule.group], "resources": rule.resources, "verbs": rule.verbs });
             if !rule.names.is_empty() {
-                value["resourceNames"] = json!(rule.names);
+                value["resourceNames"] = rule.names.iter().map(named).collect();
             }
             value
         })
