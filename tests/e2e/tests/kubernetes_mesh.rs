@@ -99,7 +99,36 @@ fn nobody_notices_installation_restarts_kills_and_rollouts() {
     assert!(cluster.ask("shop/late", "web.shop:80", ANSWER).success());
     wait_edge(&cluster, "shop/late", "shop/web", "mtls", None);
 
+    upgrade_is_taken_back(&cluster);
+
     deployment_rolls(&cluster, "after");
+}
+
+/// A new pod takes its node over and never becomes ready. When it goes again the one that stood by serves, and nobody noticed.
+fn upgrade_is_taken_back(cluster: &Kubernetes) {
+    println!("an upgrade that never becomes ready is taken back");
+    const NODES: &str = "daemonset/justmtls-node";
+    const NEVER: &str = r#"[{"op": "replace", "path": "/spec/template/spec/containers/0/readinessProbe/httpGet/path", "value": "/never"}]"#;
+    let ours = |command: &[&str]| cluster.kubectl(&[&["-n", "justmtls-system"], command].concat()).run().ok();
+    let report = meanwhile(load(cluster), |load| {
+        ours(&["patch", NODES, "--type=json", "--patch", NEVER]);
+        wait_until("a new pod to take a node over", PATIENCE, || cluster.standing_by().map(drop));
+        // Its proxy serves now, and the one before drains.
+        load.wait_for_lost(1);
+        let stood_by = cluster.standing_by().unwrap();
+        ours(&["rollout", "undo", NODES]);
+        wait_until("the one before to take its place back", PATIENCE, || match cluster.standing_by() {
+            Ok(still) => Err(format!("{still} stands by")),
+            Err(_) => Ok(()),
+        });
+        load.wait_for_more(10 * ENOUGH);
+        assert!(cluster.pods_of_nodes().contains(&stood_by), "it is no other one");
+    });
+    report.assert_no_short_failed();
+    cluster.rolled_out("justmtls-system", NODES);
+    let check = cluster.says(&["check"]);
+    let failed: Vec<_> = check["checks"].as_array().unwrap().iter().filter(|it| it["state"] == "failed").collect();
+    assert!(failed.is_empty(), "{failed:?}");
 }
 
 /// Nobody is refused or waits for long, also when it is not the first time: kubelet would let ten seconds pass. What the dead

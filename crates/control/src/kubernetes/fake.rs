@@ -312,7 +312,7 @@ impl Fake {
                 let error = json!({ "code": 500, "reason": "Made", "message": "it breaks" });
                 // Later than the objects: in a piece of its own.
                 let error = stream::once(async move {
-                    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+                    tokio::task::yield_now().await;
                     json!({ "type": "ERROR", "object": error })
                 });
                 return lines(stream::iter(first).chain(error));

@@ -72,6 +72,34 @@ impl Kubernetes {
         if edges.iter().any(is_so) { Ok(()) } else { Err(format!("{edges:?}")) }
     }
 
+    /// The pods of the nodes' part that are not being deleted.
+    #[track_caller]
+    pub fn pods_of_nodes(&self) -> Vec<String> {
+        let pods = self.get(&["-n", OURS, "pods", "-l", "app.kubernetes.io/name=justmtls-node"]);
+        let all = pods["items"].as_array().into_iter().flatten();
+        let staying = all.filter(|pod| pod["metadata"].get("deletionTimestamp").is_none());
+        staying.map(|pod| text(&pod["metadata"], "name").to_owned()).collect()
+    }
+
+    /// The pod whose agent has given its place to another one and waits whether that stays.
+    ///
+    /// # Errors
+    /// There is none; what each says.
+    #[track_caller]
+    pub fn standing_by(&self) -> Result<String, String> {
+        let mut said = Vec::new();
+        for pod in self.pods_of_nodes() {
+            let socket = format!("/run/justmtls/agent/{pod}.sock");
+            let ask = ["-n", OURS, "exec", &pod, "-c", "agent", "--", "/justmtls", "admin", &socket, "/version"];
+            let answer = self.kubectl(&ask).run().stdout;
+            match serde_json::from_str::<Value>(&answer) {
+                Ok(page) if page["stands_by"] == true => return Ok(pod),
+                _ => said.push(format!("{pod}: {answer}")),
+            }
+        }
+        Err(said.join(", "))
+    }
+
     /// The product's pods of a node's part, by the name of the node.
     #[track_caller]
     pub fn node_pod(&self, node: &str) -> String {
