@@ -34,7 +34,8 @@ usage: cargo xtask <command>
   tidy                                   check the shape of the repository
   test [GROUP…] [PATTERN…] [--repeat N] [--required]
                                          run the tests; groups: unit, e2e, kubernetes (default: all);
-                                         kubernetes, asked for by name, uses the cluster that KUBECONFIG names;
+                                         kubernetes, asked for by name, uses the cluster that KUBECONFIG names
+                                         (README.md says what it does there), with the image JUSTMTLS_TEST_IMAGE;
                                          a PATTERN selects tests by a part of their name;
                                          --repeat N runs them N times, or until a run fails, which is shown;
                                          --required makes a skipped test a failure

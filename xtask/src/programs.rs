@@ -53,6 +53,9 @@ pub(crate) const PROGRAMS: &[Program] = &[
     Program { name: "python3-grpcio", package: "python3-grpcio", look: Look::PythonModule("grpc") },
 ];
 
+/// What the tests use on a cluster that is given to them, besides `kubectl`, which its owner has.
+pub(crate) const ON_A_GIVEN_CLUSTER: &[Program] = &[in_path("curl", "curl")];
+
 /// What the nodes of a cluster run besides Kubernetes.
 pub(crate) const OF_A_CLUSTER: &[Program] = &[
     in_path("containerd", "containerd"),

@@ -9,7 +9,7 @@ pub(crate) struct Group {
     pub(crate) name: String,
     pub(crate) passed: usize,
     pub(crate) failed: usize,
-    /// One `test: reason` for each test that could not run here.
+    /// One `test: reason` for each test, or part of one, that could not run here.
     pub(crate) skips: Vec<String>,
     /// Names of failed tests, or of what failed before any test ran (a build, a process killed by a signal).
     pub(crate) failures: Vec<String>,
@@ -34,12 +34,17 @@ impl Group {
 
     /// Adds the skips that tests wrote, one per line, to the file named by `JUSTMTLS_TEST_SKIPS`.
     ///
-    /// To libtest such a test has passed: it returned early. Here it counts as skipped and not as passed.
+    /// To libtest such a test has passed: it returned early. Here it counts as skipped and not as passed. One of which a part was
+    /// skipped counts by how the rest of it ended.
     pub(crate) fn read_skips(&mut self, file: &Path) {
         let text = std::fs::read_to_string(file).unwrap_or_default();
         for line in text.lines().filter_map(|line| line.strip_prefix("SKIPPED ")) {
-            self.skips.push(line.to_owned());
-            self.passed = self.passed.saturating_sub(1);
+            if let Some(part) = line.strip_prefix("PART ") {
+                self.skips.push(format!("a part, {part}"));
+            } else {
+                self.skips.push(line.to_owned());
+                self.passed = self.passed.saturating_sub(1);
+            }
         }
     }
 
@@ -148,6 +153,20 @@ mod tests {
         assert!(summary.is_good(false));
         assert!(!summary.is_good(true));
         assert!(summary.to_string().ends_with("\n1 passed, 0 failed, 1 skipped\n"), "{summary}");
+    }
+
+    #[test]
+    fn a_test_of_which_a_part_is_skipped_has_passed_and_fails_where_all_is_required() {
+        let file = std::env::temp_dir().join(format!("justmtls-xtask-parts-{}", std::process::id()));
+        std::fs::write(&file, "SKIPPED PART story::crash: no node\nSKIPPED PART story::tap: no node\n").unwrap();
+        let mut group = Group::named("kubernetes");
+        group.read_line("test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s");
+        group.read_skips(&file);
+        std::fs::remove_file(&file).unwrap();
+        assert_eq!((group.passed, group.failed), (1, 0));
+        assert_eq!(group.skips, ["a part, story::crash: no node", "a part, story::tap: no node"]);
+        let summary = Summary { groups: vec![group] };
+        assert!(summary.is_good(false) && !summary.is_good(true));
     }
 
     #[test]

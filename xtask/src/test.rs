@@ -68,6 +68,13 @@ impl Request {
         Ok(request)
     }
 
+    /// The kubeconfig of the cluster that the tests may use, which is none where the group is not named. Tests run in folders of
+    /// their own: the path is made absolute.
+    fn given_cluster(&self) -> Result<Option<PathBuf>> {
+        let named = std::env::var_os("KUBECONFIG").filter(|path| self.kubernetes_named && !path.is_empty());
+        named.map(|path| std::path::absolute(path).context("KUBECONFIG names no file")).transpose()
+    }
+
     /// What is run, for the line that says how often.
     fn name(&self) -> String {
         if self.patterns.is_empty() { "all tests".to_owned() } else { self.patterns.join(" ") }
@@ -75,10 +82,7 @@ impl Request {
 }
 
 pub(crate) fn run(root: &Path, request: &Request) -> Result<ExitCode> {
-    let of_tests = programs::PROGRAMS.iter().filter(|_| request.e2e || request.kubernetes);
-    let of_clusters = programs::OF_A_CLUSTER.iter().filter(|program| !programs::PROGRAMS.contains(program));
-    let wanted: Vec<_> = of_tests.chain(of_clusters.filter(|_| request.kubernetes)).copied().collect();
-    let missing = programs::provide(&wanted)?;
+    let missing = programs::provide(&wanted(request, request.given_cluster()?.is_some()))?;
     if !missing.is_empty() {
         println!("not installed here: {}; the tests that use them are skipped", missing.join(", "));
     }
@@ -90,6 +94,21 @@ pub(crate) fn run(root: &Path, request: &Request) -> Result<ExitCode> {
         repeat(root, request)?
     };
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The programs of other people that the tests use. A cluster that is given needs none of what ours are made of.
+fn wanted(request: &Request, is_given: bool) -> Vec<programs::Program> {
+    let makes_clusters = request.kubernetes && !is_given;
+    let of_tests = programs::PROGRAMS.iter().filter(|_| request.e2e || makes_clusters);
+    let of_clusters = programs::OF_A_CLUSTER.iter().filter(|_| makes_clusters);
+    let of_given = programs::ON_A_GIVEN_CLUSTER.iter().filter(|_| request.kubernetes && is_given);
+    let mut wanted = Vec::new();
+    for program in of_tests.chain(of_clusters).chain(of_given) {
+        if !wanted.contains(program) {
+            wanted.push(*program);
+        }
+    }
+    wanted
 }
 
 /// Runs again and again, a line for each run, until one fails: that one is shown whole.
@@ -202,9 +221,10 @@ fn cargo_test(
         .args(&request.patterns)
         .args(harness)
         .env("JUSTMTLS_TEST_SKIPS", target_folder(root).join("skipped-tests"));
-    if !request.kubernetes_named {
-        command.env_remove("KUBECONFIG");
-    }
+    match request.given_cluster()? {
+        Some(kubeconfig) => command.env("KUBECONFIG", kubeconfig),
+        None => command.env_remove("KUBECONFIG"),
+    };
     let failures = group.failures.len();
     let success = match output {
         Output::Shown => succeeds_with_lines(&mut command, |line| group.read_line(line))?,
@@ -259,6 +279,17 @@ mod tests {
         assert!(!parse("").unwrap().kubernetes_named && !parse("e2e").unwrap().kubernetes);
         let request = parse("kubernetes").unwrap();
         assert!(request.kubernetes && request.kubernetes_named && !request.e2e && !request.unit);
+    }
+
+    #[test]
+    fn a_given_cluster_needs_no_program_that_clusters_are_made_of() {
+        let names = |line: &str, is_given| format!("{:?}", wanted(&parse(line).unwrap(), is_given));
+        let (given, own) = (names("kubernetes", true), names("kubernetes", false));
+        assert!(given.contains("curl") && !given.contains("containerd") && !given.contains("nginx"), "{given}");
+        assert!(own.contains("curl") && own.contains("containerd") && own.contains("nginx"), "{own}");
+        let both = names("e2e kubernetes", true);
+        assert!(both.contains("nginx") && !both.contains("containerd"), "{both}");
+        assert_eq!(names("unit", false), "[]");
     }
 
     #[test]

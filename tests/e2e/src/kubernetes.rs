@@ -1,12 +1,15 @@
 //! A real Kubernetes: one that a test made with `cargo xtask cluster`, or the one that `KUBECONFIG` names; the product
 //! installed on it, and pods that talk.
 
+mod given;
+mod nodes;
 mod pods;
 mod power;
 mod product;
 mod tap;
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -17,16 +20,15 @@ use crate::cluster::binary;
 use crate::program::Program;
 use crate::wait::wait_until;
 
+pub(crate) use given::is_given;
 pub use pods::{SHOP, SHOP_IS_STRICT};
 
 /// The cluster's program is built at the first call on a machine, which takes minutes.
 const UP: Duration = Duration::from_secs(20 * 60);
 /// A node has two processors at best, and starts some twenty programs.
 pub(crate) const SOON: Duration = Duration::from_secs(120);
-/// Names the image on a cluster that a test did not make.
-const IMAGE: &str = "JUSTMTLS_TEST_IMAGE";
 
-/// A running Kubernetes. Dropping it takes down what the test made.
+/// A running Kubernetes. Dropping it takes down what the test made: its own cluster, or what it put into a given one.
 #[derive(Debug)]
 pub struct Kubernetes {
     /// `None`: it is somebody's.
@@ -36,23 +38,28 @@ pub struct Kubernetes {
     pub image: String,
     /// For the test's files, which nodes of a test's own cluster see, too.
     folder: TempDir,
+    /// Where pods are put; the same for the whole test, whatever becomes of the nodes meanwhile.
+    nodes: OnceLock<[String; 2]>,
+    /// Whether what is there is the test's, to be taken down.
+    is_ours: bool,
 }
 
 impl Kubernetes {
-    /// The cluster that `KUBECONFIG` names; else a new one with two nodes and the product's image on both.
+    /// The cluster that `KUBECONFIG` names, which must have nothing of what a test makes; where none is named, a new one with two
+    /// nodes and the product's image on both.
     #[track_caller]
     pub fn up(prefix: &str) -> Kubernetes {
         // What lies elsewhere may be a node's own.
         let folder = tempfile::Builder::new().prefix("justmtls-e2e-").tempdir_in("/dev/shm").expect("a folder");
-        if let Some(kubeconfig) = given() {
-            let image = std::env::var(IMAGE).unwrap_or_else(|_| image_of_this_version());
-            return Kubernetes { name: None, kubeconfig, image, folder };
+        if let Some(kubeconfig) = given::kubeconfig() {
+            return Kubernetes::given(kubeconfig, folder);
         }
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         // Short: names of links on a machine are.
         let name = format!("{prefix}{:x}{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         let kubeconfig = clusters().join(&name).join("kubeconfig");
-        let cluster = Kubernetes { name: Some(name), kubeconfig, image: image_of_this_version(), folder };
+        let (image, nodes) = (image_of_this_version(), OnceLock::new());
+        let cluster = Kubernetes { name: Some(name), kubeconfig, image, folder, nodes, is_ours: true };
         cluster.verb(&["up"]).within(UP).run().ok();
         cluster.load_image();
         cluster
@@ -96,30 +103,35 @@ impl Kubernetes {
         serde_json::from_str(&said).expect("kubectl prints JSON")
     }
 
-    /// Makes or changes objects. `IMAGE` in them is the product's.
+    /// Makes or changes objects. `IMAGE` in them is the product's; `FIRST-NODE` and `WORKER-NODE` are [`Self::nodes`].
     #[track_caller]
     pub fn apply(&self, manifest: &str) {
-        let manifest = manifest.replace("IMAGE", &self.image);
+        let manifest = self.filled(manifest);
         self.kubectl(&["apply", "-f", "-"]).input(manifest).run().ok();
     }
 
     /// Deletes objects, and waits until they are gone.
     #[track_caller]
     pub fn delete(&self, manifest: &str) {
-        let manifest = manifest.replace("IMAGE", &self.image);
+        let manifest = self.filled(manifest);
         self.kubectl(&["delete", "--ignore-not-found", "-f", "-"]).input(manifest).run().ok();
     }
 
-    /// The node with the control plane, and the worker.
+    #[track_caller]
+    fn filled(&self, manifest: &str) -> String {
+        let [first, worker] = self.nodes();
+        manifest.replace("IMAGE", &self.image).replace("FIRST-NODE", &first).replace("WORKER-NODE", &worker)
+    }
+
+    /// Two nodes: in a test's own cluster the one with the control plane, and the worker; else two that take pods.
+    #[track_caller]
     #[must_use]
     pub fn nodes(&self) -> [String; 2] {
-        let nodes = self.get(&["nodes"]);
-        let all = nodes["items"].as_array().expect("nodes").iter();
-        let (first, rest): (Vec<_>, Vec<_>) =
-            all.partition(|node| node["metadata"]["labels"].get("node-role.kubernetes.io/control-plane").is_some());
-        let name =
-            |nodes: Vec<&Value>| nodes.first().and_then(|node| node["metadata"]["name"].as_str()).map(str::to_owned);
-        [name(first).expect("a control-plane node"), name(rest).expect("a worker")]
+        let choose = || {
+            let two = nodes::chosen(&self.get(&["nodes"]));
+            two.expect("the tests need two Linux nodes that are ready and not cordoned, one of them without a taint")
+        };
+        self.nodes.get_or_init(choose).clone()
     }
 
     /// The address of a node, as others reach it.
@@ -152,8 +164,11 @@ impl Kubernetes {
 
 impl Drop for Kubernetes {
     fn drop(&mut self) {
-        if self.name.is_none() {
+        if !self.is_ours {
             return;
+        }
+        if self.name.is_none() {
+            return self.give_back();
         }
         let down = self.verb(&["down"]).within(SOON).run();
         // A second panic would hide the first.
@@ -162,11 +177,6 @@ impl Drop for Kubernetes {
             assert!(!self.kubeconfig.exists(), "{} is left", self.kubeconfig.display());
         }
     }
-}
-
-/// The cluster that somebody wants the tests to run on.
-fn given() -> Option<PathBuf> {
-    std::env::var_os("KUBECONFIG").filter(|path| !path.is_empty()).map(PathBuf::from)
 }
 
 /// Where `cargo xtask cluster` keeps clusters.

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use crate::kubernetes::is_given;
 use crate::program::Program;
 
 /// The user that root becomes for a test of an ordinary user's box.
@@ -14,7 +15,8 @@ const SKIPS: &str = "JUSTMTLS_TEST_SKIPS";
 
 /// The first of these that is not here, as a reason. `"root"` stands for being root, `"user-namespaces"` for an ordinary user's
 /// right to make them, `"grpc"` for Debian's Python module,
-/// and `"postgres"` for the server, which is in nobody's `PATH`.
+/// `"postgres"` for the server, which is in nobody's `PATH`, `"cluster"` for a Kubernetes, and `"nodes"` for reaching into its
+/// nodes: their processes, files, links and power.
 #[must_use]
 pub fn missing(needs: &[&str]) -> Option<String> {
     needs.iter().find_map(|need| match *need {
@@ -23,6 +25,12 @@ pub fn missing(needs: &[&str]) -> Option<String> {
             (!has_user_namespaces()).then(|| "an ordinary user may not make namespaces here".to_owned())
         }
         "grpc" => (!has_python_module("grpc")).then(|| "python3-grpcio is not installed".to_owned()),
+        // One that is given runs already; a test's own is made of these.
+        "cluster" if is_given() => missing(&["kubectl"]),
+        "cluster" => missing(&["root", "go", "containerd", "runc"]),
+        "nodes" => {
+            is_given().then(|| "this reaches into nodes, and those of a given cluster are not a test's".to_owned())
+        }
         "postgres" => postgres().is_none().then(|| "postgresql is not installed".to_owned()),
         program => (!is_program(program)).then(|| format!("{program} is not installed")),
     })
@@ -64,7 +72,15 @@ fn is_program(name: &str) -> bool {
 
 /// Says that a test did not run, to the reader and to xtask.
 pub fn announce_skip(test: &str, reason: &str) {
-    let line = format!("SKIPPED {test}: {reason}");
+    announce(&format!("SKIPPED {test}: {reason}"));
+}
+
+/// The same of a part of a test whose rest runs: xtask counts the skip, and the test by how it ends.
+pub fn announce_skipped_part(part: &str, reason: &str) {
+    announce(&format!("SKIPPED PART {part}: {reason}"));
+}
+
+fn announce(line: &str) {
     println!("{line}");
     let Some(file) = std::env::var_os(SKIPS) else { return };
     let written = OpenOptions::new().append(true).create(true).open(file);

@@ -31,7 +31,7 @@ fn edge(cluster: &Kubernetes, from: &str, security: &str, reason: Option<&str>) 
 
 #[test]
 fn one_command_installs_and_the_table_shows_mtls() {
-    needs!("root", "go", "containerd", "runc");
+    needs!("cluster");
     let cluster = Kubernetes::up("ins");
     let began = Instant::now();
 

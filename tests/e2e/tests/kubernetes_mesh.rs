@@ -6,7 +6,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use e2e::{ENOUGH, Kubernetes, Loaded, SHOP, eventually, meanwhile, needs, wait_until};
+use e2e::{ENOUGH, Kubernetes, Loaded, SHOP, eventually, meanwhile, needs, part_needs, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Of the proxies in these tests: long enough to see connections live, short enough to wait for.
@@ -31,9 +31,8 @@ fn install(cluster: &Kubernetes) {
 /// One cluster for all of it: each part begins with what the last one left, which is a mesh that works.
 #[test]
 fn nobody_notices_installation_restarts_kills_and_rollouts() {
-    needs!("root", "go", "containerd", "runc");
+    needs!("cluster");
     let cluster = Kubernetes::up("mesh");
-    let [first, worker] = cluster.nodes();
     cluster.apply(SHOP);
     cluster.wait_ready("shop");
     cluster.wait_ready("outside");
@@ -56,52 +55,57 @@ fn nobody_notices_installation_restarts_kills_and_rollouts() {
     let again = cluster.install(&[&format!("drain={}", DRAIN.as_secs())]);
     assert!(again.contains("nothing changed"), "{again}");
 
+    everything_is_upgraded(&cluster);
+    processes_are_killed(&cluster);
+    api_server_is_away(&cluster);
+    agent_is_away(&cluster);
+    upgrade_is_taken_back(&cluster);
+    deployment_rolls(&cluster, "after");
+}
+
+/// A rolling upgrade of everything, and back.
+fn everything_is_upgraded(cluster: &Kubernetes) {
     println!("rolling upgrade of everything, and back");
     let [this, next] = [cluster.image.clone(), cluster.same_image_as("justmtls.test/next:1")];
-    for image in [&next, &this] {
-        let report = meanwhile(load(&cluster), |load| {
-            let set = format!("image={image}");
-            cluster.justmtls(&["upgrade", "--set", &set]).within(PATIENCE * 2).run().ok();
+    // What they request replaces all pods also where there is no other image.
+    for (image, memory) in [(&next, "65Mi"), (&this, "64Mi")] {
+        let before = cluster.pods_of_ours();
+        let report = meanwhile(load(cluster), |load| {
+            let settings = [
+                format!("image={image}"),
+                format!("resources.control.memory={memory}"),
+                format!("resources.proxy.memory={memory}"),
+            ];
+            let settings = settings.iter().flat_map(|setting| ["--set", setting]);
+            cluster.justmtls(&["upgrade"]).args(settings).within(PATIENCE * 2).run().ok();
             load.wait_for_lost(LONG);
         });
         assert_eq!(cluster.images_of_ours(), [image.clone()].into());
+        let after = cluster.pods_of_ours();
+        assert!(before.is_disjoint(&after), "{before:?} {after:?}");
         report.assert_no_short_failed();
         // The old proxies had what was open for as long as they may, which began after it was said to.
         let ended = report.first_failure_after_event("long").expect("long connections end with the drain");
         assert!(ended >= DRAIN, "a long connection ended {ended:?} after the upgrade was asked for: {report}");
     }
+}
 
+fn processes_are_killed(cluster: &Kubernetes) {
+    part_needs!("nodes");
+    let [first, worker] = cluster.nodes();
     println!("a proxy is killed");
     for node in [&first, &worker] {
-        proxy_is_killed(&cluster, node, load(&cluster));
+        proxy_is_killed(cluster, node, load(cluster));
     }
 
     println!("an agent and a control plane are killed");
-    let report = meanwhile(load(&cluster), |_| {
+    let report = meanwhile(load(cluster), |_| {
         cluster.kill(&worker, "agent");
         let control = [&first, &worker].into_iter().find(|node| !cluster.processes(node, "control").is_empty());
         cluster.signal(control.expect("a control plane"), "control", "-KILL");
         cluster.rolled_out("justmtls-system", "deployment/justmtls-control");
     });
     report.assert_nothing_failed();
-
-    api_server_is_away(&cluster, &first, &worker);
-
-    println!("the agent is away");
-    assert_eq!(cluster.signal(&worker, "agent", "-STOP"), 1);
-    cluster.apply(LATE);
-    cluster.wait_for_event("shop/late", "agent of justmtls");
-    assert!(cluster.addresses("shop/late").is_empty(), "it waits");
-    assert_eq!(cluster.signal(&worker, "agent", "-CONT"), 1);
-    cluster.wait_captured("shop/late");
-    // Captured it is before its container starts.
-    cluster.wait_ready("shop");
-    assert!(cluster.ask("shop/late", "web.shop:80", ANSWER).success());
-    wait_edge(&cluster, "shop/late", "shop/web", "mtls", None);
-
-    upgrade_is_taken_back(&cluster);
-
-    deployment_rolls(&cluster, "after");
 }
 
 /// A new pod takes its node over and never becomes ready. When it goes again the one that stood by serves, and nobody noticed.
@@ -145,21 +149,40 @@ fn proxy_is_killed(cluster: &Kubernetes, node: &str, load: Loaded) {
 }
 
 /// Nobody notices, and a proxy that begins anew meanwhile gets certificates and view.
-fn api_server_is_away(cluster: &Kubernetes, first: &str, worker: &str) {
+fn api_server_is_away(cluster: &Kubernetes) {
+    part_needs!("nodes");
+    let [first, worker] = cluster.nodes();
     println!("the API server is away");
     let web = SocketAddr::new(cluster.addresses("shop/web")[0], 8080).to_string();
     let load = || {
-        let load = cluster.load_from_node(first, "shop/client", &web);
+        let load = cluster.load_from_node(&first, "shop/client", &web);
         let load = load.short(4).long(LONG, Duration::from_millis(100)).start();
         load.wait_for_more(ENOUGH);
         load
     };
     let [quiet, beside_a_kill] = [load(), load()];
-    cluster.stop_api_server(first, true);
+    cluster.stop_api_server(&first, true);
     meanwhile(quiet, |load| load.wait_for_more(10 * ENOUGH)).assert_nothing_failed();
-    proxy_is_killed(cluster, worker, beside_a_kill);
-    cluster.stop_api_server(first, false);
+    proxy_is_killed(cluster, &worker, beside_a_kill);
+    cluster.stop_api_server(&first, false);
     cluster.rolled_out("justmtls-system", "daemonset/justmtls-node");
+}
+
+/// A pod that comes meanwhile waits, and is captured before it starts.
+fn agent_is_away(cluster: &Kubernetes) {
+    part_needs!("nodes");
+    let [_, worker] = cluster.nodes();
+    println!("the agent is away");
+    assert_eq!(cluster.signal(&worker, "agent", "-STOP"), 1);
+    cluster.apply(LATE);
+    cluster.wait_for_event("shop/late", "agent of justmtls");
+    assert!(cluster.addresses("shop/late").is_empty(), "it waits");
+    assert_eq!(cluster.signal(&worker, "agent", "-CONT"), 1);
+    cluster.wait_captured("shop/late");
+    // Captured it is before its container starts.
+    cluster.wait_ready("shop");
+    assert!(cluster.ask("shop/late", "web.shop:80", ANSWER).success());
+    wait_edge(cluster, "shop/late", "shop/web", "mtls", None);
 }
 
 /// On the worker, like the server.
@@ -168,10 +191,7 @@ apiVersion: v1
 kind: Pod
 metadata: { name: late, namespace: shop }
 spec:
-  affinity:
-    nodeAffinity:
-      requiredDuringSchedulingIgnoredDuringExecution:
-        nodeSelectorTerms: [{ matchExpressions: [{ key: node-role.kubernetes.io/control-plane, operator: DoesNotExist }] }]
+  affinity: { nodeAffinity: { requiredDuringSchedulingIgnoredDuringExecution: { nodeSelectorTerms: [{ matchFields: [{ key: metadata.name, operator: In, values: ['WORKER-NODE'] }] }] } } }
   terminationGracePeriodSeconds: 1
   containers: [{ name: late, image: IMAGE, args: [demo-app, serve, --port, '8080'] }]
 ";

@@ -5,9 +5,10 @@
 
 use std::time::{Duration, Instant};
 
-use e2e::{Finished, Kubernetes, PATIENCE, SHOP, eventually, needs, wait_until};
+use e2e::{Finished, Kubernetes, PATIENCE, SHOP, eventually, needs, part_needs, wait_until};
 
 const GATE: &str = include_str!("../manifests/kubernetes_policy.yaml");
+const INTRUDER: &str = include_str!("../manifests/kubernetes_intruder.yaml");
 const SOON: Duration = Duration::from_secs(120);
 /// How long an ask waits for its answer: longer than a refusal takes, and not as long as a lost SYN is tried.
 const ANSWER: Duration = Duration::from_secs(3);
@@ -40,15 +41,14 @@ spec:
 
 #[test]
 fn ports_that_are_denied_stay_denied_and_wrong_people_are_refused() {
-    needs!("root", "go", "containerd", "runc", "nft", "perl");
+    needs!("cluster", "curl");
     let cluster = Kubernetes::up("pol");
     cluster.install(&[]);
     cluster.apply(SHOP);
-    cluster.apply(GATE);
     for namespace in ["shop", "outside"] {
         cluster.wait_ready(namespace);
     }
-    for pod in ["shop/client", "shop/web", "shop/gate"] {
+    for pod in ["shop/client", "shop/web"] {
         cluster.wait_captured(pod);
     }
     port_policies(&cluster);
@@ -60,6 +60,10 @@ fn ports_that_are_denied_stay_denied_and_wrong_people_are_refused() {
 /// The rules on the node see the ports that the application chose; what they denied before is denied, and what they deny from now on
 /// is so for the very next connection, although a tunnel to it was warm.
 fn port_policies(cluster: &Kubernetes) {
+    part_needs!("nodes", "nft");
+    cluster.apply(GATE);
+    cluster.wait_ready("shop");
+    cluster.wait_captured("shop/gate");
     let [_, worker] = cluster.nodes();
     let address = cluster.addresses("shop/gate").into_iter().find(|address| address.is_ipv4()).expect("IPv4");
     let ask = |port: u16| cluster.ask("shop/client", &format!("{address}:{port}"), ANSWER);
@@ -117,6 +121,7 @@ fn port_policies(cluster: &Kubernetes) {
 
 /// A node's proxy may ask for the identities of its own pods, and for nobody else's; its agent for none.
 fn somebody_elses_identity(cluster: &Kubernetes) {
+    part_needs!("nodes");
     println!("somebody else's identity");
     let [first, worker] = cluster.nodes();
     let token = |node: &str, audience: &str| {
@@ -142,10 +147,10 @@ fn somebody_elses_identity(cluster: &Kubernetes) {
         (&first, &proxy, "nobody", "not-on-this-node"),
         (&first, &agent, "client", "wrong-role"),
     ] {
-        let before = control_counts(cluster, "certificates", reason);
+        let before = cluster.control_counts("certificates", reason);
         let said = certify(from, token, account).fails();
         assert!(said.contains(reason), "{said}");
-        assert_eq!(control_counts(cluster, "certificates", reason), before + 1, "{account} by {reason}");
+        assert_eq!(cluster.control_counts("certificates", reason), before + 1, "{account} by {reason}");
     }
     let log = control_log(cluster);
     for (reason, words) in [("not-on-this-node", "/ns/shop/sa/web"), ("wrong-role", "agent")] {
@@ -162,17 +167,20 @@ fn the_control_planes_port(cluster: &Kubernetes) {
     let service = cluster.get(&["-n", OURS, "service", "justmtls-control"]);
     let control = format!("{}:15012", service["spec"]["clusterIP"].as_str().expect("an address"));
     for pod in ["outside/stranger", "shop/client"] {
-        let before = control_counts(cluster, "refused_connections", "not-tls");
+        let before = cluster.control_counts("refused_connections", "not-tls");
         let asked = cluster.ask(pod, &control, ANSWER);
         assert!(!asked.success(), "{asked}");
         eventually(&format!("{pod} to be counted"), PATIENCE, || {
-            control_counts(cluster, "refused_connections", "not-tls") > before
+            cluster.control_counts("refused_connections", "not-tls") > before
         });
     }
 }
 
 /// The sockets of a node's processes know their peers by user, which no pod of another user is: root neither.
 fn the_agents_socket(cluster: &Kubernetes) {
+    part_needs!("nodes", "perl");
+    cluster.apply(INTRUDER);
+    cluster.wait_ready("outside");
     println!("at the agent's socket");
     let [_, worker] = cluster.nodes();
     let agent = cluster.node_pod(&worker);
@@ -209,20 +217,6 @@ fn the_agents_socket(cluster: &Kubernetes) {
     assert!(log.lines().any(|line| words.iter().all(|word| line.contains(word))), "{log}");
     // The proxy is there all the while.
     cluster.ask("shop/client", "web.shop:80", ANSWER).ok();
-}
-
-/// What the control planes have counted so.
-fn control_counts(cluster: &Kubernetes, metric: &str, outcome: &str) -> u64 {
-    let [first, _] = cluster.nodes();
-    let (name, wanted) = (format!("justmtls_control_{metric}_total"), format!("outcome=\"{outcome}\""));
-    let of = |pod: &serde_json::Value| {
-        let url = format!("http://{}:15014/metrics", pod["status"]["podIP"].as_str().unwrap_or_default());
-        let page = cluster.on_node(&first, &["curl", "-sS", "--max-time", "5", &url]).run().ok();
-        let lines = page.lines().filter(|line| line.starts_with(&name) && line.contains(&wanted));
-        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum::<u64>()
-    };
-    let pods = cluster.get(&["-n", OURS, "pods", "-l", "app.kubernetes.io/name=justmtls-control"]);
-    pods["items"].as_array().expect("pods").iter().map(of).sum()
 }
 
 fn control_log(cluster: &Kubernetes) -> String {

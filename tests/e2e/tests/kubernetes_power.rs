@@ -40,7 +40,7 @@ fn works_again(cluster: &Kubernetes) {
 
 #[test]
 fn nodes_that_lose_power_come_back_without_a_byte_in_clear() {
-    needs!("root", "go", "containerd", "runc", "dumpcap");
+    needs!("cluster", "nodes", "dumpcap");
     let cluster = Kubernetes::up("pow");
     let [first, worker] = cluster.nodes();
     cluster.install(&[]);

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use e2e::{ENOUGH, Kubernetes, SHOP, SHOP_IS_STRICT, meanwhile, needs};
+use e2e::{ENOUGH, Kubernetes, SHOP, SHOP_IS_STRICT, meanwhile, needs, part_needs};
 
 /// What a node has that we could leave behind: files, processes, mounts, links, and rules in every pod's network.
 const STATE: &str = r#"
@@ -22,22 +22,25 @@ const EVERY: Duration = Duration::from_millis(100);
 
 #[test]
 fn what_is_uninstalled_leaves_nothing_and_pods_go_on() {
-    needs!("root", "go", "containerd", "runc", "nft", "tc");
+    needs!("cluster");
     let cluster = Kubernetes::up("rem");
     cluster.apply(SHOP);
     cluster.wait_ready("shop");
-    let nodes = cluster.nodes();
-    // Pods of the product run on the same image, whose program is `justmtls`, too: what is compared is theirs and not the shop's.
-    let state = |node: &String| cluster.on_node(node, &["sh", "-c", STATE]).run().ok();
-    let before = nodes.each_ref().map(state);
+    let before = nodes_as_they_are(&cluster);
+    let definitions = || {
+        let all = cluster.kubectl(&["get", "crd", "-o", "name"]).run().ok();
+        all.lines().filter(|name| name.contains("security.istio.io")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    // On somebody's cluster they may be Istio's own.
+    let theirs = definitions();
 
     cluster.install(&[&format!("drain={}", DRAIN.as_secs())]);
     for pod in ["shop/client", "shop/web"] {
         cluster.wait_captured(pod);
     }
     cluster.apply(SHOP_IS_STRICT);
-    let installed = nodes.each_ref().map(state);
-    for state in &installed {
+    for (node, _) in &before {
+        let state = state(&cluster, node);
         assert!(state.contains("00-justmtls.conflist") && state.contains("in a pod: table inet justmtls"), "{state}");
     }
     let ask = || {
@@ -60,9 +63,9 @@ fn what_is_uninstalled_leaves_nothing_and_pods_go_on() {
     // In clear from now on, also what was strict, and without a restart.
     ask();
 
-    for (node, before) in nodes.iter().zip(&before) {
+    for (node, before) in &before {
         e2e::wait_until(&format!("node {node} to be as before"), e2e::PATIENCE * 3, || {
-            let now = state(node);
+            let now = state(&cluster, node);
             if now == *before { Ok(()) } else { Err(format!("before:\n{before}\nnow:\n{now}")) }
         });
     }
@@ -70,7 +73,18 @@ fn what_is_uninstalled_leaves_nothing_and_pods_go_on() {
     assert!(!ours.contains("justmtls"), "{ours}");
     cluster.delete(SHOP_IS_STRICT);
     let again = cluster.justmtls(&["uninstall"]).run().ok();
-    assert!(again.contains("CustomResourceDefinition peerauthentications.security.istio.io: deleted"), "{again}");
-    let definitions = cluster.kubectl(&["get", "crd", "-o", "name"]).run().ok();
-    assert!(!definitions.contains("security.istio.io"), "{definitions}");
+    let deleted = again.contains("CustomResourceDefinition peerauthentications.security.istio.io: deleted");
+    assert_eq!(deleted, theirs.is_empty(), "{again}");
+    assert_eq!(definitions(), theirs);
+}
+
+/// The names of the nodes, and what they have before the product comes.
+fn nodes_as_they_are(cluster: &Kubernetes) -> Vec<(String, String)> {
+    part_needs!("nodes", "nft", "tc");
+    cluster.nodes().map(|node| (node.clone(), state(cluster, &node))).into()
+}
+
+/// Pods of the product run on the same image, whose program is `justmtls`, too: what is compared is theirs and not the shop's.
+fn state(cluster: &Kubernetes, node: &str) -> String {
+    cluster.on_node(node, &["sh", "-c", STATE]).run().ok()
 }

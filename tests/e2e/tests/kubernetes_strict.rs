@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use e2e::{Finished, Kubernetes, PATIENCE, Program, eventually, needs, wait_until};
+use e2e::{Finished, Kubernetes, PATIENCE, Program, eventually, needs, part_needs, wait_until};
 
 const STRICT: &str = include_str!("../manifests/kubernetes_strict.yaml");
 const CALLED: &str = include_str!("../manifests/kubernetes_called.yaml");
@@ -28,7 +28,7 @@ fn answered(cluster: &Kubernetes, from: &str, to: &str) {
 
 #[test]
 fn probes_services_and_strangers_under_strict() {
-    needs!("root", "go", "containerd", "runc", "curl", "openssl", "python3", "grpc");
+    needs!("cluster", "curl");
     let cluster = Kubernetes::up("str");
     cluster.install(&[]);
     cluster.apply(STRICT);
@@ -43,29 +43,14 @@ fn probes_services_and_strangers_under_strict() {
 
 /// What kubelet asks is answered, and nothing else that comes from where kubelet is.
 fn probes(cluster: &Kubernetes) {
-    let [first, worker] = cluster.nodes();
     answered(cluster, "strict/caller", "probed.strict:80");
     let pod = &cluster.get(&["-n", "strict", "pods", "-l", "app=probed"])["items"][0];
     let (name, address) = (pod["metadata"]["name"].as_str().unwrap(), pod["status"]["podIP"].as_str().unwrap());
     cluster.wait_captured(&format!("strict/{name}"));
-    let curl = |node: &str, arguments: &[&str], path: &str| {
-        let url = format!("http://{address}:{path}");
-        cluster.on_node(node, &["curl", "-sS", "--max-time", "8"]).args(arguments).args([&url]).run()
-    };
-    // The probe's twin succeeds; each thing that is not the probe is refused.
-    curl(&worker, &[], "8080/ready?deep=1").ok();
-    for (arguments, path) in [
-        (&[][..], "8080/ready"),
-        (&[], "8080/other"),
-        (&["-X", "POST", "-d", "body"], "8080/ready?deep=1"),
-        (&["-H", "Upgrade: h2c", "-H", "Connection: Upgrade"], "8080/ready?deep=1"),
-        (&[], "8081/"),
-        (&[], "8082/"),
-    ] {
-        curl(&worker, arguments, path).fails();
-    }
-    curl(&first, &[], "8080/ready?deep=1").fails();
-    assert!(!ask(cluster, "strict/on-host", "probed.strict:80").success(), "the host's network is no identity");
+    what_a_node_may_ask(cluster, address);
+    // By the address: from the host's network the cluster's names may be unknown, which would prove nothing.
+    let asked = ask(cluster, "strict/on-host", &format!("{address}:8080"));
+    assert!(!asked.success(), "the host's network is no identity: {asked}");
     // For as long as a liveness probe needs to kill thrice over, nothing is restarted.
     let began = std::time::Instant::now();
     eventually("the time of three liveness probes to pass", SOON, || began.elapsed() > Duration::from_secs(10));
@@ -79,9 +64,33 @@ fn probes(cluster: &Kubernetes) {
     assert!(cluster.justmtls(&["coverage"]).run().ok().contains("probe"));
 }
 
+/// The probe's twin succeeds; each thing that is not the probe is refused.
+fn what_a_node_may_ask(cluster: &Kubernetes, address: &str) {
+    part_needs!("nodes");
+    let [first, worker] = cluster.nodes();
+    let curl = |node: &str, arguments: &[&str], path: &str| {
+        let url = format!("http://{address}:{path}");
+        cluster.on_node(node, &["curl", "-sS", "--max-time", "8"]).args(arguments).args([&url]).run()
+    };
+    curl(&worker, &[], "8080/ready?deep=1").ok();
+    for (arguments, path) in [
+        (&[][..], "8080/ready"),
+        (&[], "8080/other"),
+        (&["-X", "POST", "-d", "body"], "8080/ready?deep=1"),
+        (&["-H", "Upgrade: h2c", "-H", "Connection: Upgrade"], "8080/ready?deep=1"),
+        (&[], "8081/"),
+        (&[], "8082/"),
+    ] {
+        curl(&worker, arguments, path).fails();
+    }
+    curl(&first, &[], "8080/ready?deep=1").fails();
+}
+
 /// An admission webhook on the worker and an aggregated API beside the API server are called, and nothing else from where the API
 /// server is reaches them; probes in TLS and by gRPC are answered.
 fn api_server(cluster: &Kubernetes) {
+    // Its programs are of the machine that the nodes are on.
+    part_needs!("nodes", "openssl", "python3", "grpc");
     let (key, certificate) = certificate(&["hook.strict.svc", "api.strict.svc"]);
     let indented = |pem: &str| format!("|\n{}", pem.lines().map(|line| format!("    {line}\n")).collect::<String>());
     let bundle = Program::new("base64").args(["-w0"]).input(certificate.clone()).run().ok();
@@ -194,16 +203,13 @@ fn everyday(cluster: &Kubernetes) {
     });
     assert!(cluster.kubectl(&["-n", "strict", "logs", "job/asks-once"]).run().ok().contains("\"failed\":0"));
     // port-forward reaches a program on the pod's own loopback.
-    let forward = ["-n", "strict", "port-forward", "deployment/probed", ":8080"];
-    let mut forward = cluster.kubectl(&forward).spawn();
-    forward.wait_for("Forwarding from 127.0.0.1:");
-    let said = forward.stdout();
-    let port = said.split("127.0.0.1:").nth(1).and_then(|rest| rest.split(' ').next()).expect("a port");
-    Program::new("curl").args(["-sS", "--max-time", "8", &format!("http://127.0.0.1:{port}/")]).run().ok();
+    let (_forward, here) = cluster.forward("strict/deployment/probed", 8080);
+    Program::new("curl").args(["-sS", "--max-time", "8", &format!("http://{here}/")]).run().ok();
 }
 
 /// Tokens that are not those of a node's own process, each refused by its name, and counted.
 fn wrong_people(cluster: &Kubernetes) {
+    part_needs!("nodes");
     let [_, worker] = cluster.nodes();
     let system = "justmtls-system";
     let node_pod = cluster.node_pod(&worker);
@@ -256,19 +262,5 @@ fn presented(cluster: &Kubernetes, on: &str, claimed: &str, token: &str) -> e2e:
 
 /// Calls that the control planes have refused by this name.
 fn refused(cluster: &Kubernetes, name: &str) -> u64 {
-    let selector = ["-l", "app.kubernetes.io/name=justmtls-control"];
-    let pods = cluster.get(&[&["-n", "justmtls-system", "pods"], &selector[..]].concat());
-    let pods = pods["items"].as_array().expect("pods").iter();
-    let [first, _] = cluster.nodes();
-    let of = |pod: &serde_json::Value| {
-        let address = pod["status"]["podIP"].as_str().unwrap_or_default();
-        let url = format!("http://{address}:15014/metrics");
-        let page = cluster.on_node(&first, &["curl", "-sS", "--max-time", "5", &url]).run().ok();
-        let wanted = format!("outcome=\"{name}\"");
-        let lines = page
-            .lines()
-            .filter(|line| line.starts_with("justmtls_control_refused_calls_total") && line.contains(&wanted));
-        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum::<u64>()
-    };
-    pods.map(of).sum()
+    cluster.control_counts("refused_calls", name)
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{Kubernetes, SOON};
 use crate::load::Load;
-use crate::program::{Finished, Program};
+use crate::program::{Finished, Program, Running};
 use crate::wait::wait_until;
 
 /// A client and a server on different nodes, each with a service account of its own, and a client outside of the mesh.
@@ -50,6 +50,18 @@ impl Kubernetes {
         let ask =
             ["/justmtls", "demo-app", "load", "--count", "1", "--short", "1", "--patience", &patience, "--to", to];
         self.exec(pod, &ask).run()
+    }
+
+    /// A port of a pod (`NAMESPACE/POD`, or `NAMESPACE/deployment/NAME`) as a port of this machine's loopback, while the program
+    /// runs.
+    #[track_caller]
+    pub fn forward(&self, to: &str, port: u16) -> (Running, String) {
+        let (namespace, name) = to.split_once('/').expect("NAMESPACE/POD");
+        let mut forward = self.kubectl(&["-n", namespace, "port-forward", name, &format!(":{port}")]).spawn();
+        forward.wait_for("Forwarding from 127.0.0.1:");
+        let said = forward.stdout();
+        let here = said.split("127.0.0.1:").nth(1).and_then(|rest| rest.split(' ').next()).expect("a port");
+        (forward, format!("127.0.0.1:{here}"))
     }
 
     /// The addresses of a pod.

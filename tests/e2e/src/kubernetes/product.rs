@@ -4,10 +4,13 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use super::{Kubernetes, SOON};
+use super::{Kubernetes, SOON, is_given};
+use crate::program::Program;
 use crate::view::text;
 use crate::wait::wait_until;
 
+/// What others on a given cluster have open holds the end of a test for as long, and by default that is half an hour.
+const DRAIN_WHERE_GIVEN: &str = "drain=15";
 /// The namespace of the product.
 pub(crate) const OURS: &str = "justmtls-system";
 
@@ -16,14 +19,20 @@ impl Kubernetes {
     #[track_caller]
     pub fn install(&self, settings: &[&str]) -> String {
         let image = format!("image={}", self.image);
-        let all = std::iter::once(image.as_str()).chain(settings.iter().copied());
+        // What comes later has the last word.
+        let before = if is_given() { vec![&image[..], DRAIN_WHERE_GIVEN] } else { vec![&image[..]] };
+        let all = before.into_iter().chain(settings.iter().copied());
         let all = all.flat_map(|setting| ["--set", setting]);
         self.justmtls(&["install"]).args(all).within(SOON * 2).run().ok()
     }
 
-    /// Gives the product's image another name on all nodes, which is returned.
+    /// Gives the product's image another name on all nodes, which is returned; the nodes of a given cluster keep the one they
+    /// have.
     #[track_caller]
     pub fn same_image_as(&self, name: &str) -> String {
+        if is_given() {
+            return self.image.clone();
+        }
         for node in self.nodes() {
             self.on_node(&node, &["ctr", "--namespace", "k8s.io", "images", "tag", &self.image, name]).run().ok();
         }
@@ -38,6 +47,29 @@ impl Kubernetes {
         pods.flat_map(|pod| pod["spec"]["containers"].as_array().into_iter().flatten())
             .map(|container| text(container, "image").to_owned())
             .collect()
+    }
+
+    /// Which pods of the product there are, each by what no other one ever has.
+    #[track_caller]
+    pub fn pods_of_ours(&self) -> BTreeSet<String> {
+        let pods = self.get(&["-n", OURS, "pods"]);
+        let pods = pods["items"].as_array().into_iter().flatten();
+        pods.map(|pod| text(&pod["metadata"], "uid").to_owned()).collect()
+    }
+
+    /// What the control planes have counted in `justmtls_control_METRIC_total` by this outcome.
+    #[track_caller]
+    pub fn control_counts(&self, metric: &str, outcome: &str) -> u64 {
+        let (name, wanted) = (format!("justmtls_control_{metric}_total"), format!("outcome=\"{outcome}\""));
+        let of = |pod: &Value| {
+            let (_forward, here) = self.forward(&format!("{OURS}/{}", text(&pod["metadata"], "name")), 15014);
+            let url = format!("http://{here}/metrics");
+            let page = Program::new("curl").args(["-sS", "--max-time", "5", &url]).run().ok();
+            let lines = page.lines().filter(|line| line.starts_with(&name) && line.contains(&wanted));
+            lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum::<u64>()
+        };
+        let pods = self.get(&["-n", OURS, "pods", "-l", "app.kubernetes.io/name=justmtls-control"]);
+        pods["items"].as_array().expect("pods").iter().map(of).sum()
     }
 
     /// What a verb says with `--json`.
