@@ -327,7 +327,7 @@ fn everyday(cluster: &Kubernetes) {
     Program::new("curl").args(["-sS", "--max-time", "8", &format!("http://127.0.0.1:{port}/")]).run().ok();
 }
 
-/// Tokens that are not those of a node's own process, each refused by its name, and counted.
+/// Tokens that are not those of a node's own process, each refused by its name, counted and logged.
 fn wrong_people(cluster: &Kubernetes) {
     let [_, worker] = cluster.nodes();
     let system = "justmtls-system";
@@ -351,9 +351,13 @@ fn wrong_people(cluster: &Kubernetes) {
         ("malformed", "a-token-that-nobody-has-ever-issued".to_owned()),
         ("not-vouched-for", forged),
     ] {
-        let before = refused(cluster, name);
+        let quoted = format!("\"{name}\"");
+        let logged = || cluster.control_logged(&["WARN", "a caller is refused", &quoted]);
+        let (before, logged_before) = (refused(cluster, name), logged());
         let mut stranger = presented(cluster, &worker, &worker, &token);
         eventually(&format!("a call to be refused as {name}"), PATIENCE, || refused(cluster, name) > before);
+        // It asks again and again: a reason has a line a second.
+        eventually(&format!("a call that is refused as {name} to be logged"), PATIENCE, || logged() > logged_before);
         assert!(stranger.is_alive(), "{}", stranger.stderr());
     }
     // The right token on the wrong node: the node's name is the token's.

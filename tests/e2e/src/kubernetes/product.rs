@@ -65,6 +65,20 @@ impl Kubernetes {
         });
     }
 
+    /// How many lines of the control planes' logs have all of these words.
+    #[track_caller]
+    pub fn control_logged(&self, words: &[&str]) -> usize {
+        let log = self.control_log();
+        log.lines().filter(|line| words.iter().all(|word| line.contains(word))).count()
+    }
+
+    /// What the control planes have logged.
+    #[track_caller]
+    pub fn control_log(&self) -> String {
+        let pods = ["-l", "app.kubernetes.io/name=justmtls-control", "--tail=-1"];
+        self.kubectl(&["-n", OURS, "logs"]).args(pods).run().ok()
+    }
+
     /// Whether `coverage` shows an edge that passes so, and for that reason where one is named; else what it shows of the two.
     #[track_caller]
     pub fn edge(&self, from: &str, to: &str, security: &str, reason: Option<&str>) -> Result<(), String> {
