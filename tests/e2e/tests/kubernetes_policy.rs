@@ -124,9 +124,8 @@ fn somebody_elses_identity(cluster: &Kubernetes) {
     part_needs!("nodes");
     println!("somebody else's identity");
     let [first, worker] = cluster.nodes();
-    let token = |node: &str, audience: &str| {
-        let pod = cluster.node_pod(node);
-        let bound = ["--bound-object-kind", "Pod", "--bound-object-name", &pod, "--audience", audience];
+    let token = |pod: &str, audience: &str| {
+        let bound = ["--bound-object-kind", "Pod", "--bound-object-name", pod, "--audience", audience];
         cluster.kubectl(&["-n", OURS, "create", "token", "justmtls-node"]).args(bound).run().ok().trim().to_owned()
     };
     let service = cluster.get(&["-n", OURS, "service", "justmtls-control"]);
@@ -137,7 +136,7 @@ fn somebody_elses_identity(cluster: &Kubernetes) {
         let identity = format!("spiffe://cluster.local/ns/shop/sa/{account}");
         cluster.on_node(node, &[env!("CARGO_BIN_EXE_stranger"), &control, bundle, token, &identity]).run()
     };
-    let (proxy, agent) = (token(&first, "justmtls.dev/proxy"), token(&first, "justmtls.dev/agent"));
+    let [proxy, agent] = ["justmtls.dev/proxy", "justmtls.dev/agent"].map(|it| token(&cluster.node_pod(&first), it));
     // Its twin: the same token, the same node, the identity of a pod that runs there.
     certify(&first, &proxy, "client").ok();
     // `web` runs on the worker alone. Where the call comes from says nothing: the node is the token's.
@@ -152,20 +151,61 @@ fn somebody_elses_identity(cluster: &Kubernetes) {
         assert!(said.contains(reason), "{said}");
         assert_eq!(cluster.control_counts("certificates", reason), before + 1, "{account} by {reason}");
     }
-    let log = control_log(cluster);
+    let log = cluster.control_log();
     for (reason, words) in [("not-on-this-node", "/ns/shop/sa/web"), ("wrong-role", "agent")] {
         let line = log.lines().find(|line| {
             line.contains("certificate refused") && [reason, words, &first].iter().all(|word| line.contains(word))
         });
         assert!(line.is_some(), "{reason} of {first} is in the log: {log}");
     }
+
+    println!("a pod that is gone");
+    let passing = PASSING.replace("NODE", &worker);
+    cluster.apply(&passing);
+    // An answer counts for a while, here and at the API server: each of the three is shown for the first time.
+    let [early, late, reviewed] = [(); 3].map(|()| token("passing", "justmtls.dev/proxy"));
+    // The twin: while the pod is there, so is its node's identity.
+    certify(&first, &early, "web").ok();
+    cluster.delete(&passing);
+    let review = REVIEW.replace("TOKEN", &reviewed);
+    wait_until("the API server to know that the pod is gone", SOON, || {
+        let said = cluster.kubectl(&["create", "-o", "json", "-f", "-"]).input(review.clone()).run().ok();
+        let said: serde_json::Value = serde_json::from_str(&said).expect("kubectl prints JSON");
+        if said["status"]["authenticated"] == true { Err(format!("{}", said["status"])) } else { Ok(()) }
+    });
+    let logged = || cluster.control_logged(&["WARN", "a caller is refused", "\"not-vouched-for\""]);
+    let (before, logged_before) = (cluster.control_counts("refused_calls", "not-vouched-for"), logged());
+    let said = certify(&first, &late, "web").fails();
+    assert!(said.contains("does not vouch for the token"), "{said}");
+    assert_eq!(cluster.control_counts("refused_calls", "not-vouched-for"), before + 1);
+    eventually("the refusal to be logged", PATIENCE, || logged() > logged_before);
 }
 
-/// What speaks no TLS comes to no call, and is counted.
+/// Of the node's own account, and so one that its tokens can be bound to.
+const PASSING: &str = "
+apiVersion: v1
+kind: Pod
+metadata: { name: passing, namespace: justmtls-system }
+spec:
+  serviceAccountName: justmtls-node
+  nodeName: NODE
+  terminationGracePeriodSeconds: 1
+  containers: [{ name: passing, image: IMAGE, args: [demo-app, serve, --port, '8080'] }]
+";
+
+const REVIEW: &str = "
+apiVersion: authentication.k8s.io/v1
+kind: TokenReview
+spec: { token: TOKEN, audiences: [justmtls.dev/proxy] }
+";
+
+/// What speaks no TLS comes to no call, and is counted and logged.
 fn the_control_planes_port(cluster: &Kubernetes) {
     println!("in clear to the control plane");
     let service = cluster.get(&["-n", OURS, "service", "justmtls-control"]);
     let control = format!("{}:15012", service["spec"]["clusterIP"].as_str().expect("an address"));
+    let logged = || cluster.control_logged(&["INFO", "a connection did not come to TLS", "\"not-tls\""]);
+    let logged_before = logged();
     for pod in ["outside/stranger", "shop/client"] {
         let before = cluster.control_counts("refused_connections", "not-tls");
         let asked = cluster.ask(pod, &control, ANSWER);
@@ -174,6 +214,8 @@ fn the_control_planes_port(cluster: &Kubernetes) {
             cluster.control_counts("refused_connections", "not-tls") > before
         });
     }
+    // The second of them may have come within the second in which a reason has one line.
+    eventually("a connection in clear to be logged", PATIENCE, || logged() > logged_before);
 }
 
 /// The sockets of a node's processes know their peers by user, which no pod of another user is: root neither.
@@ -217,8 +259,4 @@ fn the_agents_socket(cluster: &Kubernetes) {
     assert!(log.lines().any(|line| words.iter().all(|word| line.contains(word))), "{log}");
     // The proxy is there all the while.
     cluster.ask("shop/client", "web.shop:80", ANSWER).ok();
-}
-
-fn control_log(cluster: &Kubernetes) -> String {
-    cluster.kubectl(&["-n", OURS, "logs", "-l", "app.kubernetes.io/name=justmtls-control", "--tail=-1"]).run().ok()
 }

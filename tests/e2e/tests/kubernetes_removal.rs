@@ -6,13 +6,21 @@ use std::time::Duration;
 
 use e2e::{ENOUGH, Kubernetes, SHOP, SHOP_IS_STRICT, meanwhile, needs, part_needs};
 
-/// What a node has that we could leave behind: files, processes, mounts, links, and rules in every pod's network.
+/// What a node has that we could leave behind: files, processes, mounts, links, tables, rules and routes, its own and those in
+/// every pod's network. Not with it is what the kernel derives of addresses by itself, the table `local`. Pods stay, and so do their
+/// links and routes; the number behind a link's name is its peer's.
 const STATE: &str = r#"
 ls /etc/cni/net.d /opt/cni/bin; find /run/justmtls -mindepth 1 2>/dev/null
 grep -c justmtls /proc/self/mountinfo
 for p in /proc/[0-9]*/exe; do readlink $p | grep justmtls; done 2>/dev/null | sort -u
+network='
+    ip -o link | cut -d: -f2 | cut -d@ -f1 | sort; nft list tables | sort; tc qdisc show | grep clsact
+    ip rule; ip -6 rule
+    { ip -4 route show table all; ip -6 route show table all; } | grep -v "table local" | sort
+'
+sh -c "$network" | sed 's/^/on the node: /'
 for n in /run/netns/*; do
-    nsenter --net="$n" sh -c 'nft list tables; ip rule | grep ^1000:; ip -6 rule | grep ^1000:; tc qdisc show | grep clsact' | sed "s/^/in a pod: /"
+    nsenter --net="$n" sh -c "$network" | sed 's/^/in a pod: /'
 done
 "#;
 
@@ -25,7 +33,10 @@ fn what_is_uninstalled_leaves_nothing_and_pods_go_on() {
     needs!("cluster");
     let cluster = Kubernetes::up("rem");
     cluster.apply(SHOP);
-    cluster.wait_ready("shop");
+    // Also the stranger: its link and its routes are compared, too.
+    for namespace in ["shop", "outside"] {
+        cluster.wait_ready(namespace);
+    }
     let before = nodes_as_they_are(&cluster);
     let definitions = || {
         let all = cluster.kubectl(&["get", "crd", "-o", "name"]).run().ok();
@@ -41,8 +52,17 @@ fn what_is_uninstalled_leaves_nothing_and_pods_go_on() {
     cluster.apply(SHOP_IS_STRICT);
     for (node, _) in &before {
         let state = state(&cluster, node);
-        assert!(state.contains("00-justmtls.conflist") && state.contains("in a pod: table inet justmtls"), "{state}");
+        for ours in ["00-justmtls.conflist", "in a pod: table inet justmtls", "in a pod: 1000:", "table 27245"] {
+            assert!(state.contains(ours), "{ours} in {state}");
+        }
     }
+    // Where the API server has none, there is none to be left.
+    let kinds = cluster.kubectl(&["api-resources", "--api-group=certificates.k8s.io", "-o", "name"]).run().ok();
+    let has_bundles = kinds.contains("clustertrustbundles");
+    let our_bundle = || {
+        has_bundles && cluster.kubectl(&["get", "clustertrustbundles", "-o", "name"]).run().ok().contains("justmtls")
+    };
+    e2e::eventually("a ClusterTrustBundle of ours", e2e::PATIENCE, || our_bundle() == has_bundles);
     let ask = || {
         cluster.load("shop/client", "web.shop:80").short(2).count(ENOUGH).run(e2e::PATIENCE * 6).assert_nothing_failed()
     };
@@ -71,6 +91,7 @@ fn what_is_uninstalled_leaves_nothing_and_pods_go_on() {
     }
     let ours = cluster.kubectl(&["get", "clusterrole,clusterrolebinding,namespace", "-o", "name"]).run().ok();
     assert!(!ours.contains("justmtls"), "{ours}");
+    assert!(!our_bundle(), "a ClusterTrustBundle is left");
     cluster.delete(SHOP_IS_STRICT);
     let again = cluster.justmtls(&["uninstall"]).run().ok();
     let deleted = again.contains("CustomResourceDefinition peerauthentications.security.istio.io: deleted");
@@ -80,7 +101,7 @@ fn what_is_uninstalled_leaves_nothing_and_pods_go_on() {
 
 /// The names of the nodes, and what they have before the product comes.
 fn nodes_as_they_are(cluster: &Kubernetes) -> Vec<(String, String)> {
-    part_needs!("nodes", "nft", "tc");
+    part_needs!("nodes", "ip", "nft", "tc");
     cluster.nodes().map(|node| (node.clone(), state(cluster, &node))).into()
 }
 

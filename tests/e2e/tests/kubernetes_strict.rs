@@ -1,5 +1,6 @@
 //! On a real Kubernetes, strict in force: kubelet's probes and what the API server calls go on and nothing else from a node does;
-//! every kind of Service leads to its pods; logs, port-forward and jobs work; and whoever is not who he says gets nothing from the control plane.
+//! every kind of Service leads to its pods, and names are found, also by way of a CoreDNS that is enrolled; logs, port-forward and jobs
+//! work; and whoever is not who he says gets nothing from the control plane.
 
 #![forbid(unsafe_code)]
 
@@ -13,6 +14,27 @@ const SERVICES: &str = include_str!("../manifests/kubernetes_services.yaml");
 const SOON: Duration = Duration::from_secs(120);
 /// Of one request: longer than a name is asked for again.
 const ANSWER: Duration = Duration::from_secs(8);
+/// Connections of one client: by chance no one of two endpoints has all of them, nor nearly.
+const MANY: u64 = 40;
+
+/// Asks a server for the address of a name, by `udp` or by `tcp`. Prints the code of the answer and the last address in it.
+const ASK_NAME: &str = r#"
+import socket, struct, sys
+server, name, transport = sys.argv[1:]
+labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
+query = struct.pack("!6H", 7, 0x100, 1, 0, 0, 0) + labels + b"\0" + struct.pack("!2H", 1, 1)
+if transport == "udp":
+    client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    client.settimeout(5)
+    client.sendto(query, (server, 53))
+    answer = client.recv(4096)
+else:
+    client = socket.create_connection((server, 53), 5)
+    client.sendall(struct.pack("!H", len(query)) + query)
+    stream = client.makefile("rb")
+    answer = stream.read(*struct.unpack("!H", stream.read(2)))
+print(answer[3] & 15, socket.inet_ntoa(answer[-4:]))
+"#;
 
 fn ask(cluster: &Kubernetes, from: &str, to: &str) -> Finished {
     cluster.ask(from, to, ANSWER)
@@ -37,6 +59,9 @@ fn probes_services_and_strangers_under_strict() {
     probes(&cluster);
     api_server(&cluster);
     services(&cluster);
+    endpoints(&cluster);
+    node_ports(&cluster);
+    names(&cluster);
     everyday(&cluster);
     wrong_people(&cluster);
 }
@@ -190,11 +215,111 @@ fn services(cluster: &Kubernetes) {
     for to in ["local-only.strict:80", "unready.strict:80"] {
         assert!(!ask(cluster, "strict/caller", to).success(), "{to}");
     }
-    // Through a node's port the pod's peer is a node, which proves nothing.
-    let balanced = cluster.get(&["-n", "strict", "service", "balanced"]);
-    let port = &balanced["spec"]["ports"][0]["nodePort"];
-    let worker = cluster.node_address(&cluster.nodes()[1]);
-    assert!(!ask(cluster, "strict/caller", &format!("{worker}:{port}")).success());
+}
+
+/// Of two endpoints a client reaches both, or one of them where the Service says so: always the same, or that of its own node.
+fn endpoints(cluster: &Kubernetes) {
+    let slices = ["-n", "strict", "endpointslices", "-l", "kubernetes.io/service-name=sticky"];
+    cluster.wait_for("both of the pair to be endpoints", &slices, |slices| {
+        let all = slices["items"].as_array().into_iter().flatten();
+        let all = all.flat_map(|slice| slice["endpoints"].as_array().into_iter().flatten());
+        all.filter(|endpoint| endpoint["conditions"]["ready"] == true).count() == 2
+    });
+    // What is asked again and again until it is so cannot become so by chance.
+    let shared = |what: &str, to: &str, holds: fn(u64, u64) -> bool| {
+        wait_until(what, SOON, || {
+            let [elsewhere, here] = shares(cluster, to);
+            if holds(elsewhere, here) { Ok(()) } else { Err(format!("{elsewhere} elsewhere and {here} on its node")) }
+        });
+    };
+    let both = |one: u64, other: u64| one.min(other) >= MANY / 8;
+    shared("a client to reach both endpoints", "pair.strict:80", both);
+    shared("a client to stay with one endpoint", "sticky.strict:80", |one, other| one.min(other) == 0);
+    shared("a client to stay on its node", "local-pair.strict:80", |elsewhere, _| elsewhere == 0);
+}
+
+/// How many of [`MANY`] connections of the caller came to each of the pair, all by mTLS: to that on the other node, and to that on
+/// the caller's.
+fn shares(cluster: &Kubernetes, to: &str) -> [u64; 2] {
+    answered(cluster, "strict/caller", to);
+    let ended = || ["strict/pair-elsewhere", "strict/pair-here"].map(|pod| cluster.ended("strict/caller", pod, "mtls"));
+    let before = ended();
+    cluster.load("strict/caller", to).short(2).count(MANY).run(SOON).assert_nothing_failed();
+    wait_until("coverage to have them all", PATIENCE, || {
+        let after = ended();
+        let new = [0, 1].map(|one| after[one].saturating_sub(before[one]));
+        if new.iter().sum::<u64>() >= MANY { Ok(new) } else { Err(format!("{before:?} before, {after:?} after")) }
+    })
+}
+
+/// Through a node's port the pod's peer is a node, which proves nothing: it is let in where plaintext is, and nowhere else.
+fn node_ports(cluster: &Kubernetes) {
+    let [first, worker] = cluster.nodes();
+    let address = cluster.node_address(&worker);
+    let port = |namespace: &str, service: &str| {
+        let service = cluster.get(&["-n", namespace, "service", service]);
+        service["spec"]["ports"][0]["nodePort"].as_u64().expect("a node's port")
+    };
+    cluster.wait_captured("open/web");
+    let url = format!("http://{address}:{}/by-a-node", port("open", "web"));
+    let asked = || cluster.on_node(&first, &["curl", "-sS", "--max-time", "8", &url]).run();
+    wait_until("a node's port to lead to a pod that is permissive", SOON, || {
+        let asked = asked();
+        if asked.stdout.contains("/by-a-node for ") { Ok(()) } else { Err(format!("{asked}")) }
+    });
+    cluster.apply(OPEN_IS_STRICT);
+    eventually("strict to refuse what comes through a node's port", SOON, || !asked().success());
+    assert!(!ask(cluster, "strict/caller", &format!("{address}:{}", port("strict", "balanced"))).success());
+}
+
+const OPEN_IS_STRICT: &str = "
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: { name: default, namespace: open }
+spec: { mtls: { mode: STRICT } }
+";
+
+/// Names are found by UDP and by TCP, by who is captured and by who is not, whether CoreDNS is enrolled or not.
+fn names(cluster: &Kubernetes) {
+    cluster.wait_ready("outside");
+    let address = |namespace: &str, service: &str| {
+        let service = cluster.get(&["-n", namespace, "service", service]);
+        service["spec"]["clusterIP"].as_str().expect("an address").to_owned()
+    };
+    let (server, wanted) = (address("kube-system", "kube-dns"), address("strict", "probed"));
+    let found = |pod: &str, transport: &str| {
+        let ask = ["/usr/bin/python3", "-c", ASK_NAME, &server, "probed.strict.svc.cluster.local", transport];
+        let asked = cluster.exec(pod, &ask).run();
+        if asked.stdout.trim() == format!("0 {wanted}") { Ok(()) } else { Err(format!("not {wanted}: {asked}")) }
+    };
+    let all_find = |when: &str| {
+        for pod in ["strict/hook", "outside/asker"] {
+            for transport in ["udp", "tcp"] {
+                wait_until(&format!("{pod} to find a name by {transport}, {when}"), SOON, || found(pod, transport));
+            }
+        }
+    };
+    let pods = cluster.get(&["-n", "kube-system", "pods", "-l", "k8s-app=kube-dns"]);
+    let pod = pods["items"][0]["metadata"]["name"].as_str().expect("a pod of CoreDNS");
+    let label = |label: &str| cluster.kubectl(&["-n", "kube-system", "label", "pod", pod, label]).run().ok();
+    all_find("while CoreDNS is not enrolled");
+    label("justmtls.dev/mode=on");
+    let coredns = format!("kube-system/{pod}");
+    cluster.wait_captured(&coredns);
+    all_find("while CoreDNS is enrolled");
+    for (from, security, reason) in [("strict/hook", "mtls", None), ("outside/asker", "plaintext", Some("opted-out"))] {
+        // It is asked again: the first time its peers may not have known yet.
+        wait_until(&format!("{from} to ask CoreDNS by {security}"), SOON, || {
+            found(from, "tcp")?;
+            cluster.edge(from, "kube-system/coredns", security, reason)
+        });
+    }
+    label("justmtls.dev/mode-");
+    wait_until("CoreDNS to be let go", SOON, || match cluster.capture(&coredns) {
+        Ok(state) if state != "captured" => Ok(()),
+        other => Err(format!("{other:?}")),
+    });
+    all_find("after CoreDNS was let go");
 }
 
 fn everyday(cluster: &Kubernetes) {
@@ -207,7 +332,7 @@ fn everyday(cluster: &Kubernetes) {
     Program::new("curl").args(["-sS", "--max-time", "8", &format!("http://{here}/")]).run().ok();
 }
 
-/// Tokens that are not those of a node's own process, each refused by its name, and counted.
+/// Tokens that are not those of a node's own process, each refused by its name, counted and logged.
 fn wrong_people(cluster: &Kubernetes) {
     part_needs!("nodes");
     let [_, worker] = cluster.nodes();
@@ -232,9 +357,13 @@ fn wrong_people(cluster: &Kubernetes) {
         ("malformed", "a-token-that-nobody-has-ever-issued".to_owned()),
         ("not-vouched-for", forged),
     ] {
-        let before = refused(cluster, name);
+        let quoted = format!("\"{name}\"");
+        let logged = || cluster.control_logged(&["WARN", "a caller is refused", &quoted]);
+        let (before, logged_before) = (refused(cluster, name), logged());
         let mut stranger = presented(cluster, &worker, &worker, &token);
         eventually(&format!("a call to be refused as {name}"), PATIENCE, || refused(cluster, name) > before);
+        // It asks again and again: a reason has a line a second.
+        eventually(&format!("a call that is refused as {name} to be logged"), PATIENCE, || logged() > logged_before);
         assert!(stranger.is_alive(), "{}", stranger.stderr());
     }
     // The right token on the wrong node: the node's name is the token's.

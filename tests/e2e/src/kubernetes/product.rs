@@ -79,18 +79,36 @@ impl Kubernetes {
         serde_json::from_str(&said.stdout).unwrap_or_else(|error| panic!("{error}: {said}"))
     }
 
+    /// How far the capture of a pod is, as its node's kernel says; else what is shown of all pods.
+    #[track_caller]
+    pub fn capture(&self, pod: &str) -> Result<String, String> {
+        let status = self.says(&["status"]);
+        let mut pods = status["pods"].as_array().into_iter().flatten();
+        let named = |it: &&Value| format!("{}/{}", text(it, "namespace"), text(it, "name")) == pod;
+        pods.find(named).map(|it| text(it, "capture").to_owned()).ok_or_else(|| status.to_string())
+    }
+
     /// Waits until the pod is captured, as its node's kernel says.
     #[track_caller]
     pub fn wait_captured(&self, pod: &str) {
-        wait_until(&format!("{pod} to be captured"), SOON, || {
-            let status = self.says(&["status"]);
-            let pods = status["pods"].as_array().into_iter().flatten();
-            let named = |it: &&Value| format!("{}/{}", text(it, "namespace"), text(it, "name")) == pod;
-            match pods.clone().find(named).map(|it| text(it, "capture").to_owned()) {
-                Some(state) if state == "captured" => Ok(()),
-                other => Err(format!("{other:?} of {status}")),
-            }
+        wait_until(&format!("{pod} to be captured"), SOON, || match self.capture(pod) {
+            Ok(state) if state == "captured" => Ok(()),
+            other => Err(format!("{other:?}")),
         });
+    }
+
+    /// How many lines of the control planes' logs have all of these words.
+    #[track_caller]
+    pub fn control_logged(&self, words: &[&str]) -> usize {
+        let log = self.control_log();
+        log.lines().filter(|line| words.iter().all(|word| line.contains(word))).count()
+    }
+
+    /// What the control planes have logged.
+    #[track_caller]
+    pub fn control_log(&self) -> String {
+        let pods = ["-l", "app.kubernetes.io/name=justmtls-control", "--tail=-1"];
+        self.kubectl(&["-n", OURS, "logs"]).args(pods).run().ok()
     }
 
     /// Whether `coverage` shows an edge that passes so, and for that reason where one is named; else what it shows of the two.
@@ -130,6 +148,15 @@ impl Kubernetes {
             }
         }
         Err(said.join(", "))
+    }
+
+    /// How many connections have ended on the edges between the two that passed so.
+    #[track_caller]
+    pub fn ended(&self, from: &str, to: &str, security: &str) -> u64 {
+        let coverage = self.says(&["coverage"]);
+        let all = coverage["edges"].as_array().expect("edges are a list").iter();
+        let edges = all.filter(|edge| edge["source"] == from && edge["destination"] == to);
+        edges.filter(|edge| edge["security"] == security).filter_map(|edge| edge["ended"].as_u64()).sum()
     }
 
     /// The product's pods of a node's part, by the name of the node.
