@@ -209,6 +209,8 @@ async fn serve(args: Args) -> Result<()> {
             () = place.is_free(&args.cni_socket) => {}
         }
         tracing::warn!("the agent that had taken this one's place is gone; this one takes it back");
+        // Its ports are free when this has ended.
+        place.pages.shutdown().await;
         estate = Some(place.estate);
     }
     if on_kubernetes {
@@ -227,7 +229,7 @@ struct Place {
     /// What it was handed. Who waits in a listener waits for as long as this is kept.
     estate: Vec<Said>,
     /// Pages that say that this agent stands by.
-    _pages: JoinSet<io::Result<()>>,
+    pages: JoinSet<io::Result<()>>,
 }
 
 impl Place {
@@ -347,7 +349,7 @@ async fn hold(args: &Args, estate: Option<Vec<Said>>, terminate: &mut Signal) ->
         tasks.shutdown().await;
         shown.stand_by();
         let estate = node.hand_over().and_then(estate::kept).context("cannot keep what was handed over")?;
-        return Ok(Some(Place { taken, estate, _pages: pages }));
+        return Ok(Some(Place { taken, estate, pages }));
     }
     if let Some(keeper) = &keeper
         && args.cluster.leave(keeper, [&args.cni_socket, &args.proxy_socket, &args.admin]).await

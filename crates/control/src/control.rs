@@ -260,6 +260,7 @@ impl Control {
         }));
         self.publish(touched);
         self.publication.withhold(withheld(self.follows, &batch));
+        self.publication.reach(batch.positions);
         self.behind = batch.behind;
         self.source_problems = batch.problems;
         if let Some(replica) = &self.replica {

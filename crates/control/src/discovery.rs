@@ -11,6 +11,7 @@ use wire::server::{DiscoveryStream, Refused};
 
 use crate::ca::token::{Caller, Role};
 use crate::clock::Clock;
+use crate::kubernetes::history::History;
 use crate::metrics::Metrics;
 use crate::nodes::Registered;
 use crate::problem::quoted;
@@ -27,7 +28,7 @@ fn allowed(role: Role) -> &'static [Kind] {
 
 /// Serves a stream until it ends.
 pub(crate) async fn serve(served: &Served, caller: Caller, stream: DiscoveryStream) -> Result<(), Refused> {
-    let Served { publication, nodes, metrics, clock, .. } = served;
+    let Served { publication, nodes, metrics, clock, history, .. } = served;
     if let Some(because) = publication.withheld() {
         return Err(Refused::Unavailable(because));
     }
@@ -48,6 +49,8 @@ pub(crate) async fn serve(served: &Served, caller: Caller, stream: DiscoveryStre
         subscribed: BTreeSet::new(),
         beats: Beats::default(),
         counted: 0,
+        history,
+        checked: false,
     };
     let result = subscriber.run().await;
     let Caller { node, role } = subscriber.caller;
@@ -82,6 +85,9 @@ struct Subscriber<'a> {
     beats: Beats,
     /// What of all that was told is in the metrics.
     counted: u64,
+    history: &'a Option<History>,
+    /// What the node was told before was looked at.
+    checked: bool,
 }
 
 impl Subscriber<'_> {
@@ -104,6 +110,9 @@ impl Subscriber<'_> {
                     continue;
                 }
             };
+            if asked.is_some() {
+                self.check_position().await?;
+            }
             match asked {
                 None => return Ok(()),
                 Some(Asked::Subscribed(kind)) => self.subscribe(kind).await?,
@@ -140,6 +149,38 @@ impl Subscriber<'_> {
         Ok(())
     }
 
+    /// The number of the last change, and the position of what is told from here on. What is read after it is at least as new, and
+    /// being told twice does no harm.
+    fn number(&mut self) -> u64 {
+        self.stream.set_position(&self.publication.changed());
+        self.publication.number()
+    }
+
+    /// A replica that lacks what another one has told the node must not take it back (T10): who is refused asks again, and finds
+    /// the other one, or this one when it knows. Where the API server itself does not know it any more, its history was set back.
+    async fn check_position(&mut self) -> Result<(), Refused> {
+        let Some(history) = self.history.as_ref().filter(|_| !std::mem::replace(&mut self.checked, true)) else {
+            return Ok(());
+        };
+        let Some((kind, told, reached)) = self.publication.lacks(self.stream.position()) else { return Ok(()) };
+        match history.present().await {
+            Ok(present) if present < told => {
+                warn!(
+                    node = self.caller.node,
+                    kind, told, present, "the API server's history was set back; what it has now counts"
+                );
+                Ok(())
+            }
+            present => {
+                let cannot = present.err().map(|failure| format!(" ({failure})")).unwrap_or_default();
+                Err(Refused::Unavailable(format!(
+                    "this replica knows {kind} objects up to version {reached}, and the node was told of {told}{cannot}; ask another \
+                     replica, or again in a moment"
+                )))
+            }
+        }
+    }
+
     /// Says that the control plane is there. All news that there is goes before: a heartbeat says that nothing is missing.
     async fn beat(&mut self) {
         self.tell_news().await;
@@ -151,8 +192,7 @@ impl Subscriber<'_> {
 
     /// Tells everything of a kind that the node does not have.
     async fn reconcile(&mut self, kind: Kind) {
-        // The number first: what is read after it is at least as new, and being told twice does no harm.
-        let number = self.publication.number();
+        let number = self.number();
         let all = self.reading.all(kind, self.stream.has(kind));
         let messages = self.stream.reconcile(kind, &all).await;
         self.told(kind, number, messages);
@@ -162,7 +202,7 @@ impl Subscriber<'_> {
     async fn answer(&mut self, about: &[IpAddr], no_longer: &[IpAddr]) {
         // What it was told of before it asked comes before the answer.
         self.tell_news().await;
-        let number = self.publication.number();
+        let number = self.number();
         self.reading.forget(no_longer);
         let (found, nobody) = self.reading.ask(about);
         let (set, _) = self.reading.look(Kind::Address, &found);
@@ -173,7 +213,7 @@ impl Subscriber<'_> {
 
     /// Tells what concerns the node and changed since it was last told.
     async fn tell_news(&mut self) {
-        let number = self.publication.number();
+        let number = self.number();
         let subscribed = self.subscribed.clone();
         let News::Of(news) = self.reading.mailbox().take() else {
             for kind in subscribed {

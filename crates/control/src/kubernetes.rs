@@ -5,6 +5,7 @@
 //! told about themselves.
 
 pub(crate) mod duties;
+pub(crate) mod history;
 pub(crate) mod lease;
 pub(crate) mod records;
 pub(crate) mod secret;

@@ -16,12 +16,13 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use identity::TrustBundle;
-use wire::discovery::{BUNDLE_NAME, Kind, Published, Resource, SETTINGS_NAME};
+use wire::discovery::{BUNDLE_NAME, Kind, Position, Published, Resource, SETTINGS_NAME};
 
 use self::places::{Name, Place, Places};
 use self::readers::Readers;
 use crate::ca::token::{Caller, Role};
 use crate::index::{Told, Touched, Views};
+use crate::watch::Positions;
 
 pub(crate) use readers::{Mailbox, News};
 
@@ -50,6 +51,8 @@ struct State {
     view_lifetime: Duration,
     /// Why nothing is told yet.
     withheld: Option<String>,
+    /// How far all of it goes.
+    positions: Positions,
 }
 
 /// One change, encoded.
@@ -122,6 +125,22 @@ impl Publication {
     /// Why nothing may be told: what nodes know may be more than what is known here (T10).
     pub(crate) fn withheld(&self) -> Option<String> {
         self.read().withheld.clone()
+    }
+
+    /// What is published goes so far, from here on.
+    pub(crate) fn reach(&self, positions: Positions) {
+        self.write().positions = positions;
+    }
+
+    /// All that is read from here on is at least so new.
+    pub(crate) fn changed(&self) -> Position {
+        self.read().positions.changed.clone()
+    }
+
+    /// The first kind of which somebody was told a change that may be missing here, with its version and how far we are.
+    pub(crate) fn lacks(&self, told: &Position) -> Option<(String, u64, u64)> {
+        let state = self.read();
+        told.ahead_of(&state.positions.reached).map(|(kind, theirs, ours)| (kind.to_owned(), theirs, ours))
     }
 
     /// The pause between two heartbeats: several fit into the life of a view, so that one that is late harms nobody.

@@ -11,6 +11,7 @@ use crate::ca::token::{Caller, Tokens, Unknown};
 use crate::ca::{self, Certifier};
 use crate::clock::Clock;
 use crate::control::Event;
+use crate::kubernetes::history::History;
 use crate::metrics::Metrics;
 use crate::nodes::Nodes;
 use crate::publication::Publication;
@@ -25,6 +26,7 @@ pub(crate) struct Served {
     pub(crate) nodes: Nodes,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) refusals: Refusals,
+    pub(crate) history: Option<History>,
     pub(crate) clock: Clock,
     pub(crate) events: mpsc::Sender<Event>,
 }

@@ -12,6 +12,7 @@ pub(crate) use kubernetes::Kubernetes;
 use std::collections::BTreeSet;
 
 use manifests::{Change, ObjectKey};
+use wire::discovery::Position;
 
 use crate::kubernetes::status::Conditions;
 use crate::problem::Problem;
@@ -31,6 +32,17 @@ pub(crate) struct Batch {
     pub(crate) conditions: Conditions,
     /// Whether something of what changes may be missing now.
     pub(crate) behind: bool,
+    /// How far it goes, with this batch.
+    pub(crate) positions: Positions,
+}
+
+/// How far the changes of an API server are known, kind by kind. A folder has no such thing.
+#[derive(Debug, Default, Clone, PartialEq)]
+pub(crate) struct Positions {
+    /// Of the last change that was seen: what nodes are told is at least so new.
+    pub(crate) changed: Position,
+    /// Up to where nothing is missing: there may have been no change for long before it.
+    pub(crate) reached: Position,
 }
 
 /// A source of objects.

@@ -161,6 +161,7 @@ impl Received {
     }
 
     fn take_in(&mut self, batch: Batch, node: &Node) {
+        node.view.told_from(&batch.position);
         for refused in &batch.refused {
             tracing::error!("the control plane sent what is not understood: {refused}");
         }
@@ -263,7 +264,12 @@ mod tests {
     use crate::clock::Clock;
 
     fn batch(kind: Kind, resource: Mesh) -> Batch {
-        Batch { kind, changes: vec![Change::Set(Resource::Mesh(resource))], refused: Vec::new() }
+        Batch {
+            kind,
+            changes: vec![Change::Set(Resource::Mesh(resource))],
+            refused: Vec::new(),
+            position: wire::discovery::Position::default(),
+        }
     }
 
     fn policy() -> Mesh {

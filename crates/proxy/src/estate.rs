@@ -47,11 +47,14 @@ async fn keep_view(node: &Arc<Node>, state: &watch::Sender<State>) {
         }
         let began = Instant::now();
         bundle = node.certificates.bundle().as_ref().map(identity::TrustBundle::digest);
+        // First: what is read after it is at least as new.
+        let position = node.view.position();
         let resources = resources(node);
         if resources.is_empty() {
             continue;
         }
-        let sealed = tokio::task::spawn_blocking(|| linux::sealed::seal("justmtls-view", &Snapshot::encode(resources)));
+        let seal = move || linux::sealed::seal("justmtls-view", &Snapshot::encode(resources, &position));
+        let sealed = tokio::task::spawn_blocking(seal);
         match sealed.await {
             Ok(Ok(sealed)) => state.send_modify(|state| state.view = Some(Arc::new(sealed))),
             Ok(Err(error)) => tracing::error!(%error, "the view cannot be kept for the next proxy"),

@@ -3,25 +3,33 @@
 //! And its age: how long ago it was last known to be right (T2). Whoever keeps the control plane's word from this node makes
 //! the view old, and an old one no longer says who may be spoken to in clear.
 
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use mesh::View;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
+use wire::discovery::Position;
 
 /// The view, shared. It is never held across an await: both ways in take a function that is not async.
 #[derive(Debug)]
 pub(crate) struct LiveView {
     view: RwLock<View>,
     version: watch::Sender<u64>,
+    /// How far those knew the changes of the API server who told of it.
+    position: Mutex<Position>,
     /// A moment at which the view was all that there was to know.
     as_of: watch::Sender<Option<Instant>>,
 }
 
 impl Default for LiveView {
     fn default() -> Self {
-        Self { view: RwLock::default(), version: watch::Sender::new(0), as_of: watch::Sender::new(None) }
+        Self {
+            view: RwLock::default(),
+            version: watch::Sender::new(0),
+            position: Mutex::default(),
+            as_of: watch::Sender::new(None),
+        }
     }
 }
 
@@ -41,6 +49,16 @@ impl LiveView {
     /// Tells of each change from now on.
     pub(crate) fn changes(&self) -> watch::Receiver<u64> {
         self.version.subscribe()
+    }
+
+    /// What is about to be taken in was told from this position.
+    pub(crate) fn told_from(&self, position: &Position) {
+        self.position.lock().unwrap_or_else(PoisonError::into_inner).merge(position);
+    }
+
+    /// From which position all that is in the view was told.
+    pub(crate) fn position(&self) -> Position {
+        self.position.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// How many changes there have been.

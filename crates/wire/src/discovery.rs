@@ -6,6 +6,7 @@ mod address;
 mod client_state;
 mod ours;
 mod policy;
+mod position;
 mod published;
 mod server_state;
 mod snapshot;
@@ -20,6 +21,7 @@ use identity::{SpiffeId, TrustBundle, UnixTime};
 use mesh::{PodUid, PolicyName, ResourceKey, ServiceName, Uncaptured, WorkloadUid};
 
 pub use client_state::{Batch, Known};
+pub use position::Position;
 pub use published::{MAX_RESOURCE, Published};
 pub use server_state::Asked;
 pub use snapshot::{BadSnapshot, MAX_SNAPSHOT, Snapshot};

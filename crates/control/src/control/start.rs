@@ -22,6 +22,7 @@ use crate::ca::token::{FileTokens, NodeOfPod, Reviews, Tokens};
 use crate::captures::Captures;
 use crate::clock::Clock;
 use crate::index::{self, Index};
+use crate::kubernetes::history::History;
 use crate::kubernetes::lease::Election;
 use crate::kubernetes::status::{self, Condition, Conditions, Statuses};
 use crate::kubernetes::{self, duties, pause, secret};
@@ -82,6 +83,8 @@ struct Begun {
     /// Whether nodes may know more than this process was started with.
     follows: bool,
     replica: Option<Replica>,
+    /// The API server's, where there is one.
+    history: Option<History>,
 }
 
 /// What both need.
@@ -130,10 +133,11 @@ impl Control {
         sender: mpsc::Sender<Event>,
         events: mpsc::Receiver<Event>,
     ) -> Result<Self> {
-        let Begun { source, first, index, certifier, record, tokens, follows, replica } = begun;
+        let Begun { source, first, index, certifier, record, tokens, follows, replica, history } = begun;
         let own = certifier.authority().own_svid(clock.now(), args.leaf_validity)?;
         let publication = Arc::new(Publication::new(certifier.authority().bundle(), index.views()));
         publication.withhold(withheld(follows, &first));
+        publication.reach(first.positions);
         let tokens = Arc::new(tokens);
         let nodes = Nodes::default();
         let (tls, _) = watch::channel(tls::control_server_config(&own, Arc::new(clock.clone())));
@@ -143,6 +147,7 @@ impl Control {
         let address = listener.local_addr().context("cannot read the address that is listened on")?;
         let served = Served {
             refusals: Refusals::default(),
+            history,
             publication: publication.clone(),
             certifier: certifier.clone(),
             tokens: tokens.clone(),
@@ -237,6 +242,7 @@ impl Beginning<'_> {
             tokens: Tokens::File(tokens),
             follows,
             replica: None,
+            history: None,
         })
     }
 
@@ -281,6 +287,7 @@ impl Beginning<'_> {
             // Every list is whole here.
             follows: false,
             replica: Some(Replica { leads, statuses, problems, alive: Some(alive) }),
+            history: Some(History::new(client)),
         })
     }
 

@@ -14,9 +14,9 @@ use tokio::sync::watch;
 type Answer = Response<Body>;
 type Review = Box<dyn Fn(&Value) -> Value + Send>;
 
-/// The API server.
+/// The API server, and one way to it, on which watches may be held up.
 #[derive(Clone, Default)]
-pub(crate) struct Fake(Arc<Shared>);
+pub(crate) struct Fake(Arc<Shared>, watch::Sender<bool>);
 
 #[derive(Default)]
 struct Shared {
@@ -81,6 +81,21 @@ impl Fake {
             async move { Ok::<_, Infallible>(fake.answer(request).await) }
         });
         kube::Client::new(service, "default")
+    }
+
+    /// Another way to the same API server.
+    pub(crate) fn another_way(&self) -> Self {
+        Self(self.0.clone(), watch::Sender::default())
+    }
+
+    /// Holds up what watches would say on this way, or no longer.
+    pub(crate) fn hold_up(&self, holds: bool) {
+        self.1.send_replace(holds);
+    }
+
+    /// As after a backup that was restored: versions are low again.
+    pub(crate) fn set_back(&self) {
+        self.lock().version = 1;
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -328,6 +343,8 @@ impl Fake {
         let later =
             stream::unfold((fake, target, last, changed), move |(fake, target, last, mut changed)| async move {
                 loop {
+                    // Its sender lives in `fake`.
+                    let _ = fake.1.subscribe().wait_for(|holds| !holds).await;
                     {
                         let state = fake.lock();
                         if state.era != era {

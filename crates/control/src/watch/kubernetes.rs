@@ -31,7 +31,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use self::follow::Follower;
 use self::read::{Read, Reading};
-use super::Batch;
+use super::{Batch, Positions};
 use crate::ROOT_NAMESPACE;
 use crate::kubernetes::resource;
 use crate::kubernetes::status::Conditions;
@@ -55,8 +55,20 @@ enum Said {
     Listed(Kind),
     /// The API server answers about this kind: nothing is missing.
     Word(Kind),
+    /// It answers, and what was said so far is all up to there.
+    Reached(Reached),
     /// It cannot be followed now.
     Failed(Kind, String),
+}
+
+/// How far the changes of a kind are known.
+#[derive(Debug, Clone, Copy)]
+struct Reached {
+    kind: Kind,
+    /// The last one.
+    changed: Option<u64>,
+    /// Up to where there is none that is not known; nothing where the kind is not there to be followed.
+    reached: Option<u64>,
 }
 
 /// How far a kind is followed.
@@ -82,6 +94,7 @@ pub(crate) struct Kubernetes {
     unreadable: BTreeSet<ObjectKey>,
     problems: BTreeMap<ObjectKey, Vec<Problem>>,
     conditions: Conditions,
+    positions: Positions,
     /// What was said of the kinds last.
     last: Vec<Problem>,
     look: tokio::time::Interval,
@@ -118,6 +131,7 @@ impl Kubernetes {
             unreadable: BTreeSet::new(),
             problems: BTreeMap::new(),
             conditions: Conditions::new(),
+            positions: Positions::default(),
             last: Vec::new(),
             look,
             metrics: metrics.clone(),
@@ -170,12 +184,29 @@ impl Kubernetes {
                 self.heard(kind);
                 false
             }
+            Said::Reached(reached) => {
+                self.heard(reached.kind);
+                let before = self.positions.clone();
+                self.reach(reached);
+                self.is_complete() && before != self.positions
+            }
             Said::Failed(kind, failure) => {
                 if let Some(followed) = self.kinds.get_mut(&kind) {
                     followed.failure = Some(failure);
                 }
                 false
             }
+        }
+    }
+
+    fn reach(&mut self, Reached { kind, changed, reached }: Reached) {
+        let kind = kind.to_string();
+        if let Some(changed) = changed {
+            self.positions.changed.advance(&kind, changed);
+        }
+        match reached {
+            Some(reached) => self.positions.reached.advance(&kind, reached),
+            None => self.positions.reached.forget(&kind),
         }
     }
 
@@ -251,6 +282,7 @@ impl Kubernetes {
             problems: self.last.iter().chain(self.problems.values().flatten()).cloned().collect(),
             conditions: self.conditions.clone(),
             behind: !self.last.is_empty(),
+            positions: self.positions.clone(),
         }
     }
 }

@@ -4,11 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use super::published::decode;
-use super::{Change, Kind, Malformed, asked_address, question, removed};
+use super::{Change, Kind, Malformed, Position, asked_address, question, removed};
 use crate::proto::envoy::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
 
-/// On a response that more responses complete. Other control planes leave the field to a version, or empty.
+/// On a response that more responses complete; on all others the field has the teller's [`Position`]. Other control planes leave it
+/// to a version, or empty.
 pub(super) const PARTIAL: &str = "partial";
+/// Where a node says the position of what it was told, in the metadata of its name.
+pub(super) const POSITION: &str = "position";
 
 /// google.rpc.Code INVALID_ARGUMENT, which xDS gives as the code of a refusal.
 const INVALID_ARGUMENT: i32 = 3;
@@ -19,12 +22,20 @@ const NAMED_REFUSALS: usize = 8;
 /// What a node has: the version of each resource, by kind and name. It outlives a stream: given to the next one, only
 /// what changed meanwhile is sent, what is gone meanwhile is removed.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
-pub struct Known(BTreeMap<Kind, BTreeMap<String, String>>);
+pub struct Known {
+    resources: BTreeMap<Kind, BTreeMap<String, String>>,
+    position: Position,
+}
 
 impl Known {
     /// How many resources of a kind there are.
     pub fn count(&self, kind: Kind) -> usize {
-        self.0.get(&kind).map_or(0, BTreeMap::len)
+        self.resources.get(&kind).map_or(0, BTreeMap::len)
+    }
+
+    /// How far whoever told all this knew the changes of its API server.
+    pub fn position(&self) -> &Position {
+        &self.position
     }
 }
 
@@ -37,6 +48,8 @@ pub struct Batch {
     pub changes: Vec<Change>,
     /// What was wrong with the message, resource by resource. The control plane is told; `changes` counts all the same.
     pub refused: Vec<Malformed>,
+    /// How far the teller knew the changes of its API server; empty where it did not say.
+    pub position: Position,
 }
 
 /// A batch that was given out and is not answered yet.
@@ -47,6 +60,7 @@ struct Unanswered {
     versions: Vec<(String, Option<String>)>,
     refused: Vec<String>,
     complete: bool,
+    position: Position,
 }
 
 pub(crate) struct ClientState {
@@ -72,10 +86,12 @@ impl ClientState {
 
     /// The first requests of a stream: everything of each kind, but for what is known.
     pub(crate) fn subscribe(&self, node: &str) -> Vec<DeltaDiscoveryRequest> {
+        let position = prost_types::Value::from(self.known.position.to_string());
+        let metadata = prost_types::Struct { fields: [(POSITION.to_owned(), position)].into() };
         let request = |kind: &Kind| DeltaDiscoveryRequest {
-            node: Some(Node { id: node.to_owned(), ..Default::default() }),
+            node: Some(Node { id: node.to_owned(), metadata: Some(metadata.clone()), ..Default::default() }),
             type_url: kind.type_url().to_owned(),
-            initial_resource_versions: self.known.0.get(kind).cloned().unwrap_or_default(),
+            initial_resource_versions: self.known.resources.get(kind).cloned().unwrap_or_default(),
             ..Default::default()
         };
         self.kinds.iter().map(request).collect()
@@ -108,6 +124,7 @@ impl ClientState {
     pub(crate) fn receive(&mut self, response: DeltaDiscoveryResponse) -> Option<Batch> {
         let mut unanswered = Unanswered {
             complete: response.system_version_info != PARTIAL,
+            position: Position::parse(&response.system_version_info).unwrap_or_default(),
             type_url: response.type_url,
             nonce: response.nonce,
             kind: None,
@@ -120,7 +137,8 @@ impl ClientState {
             self.unanswered = Some(unanswered);
             return None;
         };
-        let mut batch = Batch { kind, changes: Vec::new(), refused: Vec::new() };
+        let position = unanswered.position.clone();
+        let mut batch = Batch { kind, changes: Vec::new(), refused: Vec::new(), position };
         // Removals first: a resource that is removed and set in one message was replaced.
         for name in response.removed_resources {
             if let Some(asked) = asked_address(&name).filter(|_| kind == Kind::Address) {
@@ -158,14 +176,15 @@ impl ClientState {
     /// What the caller refuses counts as not received, and so does each resource that was malformed; the rest is known
     /// from here on.
     pub(crate) fn answer(&mut self, verdict: Result<(), String>) -> Option<DeltaDiscoveryRequest> {
-        let Unanswered { type_url, nonce, kind, versions, mut refused, complete } = self.unanswered.take()?;
+        let Unanswered { type_url, nonce, kind, versions, mut refused, complete, position } = self.unanswered.take()?;
         match (kind, verdict) {
             (_, Err(because)) => refused.insert(0, because),
             (None, Ok(())) => {}
             // A heartbeat is of its moment: the next stream begins with one of its own.
-            (Some(Kind::Heartbeat), Ok(())) => {}
+            (Some(Kind::Heartbeat), Ok(())) => self.known.position.merge(&position),
             (Some(kind), Ok(())) => {
-                let known = self.known.0.entry(kind).or_default();
+                self.known.position.merge(&position);
+                let known = self.known.resources.entry(kind).or_default();
                 for (name, version) in versions {
                     match version {
                         Some(version) => known.insert(name, version),

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use identity::UnixTime;
 
-use super::client_state::PARTIAL;
-use super::{Heartbeat, Kind, Published, Resource, asked_address, question};
+use super::client_state::{PARTIAL, POSITION};
+use super::{Heartbeat, Kind, Position, Published, Resource, asked_address, question};
 use crate::proto::envoy::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
 /// Bytes after which a response is closed and another one begins: far below what a client takes in one message.
@@ -59,6 +59,8 @@ pub(crate) enum BadRequest {
     TooManyNames,
     #[error("the stream leaves more than {MAX_UNANSWERED} responses unanswered")]
     TooManyUnanswered,
+    #[error("the stream says what it knows in a form that no control plane gave it")]
+    NoPosition,
     #[error("the stream asks about an address that is none")]
     NotAnAddress,
 }
@@ -68,6 +70,10 @@ pub(crate) struct ServerState {
     subscriptions: BTreeMap<Kind, Subscription>,
     last_nonce: u64,
     node: String,
+    /// What the node was told by whoever told it last.
+    position: Position,
+    /// Of what is told from here on.
+    own_position: String,
     told: u64,
     /// Addresses that the node asks about, and that it asks about no longer.
     about: Vec<IpAddr>,
@@ -96,6 +102,16 @@ impl ServerState {
     /// What the node calls itself: a claim, printable and bounded, for people to read.
     pub(crate) fn node(&self) -> &str {
         &self.node
+    }
+
+    /// How far those knew the changes of the API server who told the node what it has: a claim.
+    pub(crate) fn position(&self) -> &Position {
+        &self.position
+    }
+
+    /// All that is told from here on is at least as new as this.
+    pub(crate) fn set_position(&mut self, position: &Position) {
+        self.own_position = position.to_string();
     }
 
     /// How many resources and removals were sent.
@@ -128,6 +144,11 @@ impl ServerState {
         let kind = Kind::from_type_url(&request.type_url).ok_or(BadRequest::UnknownType)?;
         if let Some(node) = request.node {
             self.node = printable(&node.id);
+            if let Some(prost_types::value::Kind::StringValue(text)) =
+                node.metadata.and_then(|mut metadata| metadata.fields.remove(POSITION)?.kind)
+            {
+                self.position = Position::parse(&text).ok_or(BadRequest::NoPosition)?;
+            }
         }
         let first = !self.subscriptions.contains_key(&kind);
         let subscription = self.subscriptions.entry(kind).or_default();
@@ -282,6 +303,9 @@ impl ServerState {
             self.last_nonce += 1;
             response.nonce = self.last_nonce.to_string();
             response.type_url = kind.type_url().to_owned();
+            if response.system_version_info.is_empty() {
+                response.system_version_info.clone_from(&self.own_position);
+            }
             subscription.unacknowledged.insert(response.nonce.clone());
         }
         responses

@@ -6,7 +6,7 @@
 use identity::TrustBundle;
 use prost::Message;
 
-use super::{Batch, Change, ClientState, Kind, Known, Published, Resource};
+use super::{Batch, Change, ClientState, Kind, Known, Position, Published, Resource};
 use crate::proto::envoy::DeltaDiscoveryResponse;
 
 /// The longest snapshot, in bytes: 250,000 workloads have a quarter of it.
@@ -30,15 +30,21 @@ pub struct Snapshot {
 pub struct BadSnapshot;
 
 impl Snapshot {
-    /// Writes one of these resources.
-    pub fn encode(resources: impl IntoIterator<Item = Resource>) -> Vec<u8> {
+    /// Writes one of these resources, which were told from this position.
+    pub fn encode(resources: impl IntoIterator<Item = Resource>, position: &Position) -> Vec<u8> {
+        let position = position.to_string();
         let mut open: Vec<(Kind, DeltaDiscoveryResponse)> = Vec::new();
         let mut bytes = Vec::new();
         for resource in resources {
             let kind = resource.kind();
             let published = Published::new(&resource).to_proto();
             let index = open.iter().position(|(other, _)| *other == kind).unwrap_or_else(|| {
-                open.push((kind, DeltaDiscoveryResponse { type_url: kind.type_url().into(), ..Default::default() }));
+                let response = DeltaDiscoveryResponse {
+                    type_url: kind.type_url().into(),
+                    system_version_info: position.clone(),
+                    ..Default::default()
+                };
+                open.push((kind, response));
                 open.len() - 1
             });
             let response = &mut open[index].1;
@@ -99,8 +105,10 @@ mod tests {
         let settings = Resource::Mesh(mesh::Resource::Settings(MeshSettings::default()));
         let all: Vec<_> = (0..2 * TOGETHER + 3).map(policy).chain([settings]).collect();
         let kinds = [Kind::Policy, Kind::Settings];
-        let read = Snapshot::decode(&kinds, &Snapshot::encode(all.clone())).unwrap();
+        let position = Position::parse("Pod=7").unwrap();
+        let read = Snapshot::decode(&kinds, &Snapshot::encode(all.clone(), &position)).unwrap();
         assert!(read.batches.iter().all(|batch| batch.refused.is_empty()));
+        assert_eq!(*read.known.position(), position, "the next control plane is told of it, too");
         let changes: Vec<_> = read.batches.into_iter().flat_map(|batch| batch.changes).collect();
         assert_eq!(changes, all.into_iter().map(Change::Set).collect::<Vec<_>>());
         assert_eq!((read.known.count(Kind::Policy), read.known.count(Kind::Settings)), (2 * TOGETHER + 3, 1));
@@ -108,7 +116,7 @@ mod tests {
 
     #[test]
     fn what_is_cut_off_or_of_another_kind_is_refused_whole() {
-        let bytes = Snapshot::encode([policy(1)]);
+        let bytes = Snapshot::encode([policy(1)], &Position::default());
         assert!(Snapshot::decode(&[Kind::Policy], &bytes).is_ok());
         assert_eq!(Snapshot::decode(&[Kind::Policy], &bytes[..bytes.len() - 1]).err(), Some(BadSnapshot));
         assert_eq!(Snapshot::decode(&[Kind::Settings], &bytes).err(), Some(BadSnapshot));

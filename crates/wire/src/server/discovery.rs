@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
 use super::Refused;
-use crate::discovery::{Asked, Kind, Published, ServerState};
+use crate::discovery::{Asked, Kind, Position, Published, ServerState};
 use crate::proto::envoy::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
 /// One node's discovery stream: what it asks and answers, and what it is sent.
@@ -53,6 +53,17 @@ impl DiscoveryStream {
     /// What the node calls itself, once it has said something: a claim, printable and bounded.
     pub fn node(&self) -> &str {
         self.state.node()
+    }
+
+    /// How far those knew the changes of the API server who told the node what it has: a claim, and known once it has said
+    /// something.
+    pub fn position(&self) -> &Position {
+        self.state.position()
+    }
+
+    /// All that is told from here on is at least as new as this.
+    pub fn set_position(&mut self, position: &Position) {
+        self.state.set_position(position);
     }
 
     /// How many resources and removals were sent on this stream: what a subscriber costs.

@@ -56,10 +56,14 @@ impl Cluster {
     }
 
     async fn replica(&self, name: &str) -> Replica {
+        self.replica_over(&self.fake, name).await
+    }
+
+    async fn replica_over(&self, way: &Fake, name: &str) -> Replica {
         let files = args(self.directory.path(), Duration::from_secs(3600));
         let admin = self.directory.path().join(name);
         let args = Args { kubernetes: true, identity: name.to_owned(), admin, ..files };
-        let client = self.fake.client();
+        let client = way.client();
         let started = Control::start_with(&client, &args, self.clock.clone());
         let control = timeout(LONG, started).await.expect("it does not start").unwrap();
         let (address, events) = (control.address, control.sender.clone());
@@ -209,6 +213,56 @@ async fn a_policy_that_cannot_be_enforced_says_so_in_its_status_until_it_can() {
     until(|| ours().filter(|(count, ours)| *count == 1 && ours.is_none())).await;
     assert!(cluster.fake.writes_to(path) <= writes + 2, "a status is written where it changes");
     replica.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_whose_watches_lag_takes_back_nothing_that_another_one_told() {
+    let cluster = Cluster::new();
+    let slow = cluster.fake.another_way();
+    let (one, two) = (cluster.replica("one").await, cluster.replica_over(&slow, "two").await);
+    let policy = "/apis/security.istio.io/v1/namespaces/shop/peerauthentications/default";
+    let set = |mode: &str| {
+        let spec = json!({ "mtls": { "mode": mode } });
+        cluster.fake.put(
+            policy,
+            json!({ "apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication", "metadata": {}, "spec": spec }),
+        );
+    };
+    let is_strict =
+        |watched: &Watched| watched.workload("web").is_some_and(|it| it.modes.default == mesh::Mode::Strict);
+    let at = async |replica| cluster.client(replica, Role::Proxy, "node-a", "node-a").await.connect().await.unwrap();
+
+    slow.hold_up(true);
+    set("STRICT");
+    let mut node = cluster.proxy(&one).await;
+    timeout(LONG, node.until(is_strict)).await.expect("it is not told");
+    // What it was told counts when it is answered, which the next call does.
+    timeout(LONG, node.until(|watched| watched.beats.len() > 1)).await.expect("no heartbeat");
+    let known = node.stream.known().clone();
+    assert!(known.position().to_string().contains("PeerAuthentication="), "{}", known.position());
+    let mut refused = at(&two).await.discover(PROXY_KINDS, known.clone()).await.unwrap();
+    let error = timeout(LONG, refused.next()).await.expect("nothing comes").unwrap_err().to_string();
+    assert!(error.contains("this replica knows PeerAuthentication objects up to version"), "{error}");
+    // Who was told nothing yet has nothing that could be taken back.
+    assert!(!is_strict(&cluster.proxy(&two).await));
+
+    slow.hold_up(false);
+    let mut fresh = cluster.proxy(&two).await;
+    timeout(LONG, fresh.until(is_strict)).await.expect("it is not told");
+    let mut again = at(&two).await.discover(PROXY_KINDS, known).await.unwrap();
+    timeout(LONG, again.next()).await.expect("nothing comes").unwrap();
+
+    // Nobody is refused for ever where the API server itself has forgotten.
+    slow.hold_up(true);
+    set("PERMISSIVE");
+    timeout(LONG, node.until(|watched| !is_strict(watched))).await.expect("it is not told");
+    let beats = node.beats.len();
+    timeout(LONG, node.until(|watched| watched.beats.len() > beats + 1)).await.expect("no heartbeat");
+    cluster.fake.set_back();
+    let mut again = at(&two).await.discover(PROXY_KINDS, node.stream.known().clone()).await.unwrap();
+    timeout(LONG, again.next()).await.expect("nothing comes").unwrap();
+    one.stop().await;
+    two.stop().await;
 }
 
 /// Opts the pod's namespace out, or in again.

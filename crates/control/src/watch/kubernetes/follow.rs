@@ -14,9 +14,9 @@ use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, info};
 
-use super::Said;
 use super::events::{Event, Events};
 use super::read::{Read, Reading};
+use super::{Reached, Said};
 use crate::kubernetes::{Failure, ask, pause};
 use crate::metrics::Metrics;
 
@@ -52,6 +52,8 @@ pub(super) struct Follower {
     streams: bool,
     /// All that was said to be there, also by a list that did not come to its end, and not to be gone.
     known: HashSet<ObjectKey>,
+    /// The last change that was seen.
+    changed: Option<u64>,
     /// How often in a row there was no such kind.
     missing: usize,
 }
@@ -91,7 +93,7 @@ impl Follower {
     ) -> Self {
         let client = client.clone();
         let known = HashSet::new();
-        Self { client, places, version: 0, kind, read, said, metrics, streams: true, known, missing: 0 }
+        Self { client, places, version: 0, kind, read, said, metrics, streams: true, known, changed: None, missing: 0 }
     }
 
     pub(super) async fn run(mut self) {
@@ -213,7 +215,7 @@ impl Follower {
             self.there(readings).await?;
             if let Some(version) = end {
                 // What came in the same piece behind the bookmark is said again by the watch that begins there.
-                return self.listed(seen).await.map(|()| version);
+                return self.listed(seen, Some(&version)).await.map(|()| version);
             }
         }
     }
@@ -241,7 +243,7 @@ impl Follower {
                 Some(token) => parameters = parameters.continue_token(&token),
                 None => {
                     let version = page.metadata.resource_version.unwrap_or_default();
-                    return self.listed(seen).await.map(|()| version);
+                    return self.listed(seen, Some(&version)).await.map(|()| version);
                 }
             }
         }
@@ -250,17 +252,25 @@ impl Follower {
     /// A piece of a list. Should the list not come to its end, the next one says what of this is gone.
     async fn there(&mut self, readings: Vec<Reading>) -> Result<(), End> {
         self.known.extend(readings.iter().map(|reading| reading.key.clone()));
+        self.changed =
+            readings.iter().filter_map(|reading| number(reading.version.as_deref()?)).max().max(self.changed);
         self.say(Said::Objects(readings, Vec::new())).await
     }
 
-    /// The list is whole: what it lacks is gone.
-    async fn listed(&mut self, seen: HashSet<ObjectKey>) -> Result<(), End> {
+    /// The list is whole, as of a version: what it lacks is gone.
+    async fn listed(&mut self, seen: HashSet<ObjectKey>, version: Option<&str>) -> Result<(), End> {
         let gone: Vec<_> = self.known.difference(&seen).cloned().collect();
         self.known = seen;
         if !gone.is_empty() {
             self.say(Said::Objects(Vec::new(), gone)).await?;
         }
+        self.say(Said::Reached(self.at(version))).await?;
         self.say(Said::Listed(self.kind)).await
+    }
+
+    /// How far it is.
+    fn at(&self, reached: Option<&str>) -> Reached {
+        Reached { kind: self.kind, changed: self.changed, reached: reached.and_then(number) }
     }
 
     /// What changes from a version on, until the watch is to be renewed: the version that it came to, also where it fails.
@@ -312,8 +322,11 @@ impl Follower {
                 }
             }
             // An error takes nothing back of what was said before it.
-            let nothing = readings.is_empty() && gone.is_empty();
-            self.say(if nothing { Said::Word(self.kind) } else { Said::Objects(readings, gone) }).await?;
+            if !readings.is_empty() || !gone.is_empty() {
+                self.changed = number(version).max(self.changed);
+                self.say(Said::Objects(readings, gone)).await?;
+            }
+            self.say(Said::Reached(self.at(Some(version)))).await?;
             if let Some(failure) = failure {
                 return Err(failure.into());
             }
@@ -338,8 +351,13 @@ impl Follower {
         if missing == versions {
             info!(kind = %self.kind, "the cluster has no such kind; it is looked for now and then");
         }
-        self.listed(HashSet::new()).await
+        self.listed(HashSet::new(), None).await
     }
+}
+
+/// A version as a number, which Kubernetes promises since 1.35 and etcd always gave.
+fn number(version: &str) -> Option<u64> {
+    version.parse().ok()
 }
 
 fn seconds(duration: Duration) -> u32 {
