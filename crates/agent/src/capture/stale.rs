@@ -89,6 +89,20 @@ impl Capture {
         self.forget(&flows)
     }
 
+    /// Forgets the flows of the proxy's connections to the wire that were begun while the rules were gone, and so in no zone of ours.
+    /// With the rules their next packet begins a flow in its zone; both would have one tuple for their answers, so that the kernel
+    /// gives the second another port, of which the peer knows nothing: it would answer with a reset. Asked for one by one: the list
+    /// of all flows may be long, and the rules wait.
+    pub(super) fn forget_outside_of_zones(&mut self) -> Result<(), CaptureError> {
+        let outer = self.plan.marks.outer;
+        for it in diag::connections(&mut self.diagnosis()?)?.iter().filter(|it| it.mark == outer) {
+            let answers = (it.remote, it.local);
+            let flow = Flow { source: it.local, destination: it.remote, answers, zone: 0, phase: Phase::Open };
+            flows::forget(&mut self.netfilter, &flow)?;
+        }
+        Ok(())
+    }
+
     /// Forgets the pod's connections that were accepted and have ended, and whose ports are kept. Returns how many. A client's are
     /// kept: connection tracking remembers them, too, and would take who has the port next for who had it before.
     pub fn forget_ended(&mut self) -> Result<usize, CaptureError> {
