@@ -17,6 +17,7 @@ use linux::diag;
 use linux::flows::{self, Flow, Phase};
 
 use super::{Capture, CaptureError};
+use crate::rules::{INBOUND_PORT, OUTBOUND_PORT};
 
 /// When to look again. A socket that has ended may send its last acknowledgement once more for a minute; ports come back in
 /// seconds.
@@ -95,7 +96,10 @@ impl Capture {
     /// of all flows may be long, and the rules wait.
     pub(super) fn forget_outside_of_zones(&mut self) -> Result<(), CaptureError> {
         let outer = self.plan.marks.outer;
-        for it in diag::connections(&mut self.diagnosis()?)?.iter().filter(|it| it.mark == outer) {
+        // What was accepted has the mark, too, and its flow is the captured one.
+        let is_begun_by_us =
+            |it: &&diag::Connection| it.mark == outer && ![INBOUND_PORT, OUTBOUND_PORT].contains(&it.local.port());
+        for it in diag::connections(&mut self.diagnosis()?)?.iter().filter(is_begun_by_us) {
             let answers = (it.remote, it.local);
             let flow = Flow { source: it.local, destination: it.remote, answers, zone: 0, phase: Phase::Open };
             flows::forget(&mut self.netfilter, &flow)?;
