@@ -399,6 +399,33 @@ fn what_begins_while_a_rule_is_gone_is_captured_when_it_is_back() {
 }
 
 #[test]
+fn what_the_proxy_dials_while_the_rules_are_gone_goes_on_when_they_are_back() {
+    with_privilege(what_the_proxy_dials_while_the_rules_are_gone_goes_on_when_they_are_back, || {
+        let lab = Lab::new();
+        let _apps = FAMILIES.map(|family| App::anywhere(&lab.b, family, 8080));
+        let plan = plan(A);
+        let proxy = Proxy::start(prepared(&lab.a, plan.clone())).begin();
+        let mut captured = Client::connect(&lab.a, B[0], 8080).unwrap();
+        captured.seen().unwrap();
+        flush(&lab.a);
+        // As the proxy's sockets are: marked.
+        let dial = |family: usize| {
+            let mut client =
+                Client::connect_with(&lab.a, B[family], 8080, |socket| socket.set_mark(plan.marks.outer)).unwrap();
+            let seen = client.seen().unwrap();
+            (client, seen)
+        };
+        let dialled = FAMILIES.map(dial);
+        proxy.capture.lock().unwrap().repair().unwrap();
+        for (mut client, (_, port)) in dialled {
+            client.echo().unwrap();
+            assert_eq!(client.stream.get_ref().local_addr().unwrap().port(), port, "the peer knows it by this port");
+        }
+        captured.echo().unwrap();
+    });
+}
+
+#[test]
 fn another_agent_finds_the_guard_armed_and_leaves_it_so() {
     with_privilege(another_agent_finds_the_guard_armed_and_leaves_it_so, || {
         let lab = Lab::new();
