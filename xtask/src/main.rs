@@ -1,9 +1,10 @@
-//! THE REPOSITORY'S OWN HAND: `cargo xtask test | ci | tidy | bench | cluster | image`.
+//! THE REPOSITORY'S OWN HAND: `cargo xtask test | ci | tidy | bench | cluster | helm | image`.
 //!
 //! - `tidy`: the repository checks its own shape ([`tidy`]).
 //! - `test`: the tests in groups, the programs they need, one summary ([`mod@test`]).
 //! - `bench`: the product's speed beside other ways, measured by the crate of that name ([`mod@bench`]).
 //! - `cluster`: a real Kubernetes on this machine ([`mod@cluster`]).
+//! - `helm`: the Helm that the tests run the chart with ([`mod@helm`]).
 //! - `image`: the product as an image ([`mod@image`]).
 //! - `ci`: everything that must hold before a change is taken, with the seconds of each stage ([`ci`]).
 //!
@@ -15,6 +16,8 @@
 mod bench;
 mod ci;
 mod cluster;
+mod go;
+mod helm;
 mod image;
 mod oci;
 mod process;
@@ -43,6 +46,7 @@ usage: cargo xtask <command>
                                          measure speed and memory (PERFORMANCE.md); `bench --help` lists all options
   cluster [--name NAME] up | down | status | crash NODE | boot NODE | exec NODE -- PROGRAM… | load ARCHIVE
                                          a real Kubernetes of two nodes on this machine; NAME is `dev` if none is given
+  helm                                   print the path of a Helm, for the tests of the chart; it is built the first time
   image --output FILE [--arch amd64|arm64]
                                          the product as an OCI image archive
   ci [STAGE…]                            all that must hold before a change is taken, or some stages of it:
@@ -70,13 +74,14 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
         "test" => test::run(&root(), &test::Request::parse(rest)?),
         "bench" => bench::run(&root(), rest),
         "cluster" => cluster::run(&root(), rest),
+        "helm" if rest.is_empty() => helm::run(&root()),
         "image" => image::run(&root(), rest),
         "ci" => ci::run(&root(), rest),
         "help" | "--help" | "-h" => {
             print!("{USAGE}");
             Ok(ExitCode::SUCCESS)
         }
-        "tidy" => bail!("`tidy` takes no arguments, got `{}`", rest.join(" ")),
+        "helm" | "tidy" => bail!("`{command}` takes no arguments, got `{}`", rest.join(" ")),
         other => bail!("there is no command `{other}`; `cargo xtask help` lists them"),
     }
 }

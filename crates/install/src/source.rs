@@ -56,7 +56,7 @@ impl Expression {
             Self::Plain(key) => key.typed(values.get(key)),
             Self::After(before, key) => json!(format!("{before}{}", values.get(key))),
             Self::Plus(key, more) => json!(values.get(key).parse::<u64>().unwrap_or(0) + more),
-            Self::Folder(key) => json!(values.get(key).rsplit_once('/').map_or("", |(folder, _)| folder)),
+            Self::Folder(key) => json!(folder(values.get(key))),
             Self::File(before, key) => {
                 let path = values.get(key);
                 json!(format!("{before}{}", path.rsplit_once('/').map_or(path, |(_, file)| file)))
@@ -100,6 +100,14 @@ impl Expression {
     pub(crate) fn in_place_of_marks(text: &str) -> String {
         USED.iter().fold(text.to_owned(), |text, expression| text.replace(&expression.mark(), &expression.helm()))
     }
+}
+
+/// The folder of an absolute path without `..`, in the spelling that Helm's `dir` gives it: `/` for what is in the root, and no
+/// part that says nothing.
+fn folder(path: &str) -> String {
+    let above = path.rsplit_once('/').map_or("", |(above, _)| above);
+    let parts: Vec<_> = above.split('/').filter(|part| !matches!(*part, "" | ".")).collect();
+    format!("/{}", parts.join("/"))
 }
 
 /// Every expression that objects use; a mark of another one would be left over, which a test sees.
@@ -167,6 +175,13 @@ mod tests {
             assert_eq!(source.leaf(expression), value);
             let mark = Source::Chart.leaf(expression);
             assert_eq!(Expression::in_place_of_marks(mark.as_str().unwrap()), helm);
+        }
+    }
+
+    #[test]
+    fn a_folder_is_spelled_as_helm_spells_it() {
+        for (path, wanted) in [("/run/x/y.sock", "/run/x"), ("/y.sock", "/"), ("/run/.//x/y.sock", "/run/x")] {
+            assert_eq!(folder(path), wanted);
         }
     }
 }

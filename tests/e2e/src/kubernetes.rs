@@ -189,7 +189,8 @@ fn image_of_this_version() -> String {
 }
 
 /// The repository's own hand, which was built beside the product.
-fn xtask() -> Program {
+#[must_use]
+pub fn xtask() -> Program {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("the workspace").join("xtask");
     Program::new(binary().with_file_name("xtask")).env("CARGO_MANIFEST_DIR", root)
 }

@@ -27,7 +27,7 @@ mod streams;
 mod wiretap;
 
 pub use cluster::{Cluster, OUTSIDE, Owner, binary};
-pub use kubernetes::{Kubernetes, SHOP, SHOP_IS_STRICT};
+pub use kubernetes::{Kubernetes, SHOP, SHOP_IS_STRICT, xtask};
 pub use load::{Counts, Load, Loaded, Report, Server};
 pub use machine::Machine;
 pub use ordeal::{ENOUGH, PORT, assert_only_what_was_open_broke, meanwhile, under_load};
