@@ -436,10 +436,7 @@ impl Capture {
             self.delivery.add(&mut self.route, *family)?;
         }
         let rules = self.standing.as_ref().map_or(Rules::Whole, |expected| expected.rules);
-        // Before, so that none is there when the rules are; and after, for what came in between.
-        self.forget_outside_of_zones()?;
         self.load(rules)?;
-        self.forget_outside_of_zones()?;
         if rules == Rules::Whole {
             (self.looks, self.repaired) = (Some(Looks::at_once()), 2);
         }

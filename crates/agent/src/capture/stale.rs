@@ -17,7 +17,6 @@ use linux::diag;
 use linux::flows::{self, Flow, Phase};
 
 use super::{Capture, CaptureError};
-use crate::rules::{INBOUND_PORT, OUTBOUND_PORT};
 
 /// When to look again. A socket that has ended may send its last acknowledgement once more for a minute; ports come back in
 /// seconds.
@@ -88,23 +87,6 @@ impl Capture {
         };
         let flows: Vec<_> = flows::list(&mut self.netfilter)?.into_iter().filter(begun).collect();
         self.forget(&flows)
-    }
-
-    /// Forgets the flows of the proxy's connections to the wire that were begun while the rules were gone, and so in no zone of ours.
-    /// With the rules their next packet begins a flow in its zone; both would have one tuple for their answers, so that the kernel
-    /// gives the second another port, of which the peer knows nothing: it would answer with a reset. Asked for one by one: the list
-    /// of all flows may be long, and the rules wait.
-    pub(super) fn forget_outside_of_zones(&mut self) -> Result<(), CaptureError> {
-        let outer = self.plan.marks.outer;
-        // What was accepted has the mark, too, and its flow is the captured one.
-        let is_begun_by_us =
-            |it: &&diag::Connection| it.mark == outer && ![INBOUND_PORT, OUTBOUND_PORT].contains(&it.local.port());
-        for it in diag::connections(&mut self.diagnosis()?)?.iter().filter(is_begun_by_us) {
-            let answers = (it.remote, it.local);
-            let flow = Flow { source: it.local, destination: it.remote, answers, zone: 0, phase: Phase::Open };
-            flows::forget(&mut self.netfilter, &flow)?;
-        }
-        Ok(())
     }
 
     /// Forgets the pod's connections that were accepted and have ended, and whose ports are kept. Returns how many. A client's are
