@@ -300,12 +300,14 @@ impl Follower {
                 let reached = match event {
                     Ok(Event::There(reading)) => {
                         let reached = reading.version.clone();
+                        self.changed = reached.as_deref().and_then(number).max(self.changed);
                         self.known.insert(reading.key.clone());
                         gone.retain(|key| *key != reading.key);
                         readings.push(reading);
                         reached
                     }
                     Ok(Event::Gone(key, reached)) => {
+                        self.changed = reached.as_deref().and_then(number).max(self.changed);
                         self.known.remove(&key);
                         readings.retain(|reading| reading.key != key);
                         gone.push(key);
@@ -323,7 +325,6 @@ impl Follower {
             }
             // An error takes nothing back of what was said before it.
             if !readings.is_empty() || !gone.is_empty() {
-                self.changed = number(version).max(self.changed);
                 self.say(Said::Objects(readings, gone)).await?;
             }
             self.say(Said::Reached(self.at(Some(version)))).await?;
