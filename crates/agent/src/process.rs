@@ -261,10 +261,9 @@ async fn hold(args: &Args, estate: Option<Vec<Said>>, terminate: &mut Signal) ->
         node.succeed(estate);
         predecessor
     });
-    match (&predecessor, estate) {
-        (None, Some(estate)) => node.succeed(estate),
-        // What this one had then is old; what is handed over is not.
-        _ => {}
+    // What is handed over is newer.
+    if let Some(estate) = estate.filter(|_| predecessor.is_none()) {
+        node.succeed(estate);
     }
 
     let own = own_uid().context("cannot read the agent's own uid")?;
