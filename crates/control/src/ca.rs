@@ -202,7 +202,7 @@ mod tests {
         assert_eq!(fixture.refusal(&proxy(), WEB, "nothing"), Refused::Request(RequestError::Malformed));
         let application = fixture.certifier.examine(&proxy(), WEB, &csr, 0).unwrap();
         assert_eq!(fixture.certifier.certify(&application, false).unwrap_err().as_str(), "not-on-this-node");
-        fixture.clock.advance(Duration::from_secs(400 * 24 * 3600));
+        fixture.clock.advance(Duration::from_secs(4_000 * 24 * 3600));
         assert_eq!(fixture.certifier.certify(&application, true).unwrap_err().as_str(), "cannot-sign");
     }
 
