@@ -340,12 +340,33 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_to_be_kept_goes_beside_its_name_and_then_the_farewell() {
+    async fn what_is_to_be_kept_goes_beside_its_name() {
         let file = || Some(Arc::new(linux::sealed::seal("test", b"x").unwrap()));
-        let state = State { view: file(), credentials: file(), leaving: true };
-        let talk = talk(state, vec![hello()], 6).await;
-        let expected = [(ToAgent::Keep(Kept::View), 1), (ToAgent::Keep(Kept::Credentials), 1), (ToAgent::Leaving, 0)];
-        assert_eq!(talk.told[3..], expected);
+        let state = State { view: file(), credentials: file(), leaving: false };
+        let talk = talk(state, vec![hello()], 5).await;
+        assert_eq!(talk.told[3..], [(ToAgent::Keep(Kept::View), 1), (ToAgent::Keep(Kept::Credentials), 1)]);
+    }
+
+    #[tokio::test]
+    async fn who_drains_says_so_with_its_hello_and_holds_nothing() {
+        let talk = talk(State { leaving: true, ..State::default() }, vec![hello()], 2).await;
+        let hello = ToAgent::Hello { version: VERSION, started: Duration::ZERO, leaving: true };
+        assert_eq!(talk.told, [(hello, 0), (ToAgent::PodReady { pod: PodUid::from("uid") }, 0)]);
+    }
+
+    #[tokio::test]
+    async fn the_farewell_is_said_once() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let link = watched(ours).unwrap();
+        let leaving = State { leaving: true, ..State::default() };
+        tell(&link, &State::default(), &leaving).await.unwrap();
+        tell(&link, &leaving, &leaving).await.unwrap();
+        drop(link);
+        let mut buffer = [0; 64];
+        let (length, _) = theirs.recv(&mut buffer).unwrap();
+        assert_eq!(ToAgent::decode(&buffer[..length]).unwrap(), ToAgent::Leaving);
+        assert_eq!(theirs.recv(&mut buffer).unwrap().0, 0, "nothing more");
     }
 
     #[tokio::test]
