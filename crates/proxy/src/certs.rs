@@ -124,31 +124,42 @@ impl Certificates {
 
     /// One more pod has this identity. The first one starts its keeper.
     pub(crate) fn hold<A: Authority>(self: &Arc<Self>, id: &SpiffeId, authority: &Arc<A>, metrics: &Arc<Metrics>) {
-        let mut held = self.lock();
-        let inherited = held.inherited.remove(id);
-        let slot = held.svids.entry(id.clone()).or_default();
-        slot.pods += 1;
-        slot.svid = slot.svid.take().or(inherited);
-        if slot.keeper.is_none() {
-            let keeping = keep(self.clone(), id.clone(), authority.clone(), metrics.clone());
-            slot.keeper = Some(tokio::spawn(keeping).abort_handle());
+        let was_inherited = {
+            let mut held = self.lock();
+            let inherited = held.inherited.remove(id);
+            let slot = held.svids.entry(id.clone()).or_default();
+            slot.pods += 1;
+            let takes = slot.svid.is_none() && inherited.is_some();
+            slot.svid = slot.svid.take().or(inherited);
+            if slot.keeper.is_none() {
+                let keeping = keep(self.clone(), id.clone(), authority.clone(), metrics.clone());
+                slot.keeper = Some(tokio::spawn(keeping).abort_handle());
+            }
+            takes
+        };
+        // It is the next proxy's, too: an agent that comes later has it from nobody else.
+        if was_inherited {
+            self.changes.send_modify(|number| *number += 1);
         }
     }
 
-    /// One pod less has this identity. With the last one its key goes.
+    /// One pod less has this identity. With the last one its key goes, also from what is kept for the next proxy.
     pub(crate) fn release(&self, id: &SpiffeId) {
-        let mut held = self.lock();
-        let Some(slot) = held.svids.get_mut(id) else { return };
-        slot.pods = slot.pods.saturating_sub(1);
-        if slot.pods > 0 {
-            return;
+        {
+            let mut held = self.lock();
+            let Some(slot) = held.svids.get_mut(id) else { return };
+            slot.pods = slot.pods.saturating_sub(1);
+            if slot.pods > 0 {
+                return;
+            }
+            if let Some(keeper) = &slot.keeper {
+                keeper.abort();
+            }
+            held.svids.remove(id);
+            held.servers.remove(id);
+            held.clients.retain(|(from, _), _| from != id);
         }
-        if let Some(keeper) = &slot.keeper {
-            keeper.abort();
-        }
-        held.svids.remove(id);
-        held.servers.remove(id);
-        held.clients.retain(|(from, _), _| from != id);
+        self.changes.send_modify(|number| *number += 1);
     }
 
     /// What to show to a server and whom to expect, for a pod of identity `from` that connects to one of `to`, and the last

@@ -208,6 +208,26 @@ async fn the_key_goes_with_the_last_pod_of_its_identity() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_the_last_proxy_left_is_news_when_a_pod_takes_it_and_when_its_key_goes() {
+    let setting = setting();
+    setting.hold();
+    setting.next_change().await;
+    let left = setting.certificates.all();
+    let next = Certificates::new(setting.clock.clone());
+    let next = Setting { certificates: Arc::new(next), ..setting };
+    next.certificates.set_bundle(next.authority.authority.bundle.clone());
+    next.authority.works.store(false, Ordering::SeqCst);
+    next.certificates.inherit(left);
+    // Whoever keeps them for the one after hears of them, whatever else happens.
+    let mut news = next.certificates.changes();
+    next.hold();
+    assert!(news.has_changed().unwrap() && next.certificates.all().len() == 1);
+    news.mark_unchanged();
+    next.certificates.release(&id("a/sa/client"));
+    assert!(news.has_changed().unwrap() && next.certificates.all().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
 async fn nothing_that_is_shown_names_a_key() {
     let setting = setting();
     setting.hold();
