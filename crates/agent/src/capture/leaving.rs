@@ -14,7 +14,7 @@ use linux::flows::{self, Flow, Phase};
 use linux::netlink::{Error, Socket};
 use linux::nft;
 
-use super::stale::sockets_of;
+use super::stale::{looks_open, sockets_of};
 use super::{Capture, CaptureError, Rules, Standing};
 use crate::rules::{self, INBOUND_PORT, Marks, OUTBOUND_PORT};
 
@@ -100,10 +100,11 @@ impl Capture {
     /// Forgets what would stand in the way of who has a port next: flows of the proxy's, what looks open and is not, and kept
     /// ports. A connection that meets such a flow is translated, to another port or where that flow went.
     fn forget_what_is_over(&mut self) -> Result<(), CaptureError> {
-        let is_ours =
-            |flow: &Flow| rules::is_zone(flow.zone) || flow.phase != Phase::Ended && is_translated_by_us(flow);
-        self.forget_without_socket(is_ours)?;
-        self.forget_stale()?;
+        let plan = self.plan.clone();
+        self.forget_without_socket(|flow| {
+            let is_translated = || flow.phase != Phase::Ended && is_translated_by_us(flow);
+            rules::is_zone(flow.zone) || is_translated() || looks_open(&plan, flow)
+        })?;
         self.forget_ended()?;
         Ok(())
     }

@@ -17,6 +17,7 @@ use linux::diag;
 use linux::flows::{self, Flow, Phase};
 
 use super::{Capture, CaptureError};
+use crate::rules::CapturePlan;
 
 /// When to look again. A socket that has ended may send its last acknowledgement once more for a minute; ports come back in
 /// seconds.
@@ -102,11 +103,8 @@ impl Capture {
 
     /// Forgets the flows of the pod that no socket has any more. Returns how many.
     pub fn forget_stale(&mut self) -> Result<usize, CaptureError> {
-        let own = self.plan.addresses.clone();
-        self.forget_without_socket(|flow| {
-            is_past_rules(flow, Phase::Open)
-                && [flow.source, flow.destination].iter().any(|end| own.contains(&end.ip()))
-        })
+        let plan = self.plan.clone();
+        self.forget_without_socket(|flow| looks_open(&plan, flow))
     }
 
     /// Forgets those of `these` flows that no socket of the pod has. Returns how many.
@@ -127,6 +125,12 @@ impl Capture {
         }
         Ok(forgotten)
     }
+}
+
+/// Whether a flow of the pod's has met none of our rules and is open, if there is a socket that has it.
+pub(super) fn looks_open(plan: &CapturePlan, flow: &Flow) -> bool {
+    let ends = [flow.source, flow.destination];
+    is_past_rules(flow, Phase::Open) && ends.iter().any(|end| plan.addresses.contains(&end.ip()))
 }
 
 /// Whether a flow that is so far has met none of our rules.
