@@ -152,7 +152,7 @@ impl Subscriber<'_> {
     /// The number of the last change, and the position of what is told from here on. What is read after it is at least as new, and
     /// being told twice does no harm.
     fn number(&mut self) -> u64 {
-        self.stream.set_position(&self.publication.changed());
+        self.stream.set_position(self.publication.changed());
         self.publication.number()
     }
 

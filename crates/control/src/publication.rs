@@ -133,7 +133,7 @@ impl Publication {
     }
 
     /// All that is read from here on is at least so new.
-    pub(crate) fn changed(&self) -> Position {
+    pub(crate) fn changed(&self) -> Arc<Position> {
         self.read().positions.changed.clone()
     }
 

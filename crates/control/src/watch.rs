@@ -10,6 +10,7 @@ pub(crate) use folder::Folder;
 pub(crate) use kubernetes::Kubernetes;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use manifests::{Change, ObjectKey};
 use wire::discovery::Position;
@@ -40,7 +41,7 @@ pub(crate) struct Batch {
 #[derive(Debug, Default, Clone, PartialEq)]
 pub(crate) struct Positions {
     /// Of the last change that was seen: what nodes are told is at least so new.
-    pub(crate) changed: Position,
+    pub(crate) changed: Arc<Position>,
     /// Up to where nothing is missing: there may have been no change for long before it.
     pub(crate) reached: Position,
 }

@@ -49,8 +49,8 @@ const SILENCE: Duration = Duration::from_secs(150);
 /// What the task of a kind says.
 #[derive(Debug)]
 enum Said {
-    /// These are there, as read, and these are not any more.
-    Objects(Vec<Reading>, Vec<ObjectKey>),
+    /// These are there, as read, and these are not any more; with them it is so far, where that is known.
+    Objects(Vec<Reading>, Vec<ObjectKey>, Option<Reached>),
     /// The whole list was said.
     Listed(Kind),
     /// The API server answers about this kind: nothing is missing.
@@ -162,7 +162,7 @@ impl Kubernetes {
     /// Whether there is something to say.
     fn take(&mut self, said: Said, changes: &mut Vec<Change>) -> bool {
         match said {
-            Said::Objects(readings, gone) => {
+            Said::Objects(readings, gone, reached) => {
                 let kind = readings.first().map(|reading| &reading.key).or(gone.first()).map(|key| key.kind);
                 if let Some(kind) = kind {
                     self.heard(kind);
@@ -173,6 +173,9 @@ impl Kubernetes {
                 for key in gone {
                     self.forget(&key);
                     changes.push(Change::Deleted(key));
+                }
+                if let Some(reached) = reached {
+                    self.reach(reached);
                 }
                 kind.is_some()
             }
@@ -186,9 +189,7 @@ impl Kubernetes {
             }
             Said::Reached(reached) => {
                 self.heard(reached.kind);
-                let before = self.positions.clone();
-                self.reach(reached);
-                self.is_complete() && before != self.positions
+                self.reach(reached) && self.is_complete()
             }
             Said::Failed(kind, failure) => {
                 if let Some(followed) = self.kinds.get_mut(&kind) {
@@ -199,15 +200,15 @@ impl Kubernetes {
         }
     }
 
-    fn reach(&mut self, Reached { kind, changed, reached }: Reached) {
+    /// Whether that is news.
+    fn reach(&mut self, Reached { kind, changed, reached }: Reached) -> bool {
         let kind = kind.to_string();
-        if let Some(changed) = changed {
-            self.positions.changed.advance(&kind, changed);
-        }
-        match reached {
+        let changes = changed.is_some_and(|changed| Arc::make_mut(&mut self.positions.changed).advance(&kind, changed));
+        let reaches = match reached {
             Some(reached) => self.positions.reached.advance(&kind, reached),
             None => self.positions.reached.forget(&kind),
-        }
+        };
+        changes || reaches
     }
 
     fn heard(&mut self, kind: Kind) -> &mut Followed {

@@ -14,22 +14,26 @@ const LONGEST_KIND: usize = 64;
 pub struct Position(BTreeMap<String, u64>);
 
 impl Position {
-    /// Takes in that a kind is known up to this version. What was known before stays, where it is more.
-    pub fn advance(&mut self, kind: &str, version: u64) {
+    /// Takes in that a kind is known up to this version. What was known before stays, where it is more. Whether that is news.
+    pub fn advance(&mut self, kind: &str, version: u64) -> bool {
         match self.0.get_mut(kind) {
-            Some(known) => *known = version.max(*known),
+            Some(known) if *known >= version => return false,
+            Some(known) => *known = version,
             None => drop(self.0.insert(kind.to_owned(), version)),
         }
+        true
     }
 
-    /// A kind is not followed any more.
-    pub fn forget(&mut self, kind: &str) {
-        self.0.remove(kind);
+    /// A kind is not followed any more. Whether that is news.
+    pub fn forget(&mut self, kind: &str) -> bool {
+        self.0.remove(kind).is_some()
     }
 
     /// Takes in all of another one.
     pub fn merge(&mut self, other: &Self) {
-        other.0.iter().for_each(|(kind, version)| self.advance(kind, *version));
+        for (kind, version) in &other.0 {
+            self.advance(kind, *version);
+        }
     }
 
     /// The first kind of which this has a later change than `reached` covers, with both versions: what was reached may lack it.

@@ -73,7 +73,7 @@ pub(crate) struct ServerState {
     /// What the node was told by whoever told it last.
     position: Position,
     /// Of what is told from here on.
-    own_position: String,
+    own_position: Arc<Position>,
     told: u64,
     /// Addresses that the node asks about, and that it asks about no longer.
     about: Vec<IpAddr>,
@@ -110,8 +110,8 @@ impl ServerState {
     }
 
     /// All that is told from here on is at least as new as this.
-    pub(crate) fn set_position(&mut self, position: &Position) {
-        self.own_position = position.to_string();
+    pub(crate) fn set_position(&mut self, position: Arc<Position>) {
+        self.own_position = position;
     }
 
     /// How many resources and removals were sent.
@@ -304,7 +304,7 @@ impl ServerState {
             response.nonce = self.last_nonce.to_string();
             response.type_url = kind.type_url().to_owned();
             if response.system_version_info.is_empty() {
-                response.system_version_info.clone_from(&self.own_position);
+                response.system_version_info = self.own_position.to_string();
             }
             subscription.unacknowledged.insert(response.nonce.clone());
         }

@@ -62,7 +62,7 @@ impl DiscoveryStream {
     }
 
     /// All that is told from here on is at least as new as this.
-    pub fn set_position(&mut self, position: &Position) {
+    pub fn set_position(&mut self, position: Arc<Position>) {
         self.state.set_position(position);
     }
 

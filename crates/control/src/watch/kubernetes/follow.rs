@@ -254,7 +254,7 @@ impl Follower {
         self.known.extend(readings.iter().map(|reading| reading.key.clone()));
         self.changed =
             readings.iter().filter_map(|reading| number(reading.version.as_deref()?)).max().max(self.changed);
-        self.say(Said::Objects(readings, Vec::new())).await
+        self.say(Said::Objects(readings, Vec::new(), None)).await
     }
 
     /// The list is whole, as of a version: what it lacks is gone.
@@ -262,7 +262,7 @@ impl Follower {
         let gone: Vec<_> = self.known.difference(&seen).cloned().collect();
         self.known = seen;
         if !gone.is_empty() {
-            self.say(Said::Objects(Vec::new(), gone)).await?;
+            self.say(Said::Objects(Vec::new(), gone, None)).await?;
         }
         self.say(Said::Reached(self.at(version))).await?;
         self.say(Said::Listed(self.kind)).await
@@ -324,10 +324,9 @@ impl Follower {
                 }
             }
             // An error takes nothing back of what was said before it.
-            if !readings.is_empty() || !gone.is_empty() {
-                self.say(Said::Objects(readings, gone)).await?;
-            }
-            self.say(Said::Reached(self.at(Some(version)))).await?;
+            let (nothing, reached) = (readings.is_empty() && gone.is_empty(), self.at(Some(version)));
+            let said = if nothing { Said::Reached(reached) } else { Said::Objects(readings, gone, Some(reached)) };
+            self.say(said).await?;
             if let Some(failure) = failure {
                 return Err(failure.into());
             }
