@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use crate::cluster::Cluster;
 use crate::objects::{CONTROL_ADMIN, NAMESPACE, NODE, PROXY_ADMIN, agent_admin};
 use crate::table::printable;
-use crate::wait::pods_of;
+use crate::wait::{pods_of, runs};
 
 /// How many pods are asked at once.
 const AT_ONCE: usize = 16;
@@ -106,8 +106,7 @@ fn candidates(pods: &[Pod]) -> BTreeMap<String, Vec<String>> {
     let mut found: BTreeMap<String, Vec<(bool, String, String)>> = BTreeMap::new();
     for pod in pods {
         let (Some(spec), Some(status), Some(name)) = (&pod.spec, &pod.status, &pod.metadata.name) else { continue };
-        let running = status.phase.as_deref() == Some("Running") && pod.metadata.deletion_timestamp.is_none();
-        let (Some(node), true) = (&spec.node_name, running) else { continue };
+        let (Some(node), true) = (&spec.node_name, runs(pod)) else { continue };
         let ready = status.conditions.iter().flatten().any(|it| it.type_ == "Ready" && it.status == "True");
         let made = pod.metadata.creation_timestamp.as_ref().map(|time| time.0.to_string()).unwrap_or_default();
         found.entry(node.clone()).or_default().push((ready, made, name.clone()));

@@ -119,6 +119,12 @@ pub(crate) async fn pods_of(cluster: &Cluster, name: &str) -> anyhow::Result<Vec
     cluster.list(&format!("/api/v1/namespaces/{NAMESPACE}/pods"), &format!("labelSelector={NAME}%3D{name}")).await
 }
 
+/// Whether a pod runs and is not about to end: whether its processes can be asked.
+pub(crate) fn runs(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    phase == Some("Running") && pod.metadata.deletion_timestamp.is_none()
+}
+
 /// One hang as a line.
 pub(crate) fn sentence(hang: &Hang, line: Option<&str>) -> String {
     let line = line.map_or_else(String::new, |line| format!(": {line}"));

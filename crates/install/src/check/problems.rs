@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 
-use k8s_openapi::api::core::v1::Pod;
 use serde_json::Value;
 
 use super::ids::Id;
@@ -20,20 +19,10 @@ pub(super) async fn findings(cluster: &Cluster) -> Vec<Finding> {
         Err(error) => return vec![failed(Id::ControlProblems, format!("{error:#}"))],
     };
     let mut said = Vec::new();
-    for name in running(&pods) {
-        said.push(
-            pages::ask(cluster, &name, Process::Control, "/problems").await.map_err(|error| format!("{error:#}")),
-        );
+    for name in pods.iter().filter(|pod| wait::runs(pod)).filter_map(|pod| pod.metadata.name.as_deref()) {
+        said.push(pages::ask(cluster, name, Process::Control, "/problems").await.map_err(|error| format!("{error:#}")));
     }
     judge(&said)
-}
-
-fn running(pods: &[Pod]) -> Vec<String> {
-    let runs = |pod: &&Pod| {
-        pod.metadata.deletion_timestamp.is_none()
-            && pod.status.as_ref().is_some_and(|status| status.phase.as_deref() == Some("Running"))
-    };
-    pods.iter().filter(runs).filter_map(|pod| pod.metadata.name.clone()).collect()
 }
 
 /// Each once, whichever replicas say it.
