@@ -140,14 +140,21 @@ mod tests {
         assert!(!Summary { groups: vec![group] }.is_good(false));
     }
 
+    /// So many tests have passed for libtest, and wrote these lines to a file of that name.
+    fn of_skips(name: &str, passed: usize, skips: &str) -> Group {
+        let file = std::env::temp_dir().join(format!("justmtls-xtask-{name}-{}", std::process::id()));
+        std::fs::write(&file, skips).unwrap();
+        let mut group = Group::named("e2e");
+        let rest = "0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s";
+        group.read_line(&format!("test result: ok. {passed} passed; {rest}"));
+        group.read_skips(&file);
+        std::fs::remove_file(&file).unwrap();
+        group
+    }
+
     #[test]
     fn a_skip_is_not_a_pass_and_fails_where_all_is_required() {
-        let folder = std::env::temp_dir().join(format!("justmtls-xtask-{}", std::process::id()));
-        std::fs::write(&folder, "SKIPPED story: no tshark\nnoise\n").unwrap();
-        let mut group = Group::named("e2e");
-        group.read_line("test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s");
-        group.read_skips(&folder);
-        std::fs::remove_file(&folder).unwrap();
+        let group = of_skips("all", 2, "SKIPPED story: no tshark\nnoise\n");
         assert_eq!((group.passed, group.skips.as_slice()), (1, &["story: no tshark".to_owned()][..]));
         let summary = Summary { groups: vec![group] };
         assert!(summary.is_good(false));
@@ -157,12 +164,7 @@ mod tests {
 
     #[test]
     fn a_test_of_which_a_part_is_skipped_has_passed_and_fails_where_all_is_required() {
-        let file = std::env::temp_dir().join(format!("justmtls-xtask-parts-{}", std::process::id()));
-        std::fs::write(&file, "SKIPPED PART story::crash: no node\nSKIPPED PART story::tap: no node\n").unwrap();
-        let mut group = Group::named("kubernetes");
-        group.read_line("test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s");
-        group.read_skips(&file);
-        std::fs::remove_file(&file).unwrap();
+        let group = of_skips("parts", 1, "SKIPPED PART story::crash: no node\nSKIPPED PART story::tap: no node\n");
         assert_eq!((group.passed, group.failed), (1, 0));
         assert_eq!(group.skips, ["a part, story::crash: no node", "a part, story::tap: no node"]);
         let summary = Summary { groups: vec![group] };

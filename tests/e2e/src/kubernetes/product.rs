@@ -125,7 +125,13 @@ impl Kubernetes {
     /// The pods of the nodes' part that are not being deleted.
     #[track_caller]
     pub fn pods_of_nodes(&self) -> Vec<String> {
-        let pods = self.get(&["-n", OURS, "pods", "-l", "app.kubernetes.io/name=justmtls-node"]);
+        self.staying(&[])
+    }
+
+    /// The same, of those that are selected by more, too.
+    #[track_caller]
+    fn staying(&self, more: &[&str]) -> Vec<String> {
+        let pods = self.get(&[&["-n", OURS, "pods", "-l", "app.kubernetes.io/name=justmtls-node"], more].concat());
         let all = pods["items"].as_array().into_iter().flatten();
         let staying = all.filter(|pod| pod["metadata"].get("deletionTimestamp").is_none());
         staying.map(|pod| text(&pod["metadata"], "name").to_owned()).collect()
@@ -162,13 +168,9 @@ impl Kubernetes {
     /// The product's pods of a node's part, by the name of the node.
     #[track_caller]
     pub fn node_pod(&self, node: &str) -> String {
-        let selector = ["-l", "app.kubernetes.io/name=justmtls-node", "--field-selector"];
         let on = format!("spec.nodeName={node},status.phase=Running");
-        let pods = self.get(&[&["-n", OURS, "pods"], &selector[..], &[&on]].concat());
-        let all = pods["items"].as_array().into_iter().flatten();
-        let staying = all.filter(|pod| pod["metadata"].get("deletionTimestamp").is_none());
-        let names: Vec<_> = staying.filter_map(|pod| pod["metadata"]["name"].as_str()).collect();
+        let names = self.staying(&["--field-selector", &on]);
         assert_eq!(names.len(), 1, "{names:?} on {node}");
-        names[0].to_owned()
+        names[0].clone()
     }
 }

@@ -74,15 +74,21 @@ fn put_pods(fake: &Fake, names: &[&str]) {
     }
 }
 
+/// So many pods, in the order of their names, on a server that lists as a stream or only by pages.
+fn with_many_pods(count: usize, streams: bool) -> (Fake, Vec<String>) {
+    let fake = Fake::default();
+    if !streams {
+        fake.without_streaming();
+    }
+    let many: Vec<_> = (0..count).map(|number| format!("web-{number:04}")).collect();
+    put_pods(&fake, &many.iter().map(String::as_str).collect::<Vec<_>>());
+    (fake, many)
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_is_there_comes_first_and_then_every_change_by_either_kind_of_list() {
     for streams in [true, false] {
-        let fake = Fake::default();
-        if !streams {
-            fake.without_streaming();
-        }
-        let many: Vec<_> = (0..1100).map(|number| format!("web-{number:04}")).collect();
-        put_pods(&fake, &many.iter().map(String::as_str).collect::<Vec<_>>());
+        let (fake, many) = with_many_pods(1100, streams);
         let mut heard = Heard::whole(&fake.client()).await;
         assert_eq!(heard.names(), many);
         let lists = fake.lists();
@@ -119,12 +125,7 @@ async fn a_cut_goes_on_from_where_it_was_and_what_is_forgotten_is_listed_anew() 
 #[tokio::test(start_paused = true)]
 async fn what_goes_after_a_list_that_broke_off_or_while_it_is_listed_is_gone() {
     for streams in [true, false] {
-        let fake = Fake::default();
-        if !streams {
-            fake.without_streaming();
-        }
-        let many: Vec<_> = (0..600).map(|number| format!("web-{number:04}")).collect();
-        put_pods(&fake, &many.iter().map(String::as_str).collect::<Vec<_>>());
+        let (fake, many) = with_many_pods(600, streams);
         fake.break_lists_after(Some(300));
         let mut heard = Heard::of(&fake.client());
         heard
