@@ -15,6 +15,19 @@ pub struct Connection {
     pub remote: SocketAddr,
     /// The socket's mark.
     pub mark: u32,
+    /// How far it is.
+    pub stage: Stage,
+}
+
+/// How far a connection is, as its socket knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// It asks for the connection, and has no answer.
+    Asking,
+    /// It was asked, and has not heard that its answer arrived.
+    Answering,
+    /// The handshake is over.
+    Standing,
 }
 
 /// `SOCK_DIAG_BY_FAMILY`.
@@ -32,6 +45,9 @@ const ANSWER: usize = 72;
 const ID: usize = 4;
 /// All states in which a socket may still send, or be sent to: not LISTEN (10), TIME_WAIT (6) and CLOSE (7).
 const OPEN: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11 | 1 << 12;
+const SYN_SENT: u8 = 2;
+const SYN_RECV: u8 = 3;
+const NEW_SYN_RECV: u8 = 12;
 const TIME_WAIT: u32 = 1 << 6;
 const LISTEN: u32 = 1 << 10;
 
@@ -139,5 +155,10 @@ fn connection(body: &[u8]) -> Option<Connection> {
         local: SocketAddr::new(address(ID + 4)?, port(ID)?),
         remote: SocketAddr::new(address(ID + 20)?, port(ID + 2)?),
         mark: mark.map_or(0, u32::from_ne_bytes),
+        stage: match *body.get(1)? {
+            SYN_SENT => Stage::Asking,
+            SYN_RECV | NEW_SYN_RECV => Stage::Answering,
+            _ => Stage::Standing,
+        },
     })
 }

@@ -9,11 +9,11 @@
 //! at the other end is refused where his timestamps are older (RFC 7323, 5.3); and they are of another clock where a program
 //! dialled a Service's address before, and the proxy dials the pod's own now.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use linux::diag;
+use linux::diag::{self, Stage};
 use linux::flows::{self, Flow, Phase};
 
 use super::{Capture, CaptureError};
@@ -50,10 +50,13 @@ impl Looks {
 
 impl Capture {
     /// Tells connection tracking of the connections that are open while it begins to look.
+    ///
+    /// Of those alone whose handshake is over: the SYN of another one may be on its way to being captured, or be sent again and
+    /// captured then. Of a flow that is known already it would be a part, which is not captured, and would not leave (T46).
     pub(super) fn introduce(&mut self) {
         self.looks = Some(Looks::from_now());
         // What could not be told is picked up by its next packet.
-        for open in self.from_before().unwrap_or_default() {
+        for open in self.from_before().unwrap_or_default().iter().filter(|it| it.stage == Stage::Standing) {
             let _ = flows::add(&mut self.netfilter, open.local, open.remote);
         }
     }
@@ -111,9 +114,13 @@ impl Capture {
     pub(super) fn forget_without_socket(&mut self, these: impl Fn(&Flow) -> bool) -> Result<usize, CaptureError> {
         let mut flows = flows::list(&mut self.netfilter)?;
         // Afterwards: what was opened meanwhile is not taken for one that is gone.
-        let live: HashSet<(SocketAddr, SocketAddr)> =
-            diag::connections(&mut self.diagnosis()?)?.iter().map(|it| (it.local, it.remote)).collect();
-        flows.retain(|flow| these(flow) && !sockets_of(flow).iter().any(|socket| live.contains(socket)));
+        let live: HashMap<(SocketAddr, SocketAddr), Stage> =
+            diag::connections(&mut self.diagnosis()?)?.iter().map(|it| ((it.local, it.remote), it.stage)).collect();
+        // Who still asks has the port of a flow that is open next, and waits for an answer in vain.
+        let has = |flow: &Flow, stage: Stage| flow.phase != Phase::Open || stage != Stage::Asking;
+        let is_live =
+            |flow: &Flow| sockets_of(flow).iter().any(|it| live.get(it).is_some_and(|stage| has(flow, *stage)));
+        flows.retain(|flow| these(flow) && !is_live(flow));
         self.forget(&flows)
     }
 

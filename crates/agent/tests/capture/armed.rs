@@ -2,6 +2,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -9,9 +10,11 @@ use agent::capture::{Capture, Standing};
 use agent::guard::Strength;
 use agent::rules;
 use linux::capture::{Direction, Interest, SNAP_LENGTH, Wiretap};
+use linux::diag::{self, Stage};
 use linux::netlink::{Protocol, Socket as Netlink};
 use linux::netns::NetNs;
 use linux::{flows, links, nft, tc};
+use socket2::{Domain, Socket, Type};
 use wire::pods::Ends;
 
 use crate::lab::{A, App, B, Client, FAMILIES, Lab, eventually, plan, prepared, with_privilege};
@@ -91,6 +94,75 @@ fn a_connection_from_before_capture_may_say_its_end_first() {
 }
 
 #[test]
+fn who_asks_while_the_capture_begins_is_captured_at_the_next_attempt() {
+    with_privilege(who_asks_while_the_capture_begins_is_captured_at_the_next_attempt, || {
+        for family in FAMILIES {
+            let lab = Lab::new();
+            // A server whose queue is full answers no SYN.
+            let to = SocketAddr::new(B[family], 8080);
+            let full = lab.b.enter(|| Socket::new(Domain::for_address(to), Type::STREAM, None)).unwrap().unwrap();
+            full.bind(&to.into()).unwrap();
+            full.listen(0).unwrap();
+            let waiting = Client::connect(&lab.a, to.ip(), 8080).unwrap();
+            thread::scope(|scope| {
+                let opening = scope.spawn(|| Client::connect(&lab.a, to.ip(), 8080));
+                eventually("it to ask", || {
+                    let all = diag::connections(&mut netlink(&lab.a, Protocol::SocketDiagnosis)).unwrap();
+                    all.iter().any(|it| it.remote == to && it.stage == Stage::Asking)
+                });
+                let _a = Proxy::start(prepared(&lab.a, plan(A))).begin();
+                // By the proxy's listener: the server's queue is as full as before.
+                opening.join().unwrap().unwrap();
+            });
+            drop(waiting);
+        }
+    });
+}
+
+#[test]
+fn nobody_who_connects_while_the_capture_begins_waits_in_vain() {
+    with_privilege(nobody_who_connects_while_the_capture_begins_waits_in_vain, || {
+        for round in 0..10 {
+            let lab = Lab::new();
+            let family = FAMILIES[round % FAMILIES.len()];
+            let _app = App::anywhere(&lab.b, family, 8080);
+            let (done, count) = (AtomicBool::new(false), AtomicUsize::new(0));
+            thread::scope(|scope| {
+                for _ in 0..8 {
+                    scope.spawn(|| {
+                        while !done.load(Ordering::Relaxed) {
+                            let mut client = Client::connect(&lab.a, B[family], 8080).unwrap();
+                            client.seen().unwrap();
+                            client.echo().unwrap();
+                            count.fetch_add(1, Ordering::Relaxed);
+                        }
+                    });
+                }
+                let more = |what: &str| {
+                    let wanted = count.load(Ordering::Relaxed) + 100;
+                    eventually(what, || count.load(Ordering::Relaxed) >= wanted);
+                };
+                // Also where what follows panics: the clients are waited for.
+                let _end = Raise(&done);
+                more("connections before the capture");
+                let a = Proxy::start(prepared(&lab.a, plan(A))).begin();
+                more("connections after it began");
+                assert!(a.seen().len() > 50, "they are captured");
+            });
+        }
+    });
+}
+
+/// Is set when this goes.
+struct Raise<'a>(&'a AtomicBool);
+
+impl Drop for Raise<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
 fn a_port_whose_flow_nobody_has_any_more_is_captured_again() {
     with_privilege(a_port_whose_flow_nobody_has_any_more_is_captured_again, || {
         let lab = Lab::new();
@@ -107,23 +179,19 @@ fn a_port_whose_flow_nobody_has_any_more_is_captured_again() {
                 all.iter().filter(|it| it.why.starts_with("T46: no new")).map(|it| it.packets).sum::<u64>()
             };
             let before = dropped();
-            Client::connect_with(&lab.a, B[family], 8080, |socket| {
-                socket.bind(&own.into())?;
-                socket.set_nonblocking(true)?;
-                let _ = socket.connect(&to.into());
-                Err(ErrorKind::Other.into())
-            })
-            .unwrap_err();
-            assert_eq!(dropped(), before + 1, "the flow keeps it from being captured");
-            assert_eq!(a.capture.lock().unwrap().forget_stale().unwrap(), 1);
             let count = a.seen().len();
-            let mut client = Client::connect_with(&lab.a, B[family], 8080, |socket| socket.bind(&own.into())).unwrap();
-            client.seen().unwrap();
+            thread::scope(|scope| {
+                let opening = scope
+                    .spawn(|| Client::connect_with(&lab.a, B[family], 8080, |socket| socket.bind(&own.into()))?.seen());
+                eventually("the flow to keep it from being captured", || dropped() == before + 1);
+                // It waits, and has a socket that is not the flow's.
+                assert_eq!(a.capture.lock().unwrap().forget_stale().unwrap(), 1);
+                opening.join().unwrap().unwrap();
+            });
             assert_eq!(a.seen().len(), count + 1);
             // The flows of those that live stay.
             assert_eq!(a.capture.lock().unwrap().forget_stale().unwrap(), 0);
             live.echo().unwrap();
-            client.echo().unwrap();
         }
     });
 }
