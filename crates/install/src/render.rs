@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::objects::{self, Object};
 use crate::source::{Expression, Source};
-use crate::values::{Key, VERSION, Values};
+use crate::values::{self, Key, VERSION, Values};
 
 /// What every file that we print begins with.
 const HEAD: &str = "# Made by `justmtls render`, from the same source as `justmtls install`.\n";
@@ -39,7 +39,11 @@ fn document(value: &Value) -> anyhow::Result<String> {
 /// # Errors
 /// As for [`yaml`].
 pub(crate) fn chart(values: &Values) -> anyhow::Result<Vec<(String, String)>> {
-    let mut files = vec![("Chart.yaml".to_owned(), description()), ("values.yaml".to_owned(), documented(values)?)];
+    let mut files = vec![
+        ("Chart.yaml".to_owned(), description()),
+        ("values.yaml".to_owned(), documented(values)?),
+        ("values.schema.json".to_owned(), format!("{:#}\n", values::schema())),
+    ];
     for definition in objects::definitions() {
         let name = definition.name().split('.').next().unwrap_or_default().to_owned();
         files.push((format!("crds/{name}.yaml"), format!("{HEAD}{}", document(&definition.value)?)));
@@ -219,7 +223,7 @@ mod tests {
         let there: usize =
             ["templates", "crds"].iter().map(|part| fs::read_dir(folder.join(part)).unwrap().count()).sum();
         assert_eq!(
-            there + 2,
+            there + 3,
             expected.len(),
             "deploy/chart has files too many: run `justmtls render --chart deploy/chart`"
         );

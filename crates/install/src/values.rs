@@ -1,11 +1,15 @@
 //! What can be set about an installation: a closed list of keys, each with its form, its default and its meaning.
 
+mod schema;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use serde_json::{Map, Value, json};
+
+pub(crate) use schema::schema;
 
 /// The version of this binary, of the objects that it makes and of the image that they name.
 pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -188,7 +192,9 @@ impl Values {
     pub(crate) fn set(&mut self, key: Key, text: &str) -> Result<(), WrongValue> {
         let text = text.trim();
         check(key.form(), text).map_err(|what| WrongValue(format!("{text:?} is not {what}")))?;
-        self.set.insert(key, text.to_owned());
+        // One spelling of a number, as Helm has it.
+        let text = if key.is_number() { key.typed(text).to_string() } else { text.to_owned() };
+        self.set.insert(key, text);
         Ok(())
     }
 
@@ -436,8 +442,8 @@ mod tests {
 
     #[test]
     fn the_last_word_for_a_key_counts() {
-        let values = words(&["replicas=3", "replicas=4", "insideCIDRs=10.0.0.0/8, fd00::/48"]).unwrap();
-        assert_eq!(values.get(Key::Replicas), "4");
+        let values = words(&["replicas=3", "replicas=04", "insideCIDRs=10.0.0.0/8, fd00::/48"]).unwrap();
+        assert_eq!(values.get(Key::Replicas), "4", "in one spelling");
         assert_eq!(values.get(Key::InsideRanges), "10.0.0.0/8, fd00::/48");
     }
 

@@ -252,7 +252,7 @@ pub struct Counts {
 
 impl Report {
     #[track_caller]
-    fn of(ended: &Finished) -> Report {
+    pub(crate) fn of(ended: &Finished) -> Report {
         let last = last_line(&ended.stdout).filter(|line| line["counts"].is_object());
         let report = last.unwrap_or_else(|| panic!("a load ended without a report: {ended}"));
         let lines = ended.stdout.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());

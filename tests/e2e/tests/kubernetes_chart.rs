@@ -54,6 +54,28 @@ const OTHERS: &[(&str, &str)] = &[
     ("resources.proxy.memory", "2G"),
 ];
 
+/// Values that `--set` refuses.
+const WRONG: &[(&str, &str)] = &[
+    ("drian", "30"),
+    ("cni.bin", "/opt/cni/bin"),
+    ("image", ""),
+    ("image", "a b"),
+    ("imagePullPolicy", "always"),
+    ("trustDomain", "Example.org"),
+    ("insideCIDRs", "10.0.0.0"),
+    ("excludedPorts", "0"),
+    ("apiServerAddresses", "kubernetes.default"),
+    ("viewLifetime", "5"),
+    ("drain", "30m"),
+    ("replicas", "0"),
+    ("wholeMeshUpTo", "-1"),
+    ("cni.binDir", "opt/cni"),
+    ("cni.exempt", "kube-system, a"),
+    ("criticalPodsQuota", "yes"),
+    ("resources.proxy.cpu", "-1"),
+    ("resources.proxy.memory", "64mb"),
+];
+
 /// Objects by kind, namespace and name.
 type Objects = BTreeMap<String, Value>;
 
@@ -141,7 +163,7 @@ fn defaults() -> BTreeMap<String, Value> {
 
 /// How Helm is told a value: a text as such, whatever it looks like, and all else as what it looks like.
 fn for_helm(defaults: &BTreeMap<String, Value>, (key, value): (&str, &str)) -> String {
-    let option = if defaults[key].is_string() { "--set-string" } else { "--set" };
+    let option = if defaults.get(key).is_some_and(Value::is_string) { "--set-string" } else { "--set" };
     format!("{option}={key}={}", value.replace(',', "\\,"))
 }
 
@@ -171,6 +193,19 @@ fn helm_makes_of_the_chart_what_render_prints() {
         let folder = chart_with(values);
         let file = format!("--values={}", folder.path().join("values.yaml").display());
         assert_same(&format!("{what} by a file"), &helm.template(&chart(), &[file]), &by_us);
+    }
+}
+
+#[test]
+fn helm_refuses_what_set_refuses() {
+    needs!("go");
+    let (helm, defaults) = (Helm::build(), defaults());
+    for (key, value) in WRONG {
+        Program::new(binary()).args(["render"]).args(words(&[(key, value)])).run().fails();
+        let word = for_helm(&defaults, (key, value));
+        let said = helm.run(&["template", "justmtls", KUBERNETES, &word]).args([chart()]).run().fails();
+        let last = key.rsplit('.').next().expect("a name");
+        assert!(said.contains("values don't meet the specifications") && said.contains(last), "{word}: {said}");
     }
 }
 

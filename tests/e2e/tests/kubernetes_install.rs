@@ -5,13 +5,16 @@
 
 use std::time::{Duration, Instant};
 
-use e2e::{Kubernetes, PATIENCE, SHOP, SHOP_IS_STRICT, eventually, needs, wait_until};
+use e2e::{ENOUGH, Kubernetes, PATIENCE, SHOP, SHOP_IS_STRICT, eventually, meanwhile, needs, part_needs, wait_until};
 
 const SOON: Duration = Duration::from_secs(120);
 /// From the first command to the table, once everything is built (README).
 const FIVE_MINUTES: Duration = Duration::from_secs(300);
 /// Of one request: longer than a name is asked for again.
 const ANSWER: Duration = Duration::from_secs(8);
+const AT_ONCE: Duration = Duration::from_secs(1);
+const LONG: u64 = 10;
+const OFTEN: Duration = Duration::from_millis(50);
 
 fn ask(cluster: &Kubernetes, from: &str) -> bool {
     cluster.ask(from, "web.shop:80", ANSWER).success()
@@ -86,6 +89,11 @@ fn one_command_installs_and_the_table_shows_mtls() {
     cluster.delete(SHOP_IS_STRICT);
     eventually("permissive to be back", SOON, || ask(&cluster, "outside/stranger"));
 
+    namespace_is_let_go_and_enrolled(&cluster);
+    strict_ends_what_is_open(&cluster);
+    ruleset_is_flushed(&cluster);
+    path_is_denied(&cluster);
+
     println!("an image that no node has");
     let broken = cluster.justmtls(&[
         "upgrade",
@@ -102,4 +110,89 @@ fn one_command_installs_and_the_table_shows_mtls() {
     assert!(ask(&cluster, "shop/client"), "the one before goes on");
     cluster.install(&[]);
     eventually("the mesh to be whole", PATIENCE * 6, || cluster.justmtls(&["check"]).run().status.code() != Some(1));
+}
+
+/// By its label, under load, and nobody notices: neither what is open nor what opens meanwhile.
+fn namespace_is_let_go_and_enrolled(cluster: &Kubernetes) {
+    println!("a namespace is let go by its label, and enrolled again");
+    let load = cluster.load("shop/client", "web.shop:80").short(4).long(LONG, OFTEN).start();
+    let report = meanwhile(load, |load| {
+        let label = |label: &str| cluster.kubectl(&["label", "--overwrite", "namespace", "shop", label]).run().ok();
+        label("justmtls.dev/mode=off");
+        // What was captured goes on so, and keeps the pods from having left wholly.
+        for pod in ["shop/client", "shop/web"] {
+            wait_until(&format!("{pod} to be let go"), SOON, || match cluster.capture(pod) {
+                Ok(state) if state == "leaving" => Ok(()),
+                other => Err(format!("{other:?}")),
+            });
+        }
+        load.wait_for_more(10 * ENOUGH);
+        label("justmtls.dev/mode-");
+        for pod in ["shop/client", "shop/web"] {
+            cluster.wait_captured(pod);
+        }
+        load.wait_for_more(10 * ENOUGH);
+    });
+    report.assert_nothing_failed();
+}
+
+/// A stranger's connection that was allowed when it was opened ends when strict begins.
+fn strict_ends_what_is_open(cluster: &Kubernetes) {
+    println!("strict begins while a stranger's connections are open");
+    let strangers = cluster.load("outside/stranger", "web.shop:80").long(LONG, OFTEN).start();
+    let report = meanwhile(strangers, |load| {
+        cluster.apply(SHOP_IS_STRICT);
+        load.wait_for_lost(LONG);
+    });
+    let ended = report.last_failure_after_event().expect("they broke");
+    println!("the last one ended {ended:?} after `kubectl apply` was called");
+    assert!(ended < AT_ONCE, "{ended:?}: {report}");
+}
+
+/// Somebody takes the rules out of a pod: they are back at once, and no stranger was served meanwhile. Strict is in force.
+fn ruleset_is_flushed(cluster: &Kubernetes) {
+    part_needs!("nodes", "nft");
+    println!("`nft flush ruleset` in a pod, under strict");
+    let [_, worker] = cluster.nodes();
+    let pid = cluster.process_of(&worker, "shop/web");
+    let in_pod = |command: &[&str]| {
+        cluster.on_node(&worker, &[&["nsenter", "-t", &pid, "-n", "nft"], command].concat()).run().ok()
+    };
+    cluster.besieged("siege-without-rules", || {
+        let load = cluster.load("shop/client", "web.shop:80").short(2).long(LONG, OFTEN).start();
+        let report = meanwhile(load, |load| {
+            in_pod(&["flush", "ruleset"]);
+            let gone = Instant::now();
+            wait_until("the rules to be back", SOON, || match in_pod(&["list", "ruleset"]) {
+                rules if rules.contains("capture_in") => Ok(()),
+                rules => Err(rules),
+            });
+            let took = gone.elapsed();
+            println!("the rules were back after {took:?}");
+            assert!(took < AT_ONCE, "{took:?}");
+            load.wait_for_more(10 * ENOUGH);
+        });
+        report.assert_nothing_failed();
+    });
+    cluster.delete(SHOP_IS_STRICT);
+}
+
+/// What only a proxy for HTTP could enforce refuses everything, and says so in its status (D13).
+fn path_is_denied(cluster: &Kubernetes) {
+    println!("a policy that denies a path");
+    const PATH: &str = "
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: { name: path, namespace: shop }
+spec: { action: DENY, rules: [{ to: [{ operation: { paths: [/admin] } }] }] }
+";
+    cluster.apply(PATH);
+    eventually("it to refuse", SOON, || !ask(cluster, "shop/client"));
+    cluster.wait_for("its status to say so", &["-n", "shop", "authorizationpolicy", "path"], |policy| {
+        let all = policy["status"]["conditions"].as_array().into_iter().flatten();
+        let ours = |it: &&serde_json::Value| it["type"] == "justmtls.dev/Enforced" && it["status"] == "False";
+        all.into_iter().any(|it| ours(&it) && it["message"].as_str().is_some_and(|said| said.contains("paths")))
+    });
+    cluster.delete(PATH);
+    eventually("it to be forgotten", SOON, || ask(cluster, "shop/client"));
 }

@@ -19,7 +19,13 @@ const ANSWER: Duration = Duration::from_secs(10);
 
 /// Both kinds of connections from `shop/client` to `shop/web`, by the Service's name.
 fn load(cluster: &Kubernetes) -> Loaded {
-    let load = cluster.load("shop/client", "web.shop:80").short(4).long(LONG, Duration::from_millis(100)).start();
+    load_with(cluster, "load")
+}
+
+/// As [`load`], with this marker in all that is sent.
+fn load_with(cluster: &Kubernetes, marker: &str) -> Loaded {
+    let load = cluster.load("shop/client", "web.shop:80").short(4).long(LONG, Duration::from_millis(100));
+    let load = load.marker(marker).start();
     load.wait_for_more(ENOUGH);
     load
 }
@@ -91,12 +97,20 @@ fn everything_is_upgraded(cluster: &Kubernetes) {
 }
 
 fn processes_are_killed(cluster: &Kubernetes) {
-    part_needs!("nodes");
+    part_needs!("nodes", "dumpcap");
     let [first, worker] = cluster.nodes();
     println!("a proxy is killed");
+    // Between the client's node and the server's. What a stranger says in clear it sees: so it would see ours (D26).
+    let (twin, secret) = (format!("twin-{}", std::process::id()), format!("secret-{}", std::process::id()));
+    let mut tap = cluster.tap(&first, &worker);
     for node in [&first, &worker] {
-        proxy_is_killed(cluster, node, load(cluster));
+        proxy_is_killed(cluster, node, load_with(cluster, &secret));
     }
+    let stranger = cluster.load("outside/stranger", "web.shop:80").short(1).count(1).marker(&twin).run(PATIENCE);
+    assert_eq!(stranger.answered(), 1);
+    eventually("the twin to pass", PATIENCE, || tap.saw(&twin));
+    tap.stop();
+    assert!(!tap.saw(&secret), "a request of the mesh passed in clear while a proxy was away");
 
     println!("an agent and a control plane are killed");
     let report = meanwhile(load(cluster), |_| {

@@ -9,23 +9,6 @@ use e2e::{Kubernetes, SHOP, SHOP_IS_STRICT, eventually, needs, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(240);
 
-/// Asks again and again until it is ended, each time on a connection of its own; never answered rightly.
-fn besieged(cluster: &Kubernetes, marker: &str, what: impl FnOnce()) {
-    // By the Service's name: the pod's address is another one after a crash.
-    let mut stranger = cluster
-        .exec("outside/stranger", &["/justmtls", "demo-app", "load", "--controlled", "--to", "web.shop:80"])
-        .args(["--short", "2", "--rate", "40", "--patience", "500", "--marker", marker])
-        .spawn();
-    stranger.wait_for("\"failed\":");
-    what();
-    stranger.write("end\n");
-    let end = stranger.finish(PATIENCE);
-    let last = end.stdout.lines().last().unwrap_or_default();
-    let report: serde_json::Value = serde_json::from_str(last).unwrap_or_else(|error| panic!("{error}: {end}"));
-    assert!(report["failed"].as_u64() > Some(50), "it tried too seldom to prove anything: {report}");
-    assert_eq!(report["ok"], 0, "a stranger was served under strict: {report}");
-}
-
 /// A pod of the mesh that sends from the first moment of its program, as often as it may, to another one. It does so by an address:
 /// for a name, or a Service, more of its node has to work first, and the first moment would be over.
 const EAGER: &str = "
@@ -105,7 +88,7 @@ fn nodes_that_lose_power_come_back_without_a_byte_in_clear() {
     load(&cluster).assert_nothing_failed();
 
     println!("the worker, whose primary CNI rewrites its configuration at boot");
-    besieged(&cluster, "siege-of-the-worker", || {
+    cluster.besieged("siege-of-the-worker", || {
         cluster.crash(&worker);
         cluster.rewrite_primary(&worker);
         cluster.boot(&worker);
@@ -128,7 +111,7 @@ fn nodes_that_lose_power_come_back_without_a_byte_in_clear() {
         &["-n", "justmtls-system", "pods", "-l", "app.kubernetes.io/name=justmtls-control"],
         |pods| pods["items"] == serde_json::json!([]),
     );
-    besieged(&cluster, "siege-without-control", || {
+    cluster.besieged("siege-without-control", || {
         cluster.crash(&worker);
         cluster.boot(&worker);
         cluster.wait_for_event("shop/web", "control plane");

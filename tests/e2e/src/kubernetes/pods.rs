@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use super::{Kubernetes, SOON};
-use crate::load::Load;
+use crate::load::{Load, Report};
 use crate::program::{Finished, Program, Running};
 use crate::wait::wait_until;
 
@@ -34,13 +34,36 @@ impl Kubernetes {
 
     /// The same as its node starts it, without the API server: `kubectl exec` is a stream through that.
     pub fn load_from_node(&self, node: &str, pod: &str, to: &str) -> Load {
+        let pid = self.process_of(node, pod);
+        let inside = ["nsenter", "-t", &pid, "-n", "-m", "/justmtls", "demo-app", "load"];
+        Load::of(self.on_node(node, &inside), to)
+    }
+
+    /// The process id, on its node, of the program of a pod that runs the product's image.
+    #[track_caller]
+    pub fn process_of(&self, node: &str, pod: &str) -> String {
         let address = self.addresses(pod)[0];
         let find = format!(
             "for p in $(pgrep -f 'demo-app serve'); do nsenter -t $p -n ip -o addr | grep -qF ' {address}/' && echo $p && break; done"
         );
-        let pid = self.on_node(node, &["sh", "-c", &find]).run().ok();
-        let inside = ["nsenter", "-t", pid.trim(), "-n", "-m", "/justmtls", "demo-app", "load"];
-        Load::of(self.on_node(node, &inside), to)
+        self.on_node(node, &["sh", "-c", &find]).run().ok().trim().to_owned()
+    }
+
+    /// A stranger asks `shop/web` again and again while `what` happens, each time on a connection of its own, and is never
+    /// answered: strict is in force.
+    #[track_caller]
+    pub fn besieged(&self, marker: &str, what: impl FnOnce()) {
+        // By the Service's name: the pod's address is another one after a crash.
+        let mut stranger = self
+            .exec("outside/stranger", &["/justmtls", "demo-app", "load", "--controlled", "--to", "web.shop:80"])
+            .args(["--short", "2", "--rate", "40", "--patience", "500", "--marker", marker])
+            .spawn();
+        stranger.wait_for("\"failed\":");
+        what();
+        stranger.write("end\n");
+        let report = Report::of(&stranger.finish(Duration::from_secs(60)));
+        assert!(report.of_work("short").failed > 50, "it tried too seldom to prove anything: {report}");
+        assert_eq!(report.answered(), 0, "a stranger was served under strict: {report}");
     }
 
     /// One request of a pod that runs the product's image; it ends well where it is answered in time.
