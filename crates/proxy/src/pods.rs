@@ -176,6 +176,11 @@ impl<A: Authority> Pods<A> {
         }
     }
 
+    /// There is a new agent: what the last one was asked for does not come.
+    pub(crate) fn ask_again(&self) {
+        self.lock().values().for_each(|served| served.pod.stash.ask_again());
+    }
+
     /// Takes in what was opened to a pod before its capture.
     pub(crate) fn set_opened_before(&self, uid: &PodUid, open: Vec<Ends>) {
         let pod = self.lock().get(uid).map(|served| served.pod.clone());

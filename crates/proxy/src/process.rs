@@ -225,6 +225,7 @@ async fn serve(args: Args, descriptors: u64) -> Result<()> {
         match event {
             Event::Agent(Said::Connected(left)) => {
                 node.metrics.agent.set(1);
+                pods.ask_again();
                 if events.wait_for_left.take().is_some() {
                     tokio::spawn(control.clone().follow(estate::take_over(&node, left)));
                 }

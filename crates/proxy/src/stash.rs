@@ -23,8 +23,11 @@ const SMALLEST_BATCH: u32 = 8;
 /// Two batches within this time: the next one is twice as large.
 const BUSY: Duration = Duration::from_secs(2);
 
-/// After this long, a batch that was asked for counts as lost, as with an agent that has gone.
+/// After this long, a batch that was asked for counts as lost.
 const LOST: Duration = Duration::from_secs(1);
+
+/// After an answer without sockets, as of an agent that is new and has not taken the pod over yet.
+const RETRY: Duration = Duration::from_millis(50);
 
 /// How long a connection waits for a socket.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -42,8 +45,8 @@ pub(crate) struct Stash {
 #[derive(Debug)]
 struct Shelf {
     sockets: Vec<Socket>,
-    /// When the batch that is under way was asked for.
-    asked: Option<Instant>,
+    /// No batch is asked for before this.
+    next: Option<Instant>,
     last_arrival: Option<Instant>,
     batch: u32,
 }
@@ -73,8 +76,8 @@ impl Stash {
             if let Some(socket) = self.take_now(kind) {
                 return Ok(socket);
             }
-            // Looks again after a while even so, in order to repeat a request that was lost.
-            let again = Instant::now() + LOST;
+            // Looks again after a while even so, in order to repeat a request that was lost or not met.
+            let again = Instant::now() + RETRY;
             if timeout_at(deadline.min(again), arrived).await.is_err() && Instant::now() >= deadline {
                 return Err(EndedEarly::NoSocket);
             }
@@ -92,13 +95,23 @@ impl Stash {
 
     fn refill(&self, kind: SocketKind, shelf: &mut Shelf) {
         let now = Instant::now();
-        if shelf.asked.is_some_and(|asked| now.duration_since(asked) < LOST) {
+        if shelf.next.is_some_and(|next| now < next) {
             return;
         }
-        shelf.asked = Some(now);
+        shelf.next = Some(now + LOST);
         // Nobody listens any more when the process ends; then nothing is needed, either.
         let want = ToAgent::WantSockets { pod: self.pod.clone(), kind, count: shelf.batch };
         let _ = self.agent.send(want);
+    }
+
+    /// Asks a new agent for what the last one was asked for in vain.
+    pub(crate) fn ask_again(&self) {
+        for kind in SocketKind::ALL {
+            let mut shelf = self.shelf(kind);
+            if shelf.next.take().is_some() {
+                self.refill(kind, &mut shelf);
+            }
+        }
     }
 
     /// Puts a batch that the agent made on its shelf. A short one is no error here: the next one is asked for when needed.
@@ -106,10 +119,14 @@ impl Stash {
         {
             let mut shelf = self.shelf(kind);
             let now = Instant::now();
+            if sockets.is_empty() {
+                shelf.next = Some(now + RETRY);
+                return;
+            }
             let busy = shelf.last_arrival.is_some_and(|last| now.duration_since(last) < BUSY);
             shelf.batch = if busy { shelf.batch * 2 } else { shelf.batch / 2 }.clamp(SMALLEST_BATCH, MAX_SOCKETS);
             shelf.last_arrival = Some(now);
-            shelf.asked = None;
+            shelf.next = None;
             shelf.sockets.extend(sockets);
         }
         self.arrived.notify_waiters();
@@ -133,7 +150,7 @@ impl Stash {
 
 impl Shelf {
     fn new() -> Self {
-        Self { sockets: Vec::new(), asked: None, last_arrival: None, batch: SMALLEST_BATCH }
+        Self { sockets: Vec::new(), next: None, last_arrival: None, batch: SMALLEST_BATCH }
     }
 }
 
@@ -181,6 +198,28 @@ mod tests {
             asks += 1;
         }
         assert!(asks >= 2, "a lost request is repeated: {asks}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_new_agent_is_asked_at_once_for_what_the_last_one_was_asked_for() {
+        let (stash, mut asked) = stash();
+        let serve = async {
+            assert_eq!(count(asked.recv().await), Some(SMALLEST_BATCH));
+            stash.ask_again();
+            assert_eq!(count(asked.recv().await), Some(SMALLEST_BATCH));
+            // It has not taken the pod over yet.
+            stash.put(SocketKind::OuterV4, Vec::new());
+            assert_eq!(count(asked.recv().await), Some(SMALLEST_BATCH));
+            stash.put(SocketKind::OuterV4, sockets(1));
+        };
+        let started = Instant::now();
+        let (taken, ()) = tokio::join!(stash.take(SocketKind::OuterV4), serve);
+        taken.unwrap();
+        assert!(started.elapsed() <= 2 * RETRY, "{:?}", started.elapsed());
+        assert!(asked.try_recv().is_ok(), "the last one was taken");
+        stash.ask_again();
+        assert!(asked.try_recv().is_ok());
+        assert!(asked.try_recv().is_err(), "of what was not asked for nothing is asked for again");
     }
 
     #[tokio::test(start_paused = true)]
