@@ -13,6 +13,23 @@ const FIVE_MINUTES: Duration = Duration::from_secs(300);
 /// Of one request: longer than a name is asked for again.
 const ANSWER: Duration = Duration::from_secs(8);
 
+/// What looks like Istio's sidecar, to whoever goes by objects: in the mesh, and in a namespace that has opted out.
+const FOREIGN: &str = "
+apiVersion: v1
+kind: Pod
+metadata: { name: foreign, namespace: shop }
+spec:
+  terminationGracePeriodSeconds: 1
+  containers: [{ name: istio-proxy, image: IMAGE, args: [demo-app, serve, --port, '8080'] }]
+---
+apiVersion: v1
+kind: Pod
+metadata: { name: foreign, namespace: outside }
+spec:
+  terminationGracePeriodSeconds: 1
+  containers: [{ name: istio-proxy, image: IMAGE, args: [demo-app, serve, --port, '8080'] }]
+";
+
 fn ask(cluster: &Kubernetes, from: &str) -> bool {
     cluster.ask(from, "web.shop:80", ANSWER).success()
 }
@@ -85,6 +102,17 @@ fn one_command_installs_and_the_table_shows_mtls() {
     assert!(ask(&cluster, "shop/client"));
     cluster.delete(SHOP_IS_STRICT);
     eventually("permissive to be back", SOON, || ask(&cluster, "outside/stranger"));
+
+    println!("a pod that cannot be captured says so where its owner looks, and one that is not to be says nothing");
+    cluster.apply(FOREIGN);
+    cluster.wait_for_event("shop/foreign", "not captured by justmtls, not-capturable");
+    let described = cluster.kubectl(&["-n", "shop", "describe", "pod", "foreign"]).run().ok();
+    assert!(described.contains("NotCaptured") && described.contains("take it out of Istio"), "{described}");
+    for other in ["outside/foreign", "shop/web"] {
+        let said = cluster.events(other);
+        assert!(!said.contains("not captured by justmtls"), "{other}: {said}");
+    }
+    cluster.delete(FOREIGN);
 
     println!("an image that no node has");
     let broken = cluster.justmtls(&[
