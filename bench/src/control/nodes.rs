@@ -13,6 +13,7 @@ use rustls::time_provider::DefaultTimeProvider;
 use tokio::sync::{Semaphore, mpsc, watch};
 use wire::client::{ControlPlane, Role};
 use wire::discovery::{Change, Kind, Known, Removed, Resource};
+use wire::report::Report;
 
 /// Connections that are made at a time, as nodes do not all start at once.
 const CONNECTING: usize = 64;
@@ -187,7 +188,7 @@ async fn agent(plane: &ControlPlane, node: &Node, delays: &Delays, connecting: &
     let connected = plane.connect().await?;
     let mut stream = connected.discover(&[Kind::Bundle, Kind::NodePod], Known::default()).await?;
     drop(turn);
-    let captured = watch::Sender::new(BTreeSet::new());
+    let report = watch::Sender::new(Report::default());
     let mut reports = None;
     loop {
         let batch = tokio::select! {
@@ -201,16 +202,16 @@ async fn agent(plane: &ControlPlane, node: &Node, delays: &Delays, connecting: &
         for change in batch.changes {
             match change {
                 Change::Set(Resource::NodePod(pod)) => {
-                    captured.send_modify(|captured| {
-                        captured.insert(pod.pod.clone());
+                    report.send_modify(|report| {
+                        report.captured.insert(pod.pod.clone());
                     });
                     if lock(&node.agent).insert(pod.pod.clone()) {
                         delays.end(Awaited::Placed, pod.pod.as_str());
                     }
                 }
                 Change::Removed(Removed::NodePod(pod)) => {
-                    captured.send_modify(|captured| {
-                        captured.remove(&pod);
+                    report.send_modify(|report| {
+                        report.captured.remove(&pod);
                     });
                     lock(&node.agent).remove(&pod);
                 }
@@ -218,7 +219,7 @@ async fn agent(plane: &ControlPlane, node: &Node, delays: &Delays, connecting: &
             }
         }
         if is_first {
-            reports = Some(connected.report_captures(captured.subscribe()).await?);
+            reports = Some(connected.report_captures(report.subscribe()).await?);
         }
     }
 }

@@ -23,6 +23,7 @@ use linux::nft::{self, IpFamily, Table};
 use linux::routes::LocalDelivery;
 use linux::sockets::{self, SocketError};
 use linux::tc::{self, Filter};
+use wire::report::CaptureFailure;
 
 use crate::guard::{self, Strength};
 use crate::listeners::{INSIDE, Listeners};
@@ -85,22 +86,22 @@ pub enum CaptureError {
 
 impl CaptureError {
     /// The name in logs and metrics.
-    pub fn as_str(&self) -> &'static str {
+    pub fn name(&self) -> CaptureFailure {
         match self {
-            Self::NotItsAddress(_) => "not-its-address",
-            Self::NoAddress => "no-address",
-            Self::NoIpv6 => "no-ipv6",
-            Self::BatchSize(_) => "batch-size",
-            Self::Namespace(_) => "namespace",
-            Self::Links(_) => "links",
-            Self::Socket(_) => "socket",
-            Self::Mark(_) => "mark",
-            Self::Netlink(_) => "netlink",
-            Self::Changes(_) => "notifications",
-            Self::NoInterface => "no-interface",
-            Self::TooManyExcluded(_) => "too-many-excluded-ports",
-            Self::StillOpen => "still-open",
-            Self::DoesNotStand(_) => "does-not-stand",
+            Self::NotItsAddress(_) => CaptureFailure::NotItsAddress,
+            Self::NoAddress => CaptureFailure::NoAddress,
+            Self::NoIpv6 => CaptureFailure::NoIpv6,
+            Self::BatchSize(_) => CaptureFailure::BatchSize,
+            Self::Namespace(_) => CaptureFailure::Namespace,
+            Self::Links(_) => CaptureFailure::Links,
+            Self::Socket(_) => CaptureFailure::Socket,
+            Self::Mark(_) => CaptureFailure::Mark,
+            Self::Netlink(_) => CaptureFailure::Netlink,
+            Self::Changes(_) => CaptureFailure::Notifications,
+            Self::NoInterface => CaptureFailure::NoInterface,
+            Self::TooManyExcluded(_) => CaptureFailure::TooManyExcludedPorts,
+            Self::StillOpen => CaptureFailure::StillOpen,
+            Self::DoesNotStand(_) => CaptureFailure::DoesNotStand,
         }
     }
 }
@@ -523,14 +524,6 @@ impl Capture {
             }
         }
         Ok(None)
-    }
-
-    fn disarm(&mut self) -> Result<(), CaptureError> {
-        let Some(guard) = self.guard.take() else { return Ok(()) };
-        for interface in interfaces(&mut self.route, &self.plan)?.into_iter().chain([LOOPBACK]) {
-            tc::remove(&mut self.route, interface, guard.on(interface).len() as u16)?;
-        }
-        Ok(())
     }
 
     fn load(&mut self, rules: Rules) -> Result<(), CaptureError> {

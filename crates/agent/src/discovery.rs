@@ -1,4 +1,4 @@
-//! The control plane: which pods this node has, and the report of those that are captured.
+//! The control plane: which pods this node has, and the report of those that are captured and of those that cannot be.
 //!
 //! One connection for both, made again whenever it is lost. What is known stays meanwhile: a control plane that is gone
 //! changes nothing for pods that it has named (P8).
@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
 use wire::client::{ClientError, Connected, ControlPlane};
 use wire::discovery::{Batch, Change, Kind, Known, NodePod, Removed, Resource};
+use wire::report::Report;
 
 use crate::process::Event;
 
@@ -37,7 +38,7 @@ struct Ended;
 /// Follows the control plane for as long as somebody listens.
 pub(crate) async fn follow(
     place: ControlPlane,
-    captured: watch::Receiver<BTreeSet<PodUid>>,
+    reported: watch::Receiver<Report>,
     settled: watch::Receiver<bool>,
     events: mpsc::Sender<Event>,
 ) {
@@ -50,7 +51,7 @@ pub(crate) async fn follow(
                 tracing::info!(control = %place.address, "connected to the control plane");
                 let lost = tokio::select! {
                     lost = discover(&connected, &mut known, &mut failures, &events) => lost,
-                    lost = report(&connected, captured.clone(), settled.clone(), &events) => lost,
+                    lost = report(&connected, reported.clone(), settled.clone(), &events) => lost,
                 };
                 let Ok(lost) = lost else { return };
                 // The next report is not made before all that came until here is taken in.
@@ -121,15 +122,15 @@ async fn take_in(batch: Batch, events: &mpsc::Sender<Event>) -> Result<(), Ended
     Ok(())
 }
 
-/// Says which pods are captured, once that is known, until the stream ends.
+/// Says which pods are captured and which cannot be, once that is known, until the stream ends.
 async fn report(
     connected: &Connected,
-    captured: watch::Receiver<BTreeSet<PodUid>>,
+    reported: watch::Receiver<Report>,
     mut settled: watch::Receiver<bool>,
     events: &mpsc::Sender<Event>,
 ) -> Result<ClientError, Ended> {
     settled.wait_for(|settled| *settled).await.map_err(|_| Ended)?;
-    let mut reports = match connected.report_captures(captured).await {
+    let mut reports = match connected.report_captures(reported).await {
         Ok(reports) => reports,
         Err(error) => return Ok(error),
     };

@@ -1,6 +1,8 @@
-//! Why a pod is not captured although it is to be: a closed set, each with its name and a sentence for the runtime's event.
+//! Why a pod is not captured although it is to be: a closed set, each with its name and a sentence for the runtime's event. The
+//! name alone is told to the control plane, which has sentences of its own for the events of pods that run.
 
 use mesh::PodUid;
+use wire::report::CaptureFailure;
 
 use crate::capture::CaptureError;
 
@@ -40,8 +42,8 @@ pub(crate) enum Failure {
     /// The kernel refused, or the namespace is not the pod's.
     #[error("{sentence}")]
     Capture {
-        /// [`CaptureError::as_str`].
-        name: &'static str,
+        /// [`CaptureError::name`].
+        name: CaptureFailure,
         /// What happened.
         sentence: String,
     },
@@ -60,26 +62,26 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
-    /// The name in logs, metrics and dumps.
-    pub(crate) fn as_str(&self) -> &'static str {
+    /// The name in logs, metrics, dumps and reports.
+    pub(crate) fn name(&self) -> CaptureFailure {
         match self {
-            Self::NoControlPlane => "no-control-plane",
-            Self::Unknown => "unknown-pod",
-            Self::NoAddress => "no-address",
-            Self::OtherName { .. } => "other-name",
-            Self::Ambiguous { .. } => "ambiguous-namespace",
-            Self::NoNamespace(_) => "no-namespace",
-            Self::Capture { name, .. } => name,
-            Self::NoProxy => "no-proxy",
-            Self::NotReady => "proxy-not-ready",
-            Self::SandboxGone => "sandbox-gone",
-            Self::Internal => "internal",
+            Self::NoControlPlane => CaptureFailure::NoControlPlane,
+            Self::Unknown => CaptureFailure::UnknownPod,
+            Self::NoAddress => CaptureFailure::NoAddress,
+            Self::OtherName { .. } => CaptureFailure::OtherName,
+            Self::Ambiguous { .. } => CaptureFailure::AmbiguousNamespace,
+            Self::NoNamespace(_) => CaptureFailure::NoNamespace,
+            Self::Capture { name, .. } => *name,
+            Self::NoProxy => CaptureFailure::NoProxy,
+            Self::NotReady => CaptureFailure::ProxyNotReady,
+            Self::SandboxGone => CaptureFailure::SandboxGone,
+            Self::Internal => CaptureFailure::Internal,
         }
     }
 }
 
 impl From<CaptureError> for Failure {
     fn from(error: CaptureError) -> Self {
-        Self::Capture { name: error.as_str(), sentence: error.to_string() }
+        Self::Capture { name: error.name(), sentence: error.to_string() }
     }
 }

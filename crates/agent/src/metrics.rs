@@ -173,7 +173,7 @@ impl Metrics {
 
     /// Counts a failure to capture a pod.
     pub(crate) fn failed(&self, failure: &Failure) {
-        self.failures.get_or_create(&Reason { reason: failure.as_str() }).inc();
+        self.failures.get_or_create(&Reason { reason: failure.name().as_str() }).inc();
     }
 
     /// Counts sockets that were made.

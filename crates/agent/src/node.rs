@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Duration, Instant};
 use wire::discovery::NodePod;
 use wire::pods::{CniResult, Ends, FromAgent, ToAgent, VERSION};
+use wire::report::{CaptureFailure, Report};
 
 use crate::admin::Shown;
 use crate::capture::Capture;
@@ -47,7 +48,7 @@ pub(crate) struct Node {
     waiting: HashMap<Request, oneshot::Sender<CniResult>>,
     proxies: Proxies,
     batches: Batches,
-    captured: watch::Sender<BTreeSet<PodUid>>,
+    reported: watch::Sender<Report>,
     /// Whether a report may be made.
     settled: watch::Sender<bool>,
     handed_over: bool,
@@ -92,7 +93,7 @@ impl Node {
             inherited: HashMap::new(),
             proxies: Proxies::default(),
             batches: Batches::new(),
-            captured: watch::Sender::new(BTreeSet::new()),
+            reported: watch::Sender::new(Report::default()),
             settled: watch::Sender::new(false),
             handed_over: false,
             started: Instant::now(),
@@ -107,9 +108,9 @@ impl Node {
         }
     }
 
-    /// The pods that are captured, as they become so.
-    pub(crate) fn captured(&self) -> watch::Receiver<BTreeSet<PodUid>> {
-        self.captured.subscribe()
+    /// The pods that are captured and those that cannot be, as they become so.
+    pub(crate) fn reported(&self) -> watch::Receiver<Report> {
+        self.reported.subscribe()
     }
 
     /// Whether the captured pods are all that there are: until it is known what an agent before this one had, a report would
@@ -397,6 +398,7 @@ impl Node {
         if self.proxies.call_back() {
             self.shown.journal.change("proxy-called-back", "", "none serves: the one that drains is to start again");
         }
+        self.report_failed();
         let actions = self.pods.retry();
         if !actions.is_empty() || !*self.settled.borrow() {
             self.act(actions);
@@ -416,7 +418,7 @@ impl Node {
                 Action::Answer(request, answer) => self.answer(request, answer),
                 Action::Report(pod, failure) => {
                     self.shown.metrics.failed(&failure);
-                    self.shown.journal.problem(failure.as_str(), pod.as_str(), &failure.to_string());
+                    self.shown.journal.problem(failure.name().as_str(), pod.as_str(), &failure.to_string());
                 }
             }
         }
@@ -441,7 +443,7 @@ impl Node {
                 }
                 (Some(Err(error)), _) | (_, Err(error)) => {
                     let sentence = format!("the namespace or random marks cannot be had: {error}");
-                    Err(Failure::Capture { name: "resources", sentence })
+                    Err(Failure::Capture { name: CaptureFailure::Resources, sentence })
                 }
                 (None, _) => Err(Failure::Internal),
             };
@@ -562,15 +564,16 @@ impl Node {
         let captured = self.pods.captured();
         self.shown.metrics.captured.set(count(captured.len()));
         self.shown.metrics.leaving.set(count(self.pods.standing().count()) - count(captured.len()));
-        self.captured.send_if_modified(|before| {
-            for pod in captured.difference(before) {
+        self.reported.send_if_modified(|before| {
+            for pod in captured.difference(&before.captured) {
                 self.shown.journal.change("captured", pod.as_str(), "the rules were read back");
             }
-            for pod in before.difference(&captured).filter(|pod| self.pods.is_leaving(pod)) {
+            for pod in before.captured.difference(&captured).filter(|pod| self.pods.is_leaving(pod)) {
                 self.shown.journal.change("leaving", pod.as_str(), "new connections are not captured any more");
             }
-            let changed = *before != captured;
-            *before = captured;
+            let changed = before.captured != captured;
+            before.failed.retain(|pod, _| !captured.contains(pod));
+            before.captured = captured;
             changed
         });
         let pods = self.pods.shown();

@@ -5,6 +5,7 @@
 //! (T4): what they lead to must be there, and must be able to prove who it is.
 
 mod answers;
+mod failing;
 mod inherited;
 mod leaving;
 mod running;

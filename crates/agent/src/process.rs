@@ -299,7 +299,7 @@ async fn hold(args: &Args, estate: Option<Vec<Said>>, terminate: &mut Signal) ->
 
     // They end with this set.
     let mut tasks = JoinSet::new();
-    tasks.spawn(discovery::follow(place, node.captured(), node.settled(), events.clone()));
+    tasks.spawn(discovery::follow(place, node.reported(), node.settled(), events.clone()));
     tasks.spawn(proxy::serve(proxies, events.clone()));
     tasks.spawn(cni::serve(runtimes, Duration::from_secs(args.cni_wait), events.clone()));
     let keeper = args.cluster.keeper(&args.cni_socket, &shown)?;

@@ -61,7 +61,7 @@ pub(crate) enum Event {
     /// The source of objects says something. It says no more before this was taken in: the objects of a large cluster, in a
     /// queue, would fill the memory.
     Objects(Batch, OwnedSemaphorePermit),
-    /// An agent says what its node has captured: all of it.
+    /// An agent says what its node has captured and what it cannot: all of it.
     Captured(Report),
     /// A node's record of captured pods was written, or not yet.
     Written {
@@ -223,6 +223,9 @@ impl Control {
             if self.looks_at_problems.is_some_and(|look| Instant::now() >= look) {
                 self.looks_at_problems = None;
                 self.log_problems();
+                if let Some(replica) = &mut self.replica {
+                    replica.tell_pods(&self.index, &self.nodes);
+                }
             }
         }
     }
@@ -270,8 +273,12 @@ impl Control {
         self.problems_may_differ();
     }
 
-    /// An agent says what its node has captured.
-    fn captured(&mut self, report: Report) {
+    /// An agent says what its node has captured, and what it cannot.
+    fn captured(&mut self, mut report: Report) {
+        // In a box there is no API server where owners of pods would look.
+        if let Some(replica) = &mut self.replica {
+            replica.failed(&report.node, std::mem::take(&mut report.failed));
+        }
         match &mut self.record {
             Record::Shared(shared) => {
                 let node = report.node.clone();

@@ -34,7 +34,7 @@ use wire::discovery::NodePod;
 
 use self::cluster::Cluster;
 use self::dirty::Dirty;
-use self::facts::{Name, Pod};
+use self::facts::{Foreign, Name, Pod};
 use crate::kubernetes::status;
 use crate::problem::Problem;
 
@@ -111,6 +111,8 @@ pub(crate) struct Index {
     cluster: Cluster,
     views: Views,
     problems: BTreeMap<Origin, Vec<Problem>>,
+    /// Pods that are to be captured and left to another data path. Not one that has opted out, of which there may be many.
+    foreign: BTreeSet<Name>,
 }
 
 impl Index {
@@ -118,7 +120,7 @@ impl Index {
     pub(crate) fn new(trust_domain: TrustDomain) -> Self {
         let cluster = Cluster::new(trust_domain);
         let views = Views { whole_mesh_up_to: cluster.settings.whole_mesh_up_to(), ..Views::default() };
-        Self { cluster, views, problems: BTreeMap::new() }
+        Self { cluster, views, problems: BTreeMap::new(), foreign: BTreeSet::new() }
     }
 
     /// The same where several replicas share a record: a pod counts as captured when [`Index::recorded`] names it.
@@ -250,6 +252,23 @@ impl Index {
         };
         let may = |pod: &&NodePod| pod.capture.is_ok() || is_reported(pod) || has_left(pod);
         pods.filter(may).any(|pod| pod.identity == *identity)
+    }
+
+    /// The pods that run, are enrolled, and are left to another data path by what their objects say.
+    pub(crate) fn foreign(&self) -> impl Iterator<Item = (&Pod, &Foreign)> {
+        let pods = self.foreign.iter().filter_map(|name| self.cluster.pods.get(name));
+        pods.filter_map(|pod| Some((pod, pod.foreign.as_ref()?)))
+    }
+
+    /// Namespace and name of a pod of a node, if it runs and is to be captured.
+    pub(crate) fn runs_to_be_captured(&self, node: &str, uid: &PodUid) -> Option<(&str, &str)> {
+        let pod = self.views.node_pods.get(node)?.get(uid)?;
+        (pod.capture.is_ok() && !pod.addresses.is_empty()).then_some((&*pod.namespace, &*pod.name))
+    }
+
+    /// Whether there is such a node.
+    pub(crate) fn has_node(&self, node: &str) -> bool {
+        self.cluster.nodes.contains_key(node)
     }
 
     /// The nodes of the cluster.

@@ -1,10 +1,11 @@
 //! The API server: how it is asked, and what the control plane keeps there.
 //!
 //! Reading the cluster's objects is `watch::kubernetes`; here is what several replicas agree on by way of the API server: who
-//! of them leads, the authority's Secret, the roots that are published, the record of captured pods, and what policies are
-//! told about themselves.
+//! of them leads, the authority's Secret, the roots that are published, the record of captured pods, what policies are told about
+//! themselves, and what owners of pods are told that cannot be captured.
 
 pub(crate) mod duties;
+pub(crate) mod events;
 pub(crate) mod history;
 pub(crate) mod lease;
 pub(crate) mod records;

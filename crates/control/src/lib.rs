@@ -37,6 +37,7 @@ mod nodes;
 mod refusals;
 mod report;
 mod server;
+mod uncaptured;
 
 mod admin;
 mod control;

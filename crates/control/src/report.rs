@@ -1,9 +1,7 @@
-//! What agents report: which pods their node has captured.
+//! What agents report: which pods their node has captured, and which it cannot.
 
-use std::collections::BTreeSet;
-
-use mesh::PodUid;
 use tokio::sync::{mpsc, oneshot};
+use wire::report;
 use wire::server::{CaptureStream, Refused};
 
 use crate::ca::token::{Caller, Role};
@@ -28,14 +26,15 @@ pub(crate) async fn serve(
         );
         return Err(Refused::NotAllowed(message));
     }
-    while let Some(pods) = reports.next().await {
-        take(events, &caller.node, pods).await?;
+    while let Some(report) = reports.next().await {
+        take(events, &caller.node, report).await?;
         reports.confirm().await;
     }
     Ok(())
 }
 
-async fn take(events: &mpsc::Sender<Event>, node: &str, pods: BTreeSet<PodUid>) -> Result<(), Refused> {
+async fn take(events: &mpsc::Sender<Event>, node: &str, report: report::Report) -> Result<(), Refused> {
+    let report::Report { captured: pods, failed } = report;
     if pods.len() > MAX_PODS {
         return Err(Refused::BadRequest(format!(
             "a node reports at most {MAX_PODS} captured pods, and this one {}",
@@ -44,7 +43,7 @@ async fn take(events: &mpsc::Sender<Event>, node: &str, pods: BTreeSet<PodUid>) 
     }
     let ending = || Refused::Unavailable("the control plane is ending".to_owned());
     let (published, known) = oneshot::channel();
-    let report = Report { node: node.to_owned(), pods, published };
+    let report = Report { node: node.to_owned(), pods, failed, published };
     events.send(Event::Captured(report)).await.map_err(|_| ending())?;
     known.await.map_err(|_| ending())
 }

@@ -114,10 +114,15 @@ impl Life {
     }
 
     async fn live(&self, rooms: &Arc<Rooms>) {
+        let agent = runtime::agent(&self.plan);
         self.capture(&rooms.network.path).await;
         self.tell(PodNews::Rooms(rooms.clone()));
         let progress = watch::Sender::new(Progress::default());
-        tokio::join!(self.run_programs(rooms, &progress), self.watch_readiness(rooms, progress.subscribe()));
+        tokio::join!(
+            self.run_programs(rooms, &progress),
+            self.watch_readiness(rooms, progress.subscribe()),
+            self.tell_new_agents(agent, &rooms.network.path)
+        );
     }
 
     /// Asks the node's agent until it says yes: no program of the pod starts before, as with a CNI plugin.
@@ -127,6 +132,18 @@ impl Life {
             self.say("Pending", false, format!("waits to be captured: {error:#}"));
             sleep(delay).await;
             delay = (delay * 2).min(RETRY.1);
+        }
+    }
+
+    /// An agent hears from the one before of what that one had captured, and of nothing else. On Kubernetes it asks the runtime
+    /// for all that runs; here it is told.
+    async fn tell_new_agents(&self, mut known: Option<runtime::Agent>, path: &Path) {
+        loop {
+            sleep(LOOK_WHEN_READY).await;
+            let agent = runtime::agent(&self.plan);
+            if agent.is_some() && agent != known && runtime::add(&self.plan, path).await.is_ok() {
+                known = agent;
+            }
         }
     }
 

@@ -1,5 +1,6 @@
 //! What the container runtime does: it asks the node's agent to capture a pod before its programs start.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use anyhow::{Context, bail};
@@ -9,6 +10,15 @@ use wire::pods::{CniAdd, CniRequest, CniResult, MAX_MESSAGE};
 
 use crate::cluster::PodPlan;
 use crate::processes::cni_socket;
+
+/// The agent that answers on a node, by its socket: another one makes another.
+pub(crate) type Agent = (u64, i64, i64);
+
+/// Who answers for the pod now.
+pub(crate) fn agent(plan: &PodPlan) -> Option<Agent> {
+    let socket = std::fs::metadata(cni_socket(&plan.node.name)).ok()?;
+    Some((socket.ino(), socket.ctime(), socket.ctime_nsec()))
+}
 
 /// `CNI ADD`: returns when the node's agent has captured the pod, or has said that it is not to be captured.
 pub(crate) async fn add(plan: &PodPlan, namespace: &Path) -> anyhow::Result<()> {

@@ -139,6 +139,8 @@ async fn shop(narrator: &mut Narrator, scene: &Scene) -> anyhow::Result<()> {
         facts => faults::rotation(scene, &mut facts));
     step!(narrator, "control-killed", "The control plane is killed: nobody notices",
         facts => faults::kill(scene, "control", true, &mut facts));
+    step!(narrator, "agent-killed", "A node's agent is killed: nobody notices",
+        facts => faults::kill(scene, "agent@node-b", true, &mut facts));
     step!(narrator, "proxy-killed", "A proxy is killed: what is open ends by an error, what is new waits for its successor",
         facts => faults::kill(scene, "node-a", false, &mut facts));
     Ok(())
@@ -149,7 +151,7 @@ async fn own(narrator: &mut Narrator, scene: &Scene) -> anyhow::Result<()> {
     step!(narrator, "pods", "Your pods", facts => steps::pods(scene, &mut facts));
     step!(narrator, "wire", "What a wiretap between the nodes sees", facts => steps::wire(scene, &mut facts));
     step!(narrator, "edges", "Who talks to whom, and how", facts => steps::edges(scene, &mut facts));
-    ["before", "capture", "after", "outsider", "strict", "rotation", "control-killed", "proxy-killed"]
+    ["before", "capture", "after", "outsider", "strict", "rotation", "control-killed", "agent-killed", "proxy-killed"]
         .into_iter()
         .for_each(|name| narrator.skip(name));
     Ok(())

@@ -245,6 +245,8 @@ pub fn write_vectored(socket: &impl AsFd, places: &[IoSlice<'_>]) -> io::Result<
 fn prepare(socket: &Socket, congestion: Option<&str>) -> io::Result<()> {
     socket.set_linger(Some(Duration::ZERO))?;
     socket.set_tcp_nodelay(true)?;
+    // Otherwise an urgent byte is taken out of the stream, also of one whose reader wants it there.
+    socket.set_out_of_band_inline(true)?;
     let Some(name) = congestion else { return Ok(()) };
     match socket.set_tcp_congestion(name.as_bytes()) {
         // This kernel has no such algorithm: its own default is the next best.

@@ -53,6 +53,10 @@ pub struct Filter {
 
 /// Makes these be the first filters on what leaves the interface, one for each preference from 1 on. They are written in
 /// their order, each in one step: what is there already is exchanged, and never missing in between.
+///
+/// Where `clsact` is not there yet it is added, and the interface then loses what leaves by it for a moment: the kernel lets go
+/// of all its queues, waits until nobody looks at them any more (an RCU grace period), and takes them up again
+/// (`qdisc_graft` in `net/sched/sch_api.c`).
 pub fn set(socket: &mut Socket, interface: u32, filters: &[Filter]) -> Result<(), Error> {
     let mut qdisc = message(interface, TcHandle::CLSACT, 0);
     qdisc.header.handle = TcHandle { major: u16::MAX, minor: 0 };
@@ -104,13 +108,19 @@ pub fn dropped(socket: &mut Socket, interface: u32) -> Result<u64, Error> {
     Ok(0)
 }
 
-/// Takes the first `count` filters away, and `clsact` with them when nobody else has a filter there. What is not there is
-/// fine, an interface that is gone, too.
-pub fn remove(socket: &mut Socket, interface: u32, count: u16) -> Result<(), Error> {
+/// Takes the first `count` filters away. What is not there is fine, an interface that is gone, too.
+pub fn clear(socket: &mut Socket, interface: u32, count: u16) -> Result<(), Error> {
     // Backwards: the last ones drop.
     for preference in (1..=count).rev() {
         gone(delete(socket, interface, preference, TcHandle::UNSPEC))?;
     }
+    Ok(())
+}
+
+/// The same, and takes away `clsact` when nobody else has a filter there. As when it is added, the interface then loses for a
+/// moment what leaves by it.
+pub fn remove(socket: &mut Socket, interface: u32, count: u16) -> Result<(), Error> {
+    clear(socket, interface, count)?;
     for side in [EGRESS, INGRESS] {
         match read(socket, interface, side) {
             Ok(others) if others.is_empty() => {}

@@ -47,6 +47,8 @@ pub mod discovery;
 
 pub mod pods;
 
+pub mod report;
+
 pub mod cri;
 
 pub mod bounded;

@@ -29,7 +29,7 @@ fn tell_story(program: impl Fn(&Path) -> Program) {
     // The wiretap sees the secret before capture, and not afterwards.
     assert!(of("before")["secret_found"].as_u64() > Some(0) && of("after")["secret_found"] == 0, "{steps:#?}");
     // Nothing of what happens under load is seen by a connection that begins afterwards; only a proxy has what is open.
-    for step in ["rotation", "control-killed", "proxy-killed"] {
+    for step in ["rotation", "control-killed", "agent-killed", "proxy-killed"] {
         let facts = of(step);
         let (ok, failed) = (facts["short_ok"].as_u64(), facts["short_failed_after"].as_u64());
         assert!(ok >= Some(500) && failed == Some(0), "{step}: {facts:#}");

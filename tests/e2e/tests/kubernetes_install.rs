@@ -16,6 +16,23 @@ const AT_ONCE: Duration = Duration::from_secs(1);
 const LONG: u64 = 10;
 const OFTEN: Duration = Duration::from_millis(50);
 
+/// What looks like Istio's sidecar, to whoever goes by objects: in the mesh, and in a namespace that has opted out.
+const FOREIGN: &str = "
+apiVersion: v1
+kind: Pod
+metadata: { name: foreign, namespace: shop }
+spec:
+  terminationGracePeriodSeconds: 1
+  containers: [{ name: istio-proxy, image: IMAGE, args: [demo-app, serve, --port, '8080'] }]
+---
+apiVersion: v1
+kind: Pod
+metadata: { name: foreign, namespace: outside }
+spec:
+  terminationGracePeriodSeconds: 1
+  containers: [{ name: istio-proxy, image: IMAGE, args: [demo-app, serve, --port, '8080'] }]
+";
+
 fn ask(cluster: &Kubernetes, from: &str) -> bool {
     cluster.ask(from, "web.shop:80", ANSWER).success()
 }
@@ -94,6 +111,17 @@ fn one_command_installs_and_the_table_shows_mtls() {
     ruleset_is_flushed(&cluster);
     path_is_denied(&cluster);
 
+    println!("a pod that cannot be captured says so where its owner looks, and one that is not to be says nothing");
+    cluster.apply(FOREIGN);
+    cluster.wait_for_event("shop/foreign", "not captured by justmtls, not-capturable");
+    let described = cluster.kubectl(&["-n", "shop", "describe", "pod", "foreign"]).run().ok();
+    assert!(described.contains("NotCaptured") && described.contains("take it out of Istio"), "{described}");
+    for other in ["outside/foreign", "shop/web"] {
+        let said = cluster.events(other);
+        assert!(!said.contains("not captured by justmtls"), "{other}: {said}");
+    }
+    cluster.delete(FOREIGN);
+
     println!("an image that no node has");
     let broken = cluster.justmtls(&[
         "upgrade",
@@ -139,11 +167,11 @@ fn namespace_is_let_go_and_enrolled(cluster: &Kubernetes) {
 /// A stranger's connection that was allowed when it was opened ends when strict begins.
 fn strict_ends_what_is_open(cluster: &Kubernetes) {
     println!("strict begins while a stranger's connections are open");
-    let strangers = cluster.load("outside/stranger", "web.shop:80").long(LONG, OFTEN).start();
-    let report = meanwhile(strangers, |load| {
-        cluster.apply(SHOP_IS_STRICT);
-        load.wait_for_lost(LONG);
-    });
+    let mut strangers = cluster.load("outside/stranger", "web.shop:80").long(LONG, OFTEN).start();
+    strangers.event();
+    cluster.apply(SHOP_IS_STRICT);
+    strangers.wait_for_lost(LONG);
+    let report = strangers.finish();
     let ended = report.last_failure_after_event().expect("they broke");
     println!("the last one ended {ended:?} after `kubectl apply` was called");
     assert!(ended < AT_ONCE, "{ended:?}: {report}");

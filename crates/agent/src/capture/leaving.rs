@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 use linux::diag;
 use linux::flows::{self, Flow, Phase};
 use linux::netlink::{Error, Socket};
-use linux::nft;
+use linux::{nft, tc};
 
 use super::stale::{looks_open, sockets_of};
-use super::{Capture, CaptureError, Rules, Standing};
+use super::{Capture, CaptureError, LOOPBACK, Rules, Standing, interfaces};
 use crate::rules::{self, INBOUND_PORT, Marks, OUTBOUND_PORT};
 
 impl Capture {
@@ -115,11 +115,31 @@ impl Capture {
         Ok(diag::destroy(&mut self.diagnosis()?, |it| translated.contains(&(it.local, it.remote)))?)
     }
 
+    /// Takes the guard away, and leaves what it hung on: without that the pod would lose what it sends for a moment, now and
+    /// when it is captured again.
+    fn disarm(&mut self) -> Result<(), CaptureError> {
+        let Some(guard) = self.guard.take() else { return Ok(()) };
+        for interface in interfaces(&mut self.route, &self.plan)?.into_iter().chain([LOOPBACK]) {
+            tc::clear(&mut self.route, interface, guard.on(interface).len() as u16)?;
+        }
+        Ok(())
+    }
+
+    /// Takes away all of it.
+    fn remove_guard(&mut self) -> Result<(), CaptureError> {
+        let guard = self.guard.take();
+        for interface in interfaces(&mut self.route, &self.plan)?.into_iter().chain([LOOPBACK]) {
+            let ours = guard.as_ref().map_or(0, |guard| guard.on(interface).len());
+            tc::remove(&mut self.route, interface, ours as u16)?;
+        }
+        Ok(())
+    }
+
     /// Takes everything out of the pod. Only when no captured connection is left: the next bytes of one would leave in
     /// clear (T3).
     pub fn remove(&mut self) -> Result<(), CaptureError> {
         self.standing = None;
-        self.disarm()?;
+        self.remove_guard()?;
         nft::delete(&mut self.netfilter, rules::TABLE)?;
         for family in &self.families {
             self.delivery.remove(&mut self.route, *family)?;

@@ -69,6 +69,17 @@ impl Node {
         actions
     }
 
+    /// Tells the reporter of pods that run and cannot be captured. Not of each step: what is only late is over when this comes
+    /// again, and need not be said.
+    pub(super) fn report_failed(&self) {
+        let failed = self.pods.failing();
+        self.reported.send_if_modified(|before| {
+            let changed = before.failed != failed;
+            before.failed = failed;
+            changed
+        });
+    }
+
     /// Ends what a pod has open from before its capture, where there should have been nothing.
     pub(super) fn end_from_before(&self, pod: &PodUid) {
         let Some(capture) = self.captures.get(pod).map(|captured| captured.capture.clone()) else { return };

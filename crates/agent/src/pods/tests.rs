@@ -1,9 +1,11 @@
+mod failing;
 mod leaving;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 use wire::pods::CniAdd;
+use wire::report::CaptureFailure;
 
 use super::*;
 
@@ -37,7 +39,7 @@ fn cni(text: &str) -> CniAdd {
 }
 
 fn failure() -> Failure {
-    Failure::Capture { name: "not-its-address", sentence: "the network namespace does not have it".into() }
+    Failure::Capture { name: CaptureFailure::NotItsAddress, sentence: "the network namespace does not have it".into() }
 }
 
 fn prepare(pod: NodePod, namespace: u64, attempt: u64) -> Action {
@@ -227,7 +229,7 @@ fn a_pod_that_runs_is_captured_later_and_tried_again_without_the_runtime() {
     assert_eq!(pods.retry(), [prepare(known("a"), 7, 3)]);
     pods.prepared(&uid("a"), 3, Ok(Prepared::Bare));
     pods.ready(&uid("a"));
-    let other = Failure::Capture { name: "does-not-stand", sentence: "somebody changes it".into() };
+    let other = Failure::Capture { name: CaptureFailure::DoesNotStand, sentence: "somebody changes it".into() };
     assert_eq!(pods.begun(&uid("a"), 4, Err(other.clone())), [Action::Report(uid("a"), other)]);
     assert_eq!(pods.retry(), [begin("a", 5)]);
     pods.begun(&uid("a"), 5, Ok(()));

@@ -1,6 +1,6 @@
 //! A control plane that names the pods it is told to, and hears which are captured.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,6 +14,7 @@ use mesh::PodUid;
 use rustls::time_provider::DefaultTimeProvider;
 use tokio::sync::watch;
 use wire::discovery::{Asked, Kind, NodePod, Published, Resource};
+use wire::report::{CaptureFailure, Report};
 use wire::server::{self, Caller, CaptureStream, DiscoveryStream, Handler, Refused, serve};
 
 const CONTROL: &str = "spiffe://cluster.local/ns/justmtls-system/sa/justmtls-control";
@@ -24,7 +25,7 @@ const DAY: Duration = Duration::from_secs(86_400);
 pub(crate) struct Control {
     pub(crate) address: SocketAddr,
     pods: watch::Sender<Vec<Published>>,
-    captured: watch::Sender<BTreeSet<PodUid>>,
+    reported: watch::Sender<Report>,
     reports: AtomicUsize,
 }
 
@@ -49,7 +50,7 @@ impl Control {
         let control = Arc::new(Control {
             address: listener.local_addr().unwrap(),
             pods: watch::Sender::new(Vec::new()),
-            captured: watch::Sender::new(BTreeSet::new()),
+            reported: watch::Sender::new(Report::default()),
             reports: AtomicUsize::new(0),
         });
         let handler = control.clone();
@@ -72,7 +73,11 @@ impl Control {
 
     /// What was last reported.
     pub(crate) fn captured(&self) -> BTreeSet<PodUid> {
-        self.captured.borrow().clone()
+        self.reported.borrow().captured.clone()
+    }
+
+    pub(crate) fn failed(&self) -> BTreeMap<PodUid, CaptureFailure> {
+        self.reported.borrow().failed.clone()
     }
 
     /// How many reports there were.
@@ -115,8 +120,8 @@ impl Handler for Control {
 
     async fn captures(&self, caller: Caller, mut stream: CaptureStream) -> Result<(), Refused> {
         Self::admit(&caller);
-        while let Some(pods) = stream.next().await {
-            self.captured.send_replace(pods);
+        while let Some(report) = stream.next().await {
+            self.reported.send_replace(report);
             self.reports.fetch_add(1, Ordering::Relaxed);
             stream.confirm().await;
         }

@@ -1,7 +1,9 @@
 //! Pods that are let go while they run.
 
 use std::io::ErrorKind;
-use std::net::{IpAddr, Shutdown, SocketAddr};
+use std::net::{IpAddr, Shutdown, SocketAddr, UdpSocket};
+use std::thread;
+use std::time::Duration;
 
 use agent::capture::{Capture, Standing};
 use agent::guard::Strength;
@@ -339,5 +341,35 @@ fn a_pod_that_leaves_is_not_captured_again_by_the_next_agent() {
         drop((captured, accept(&listeners)));
         eventually("its rules are gone", || table(&world.lab.a).is_none());
         assert!(world.control.captured().is_empty());
+    });
+}
+
+/// What it sends that is not TCP has nobody who sends it again: a name that is asked for is asked for again after five seconds.
+#[test]
+fn who_is_let_go_and_captured_again_loses_no_packet() {
+    with_privilege(who_is_let_go_and_captured_again_loses_no_packet, || {
+        let lab = Lab::new();
+        let a = Proxy::start(prepared(&lab.a, plan(A))).begin();
+        let bound = |pod: &NetNs, address| pod.enter(|| UdpSocket::bind(SocketAddr::new(address, 0))).unwrap().unwrap();
+        let (from, to) = (bound(&lab.a, A[0]), bound(&lab.b, B[0]));
+        from.connect(to.local_addr().unwrap()).unwrap();
+        to.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        thread::scope(|scope| {
+            let changes = scope.spawn(|| {
+                let mut capture = a.capture.lock().unwrap();
+                for _ in 0..10 {
+                    capture.drain().unwrap();
+                    capture.begin().unwrap();
+                }
+            });
+            let (mut number, mut buffer) = (0_u32, [0; 4]);
+            while !changes.is_finished() {
+                from.send(&number.to_be_bytes()).unwrap();
+                to.recv(&mut buffer).unwrap_or_else(|error| panic!("the datagram {number} is lost: {error}"));
+                assert_eq!(buffer, number.to_be_bytes());
+                number += 1;
+            }
+        });
+        assert!(a.capture.lock().unwrap().guarded().is_some());
     });
 }

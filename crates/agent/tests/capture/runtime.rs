@@ -10,7 +10,8 @@ use tempfile::TempDir;
 use tokio::net::UnixListener;
 use wire::cri::Sandbox;
 use wire::cri::double::Double;
-use wire::pods::ToAgent;
+use wire::pods::{CniResult, ToAgent};
+use wire::report::CaptureFailure;
 
 use crate::lab::{A, App, B, Client, eventually, with_privilege};
 use crate::world::{Room, World, pod};
@@ -119,5 +120,29 @@ fn a_pod_that_the_plugin_missed_is_captured_and_what_it_had_open_is_ended() {
         eventually("it is counted", || number(&world, "justmtls_agent_missed_connections_ended_total") == "1");
         assert_eq!(number(&world, "justmtls_agent_missed_pods_total"), "1");
         assert!(world.page("/events").contains(r#""event":"missed-add""#));
+    });
+}
+
+#[test]
+fn a_pod_that_runs_and_cannot_be_captured_is_reported_until_it_is() {
+    with_privilege(a_pod_that_runs_and_cannot_be_captured_is_reported_until_it_is, || {
+        let host = Host::new();
+        let (world, proxy) = started(&host);
+        // Of another pod, by its addresses.
+        let other = Room::of(&world.lab.b);
+        host.runs("a", &other, SystemTime::now() - Duration::from_secs(3600));
+        let failed = |why| [(PodUid::from("a"), why)].into();
+        eventually("it is reported", || world.control.failed() == failed(CaptureFailure::NotItsAddress));
+        assert!(world.control.captured().is_empty());
+        // The runtime has made it anew.
+        host.runtime.has(Vec::new());
+        let room = Room::of(&world.lab.a);
+        let answer = world.add("a", &room);
+        let (added, _listeners) = proxy.added();
+        proxy.say(&ToAgent::PodReady { pod: added.pod });
+        assert_eq!(answer.join().unwrap(), CniResult::Captured);
+        eventually("it is captured, and that is over", || {
+            world.control.captured() == [PodUid::from("a")].into() && world.control.failed().is_empty()
+        });
     });
 }

@@ -9,6 +9,7 @@ use manifests::{Change as ObjectChange, Kind, Object};
 use mesh::PodUid;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
+use wire::report::CaptureFailure;
 
 use super::Event;
 use crate::ROOT_NAMESPACE;
@@ -54,6 +55,8 @@ pub(crate) struct Shared {
 pub(crate) struct Report {
     pub(crate) node: String,
     pub(crate) pods: BTreeSet<PodUid>,
+    /// Pods that run and cannot be captured.
+    pub(crate) failed: BTreeMap<PodUid, CaptureFailure>,
     /// Told once peers can know.
     pub(crate) published: oneshot::Sender<()>,
 }

@@ -1,6 +1,6 @@
 //! In which order the process starts: everything is read before anybody is served.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,10 +8,12 @@ use anyhow::{Context, Result, anyhow};
 use identity::{TrustDomain, tls};
 use kube::{Api, Client};
 use manifests::k8s_openapi::api::core::v1::ConfigMap;
+use mesh::PodUid;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
+use wire::report::CaptureFailure;
 
 use super::record::{Record, Shared};
 use super::{Control, Event, QUEUE, take_in, withheld};
@@ -25,7 +27,7 @@ use crate::index::{self, Index};
 use crate::kubernetes::history::History;
 use crate::kubernetes::lease::Election;
 use crate::kubernetes::status::{self, Condition, Conditions, Statuses};
-use crate::kubernetes::{self, duties, pause, secret};
+use crate::kubernetes::{self, duties, events, pause, secret};
 use crate::leaving::Leaving;
 use crate::metrics::Metrics;
 use crate::nodes::Nodes;
@@ -34,6 +36,7 @@ use crate::problem::Problem;
 use crate::publication::Publication;
 use crate::refusals::Refusals;
 use crate::server::Served;
+use crate::uncaptured::{Failures, Uncapturables};
 use crate::watch::{Batch, Folder, Kubernetes, Source};
 use crate::{Args, Files, ROOT_NAMESPACE, SETTINGS_NAME};
 
@@ -44,7 +47,10 @@ const SPREAD: Duration = Duration::from_secs(5);
 pub(super) struct Replica {
     leads: watch::Receiver<bool>,
     statuses: watch::Sender<Statuses>,
-    problems: watch::Receiver<Vec<Problem>>,
+    failures: Failures,
+    uncaptured: watch::Sender<Uncapturables>,
+    /// Of the duties, and of what pods are told.
+    problems: [watch::Receiver<Vec<Problem>>; 2],
     /// The election ends when this is dropped.
     alive: Option<watch::Sender<()>>,
 }
@@ -55,7 +61,7 @@ impl Replica {
     }
 
     pub(super) fn problems(&self) -> Vec<Problem> {
-        self.problems.borrow().clone()
+        self.problems.iter().flat_map(|problems| problems.borrow().clone()).collect()
     }
 
     /// Passes on what policies are to be told about themselves, and what they say already.
@@ -63,6 +69,16 @@ impl Replica {
         let wanted = index.problems_of_policies();
         let wanted = wanted.filter_map(|(key, problems)| Some((key.clone(), Condition::of(&problems)?))).collect();
         kubernetes::tell(&self.statuses, Statuses { wanted, there });
+    }
+
+    /// Takes in what an agent cannot capture.
+    pub(super) fn failed(&mut self, node: &str, failed: BTreeMap<PodUid, CaptureFailure>) {
+        self.failures.reported(node, failed);
+    }
+
+    /// Passes on of which pods their owners are to be told that they cannot be captured.
+    pub(super) fn tell_pods(&mut self, index: &Index, nodes: &Nodes) {
+        kubernetes::tell(&self.uncaptured, self.failures.all(index, nodes));
     }
 
     /// Lets another replica lead.
@@ -275,6 +291,10 @@ impl Beginning<'_> {
         tokio::spawn(duties);
         let (statuses, told) = watch::channel(Statuses::default());
         tokio::spawn(status::keep(client.clone(), self.clock.clone(), told, leads.clone()));
+        let (uncaptured, told) = watch::channel(Uncapturables::new());
+        let (problem_sender, problems_of_events) = watch::channel(Vec::new());
+        tokio::spawn(events::keep(client.clone(), self.clock.clone(), told, leads.clone(), problem_sender));
+        let (problems, failures) = ([problems, problems_of_events], Failures::default());
         let nodes = NodeOfPod(self.sender.clone());
         let reviews = Reviews::new(client, nodes, self.clock.clone(), self.metrics.clone());
         Ok(Begun {
@@ -286,7 +306,7 @@ impl Beginning<'_> {
             tokens: Tokens::Reviewed(reviews),
             // Every list is whole here.
             follows: false,
-            replica: Some(Replica { leads, statuses, problems, alive: Some(alive) }),
+            replica: Some(Replica { leads, statuses, failures, uncaptured, problems, alive: Some(alive) }),
             history: Some(History::new(client)),
         })
     }

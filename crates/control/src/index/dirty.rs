@@ -145,6 +145,7 @@ impl Index {
         let uid = pod_workload_uid(name);
         let Some(pod) = self.cluster.pods.get(name).cloned() else {
             self.note(Origin::Pod(name.clone()), problems);
+            self.foreign.remove(name);
             self.store_workload(uid, None, touched);
             return;
         };
@@ -164,6 +165,13 @@ impl Index {
             let message =
                 format!("has the same metadata.uid as {twin}, and neither is published; delete one of the two");
             problems.push(Problem::error(name.as_kind(Kind::Pod), message));
+        }
+        // While everybody leaves nobody is to be captured, and without an address a pod does not run yet.
+        let is_left = exempt == Some(Uncaptured::NotCapturable) && enrolment::is_enrolled(&pod, &namespace);
+        if is_left && twin.is_none() && !leaving && !pod.addresses.is_empty() {
+            self.foreign.insert(name.clone());
+        } else {
+            self.foreign.remove(name);
         }
         let published = twin.is_none().then(|| self.publish_pod(&pod, &namespace, modes, exempt, &mut problems));
         let (workload, node_pod) = published.unzip();

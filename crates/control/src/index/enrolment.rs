@@ -69,6 +69,11 @@ pub(crate) fn exemption(
     }
 }
 
+/// Whether labels and namespaces say that a pod is to be captured, if it can be.
+pub(crate) fn is_enrolled(pod: &Pod, namespace: &Namespace) -> bool {
+    !pod.host_network && wanted_exemption(pod, namespace, &mut Vec::new()).is_none()
+}
+
 /// What labels and namespaces say.
 fn wanted_exemption(pod: &Pod, namespace: &Namespace, problems: &mut Vec<Problem>) -> Option<Uncaptured> {
     let is_system = SYSTEM_NAMESPACES.contains(&pod.name.namespace.as_str());

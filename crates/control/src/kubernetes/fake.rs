@@ -167,6 +167,17 @@ impl Fake {
         self.lock().objects.get(path).cloned()
     }
 
+    /// All objects whose paths begin so.
+    pub(crate) fn all_below(&self, path: &str) -> Vec<Value> {
+        let state = self.lock();
+        state
+            .objects
+            .range(path.to_owned()..)
+            .take_while(|(it, _)| it.starts_with(path))
+            .map(|it| it.1.clone())
+            .collect()
+    }
+
     /// Puts an object as somebody else would.
     pub(crate) fn put(&self, path: &str, mut object: Value) {
         let target = Target::of(path);

@@ -1,6 +1,6 @@
 //! Which replica writes what must be written once: the holder of a Lease.
 //!
-//! All replicas serve; the holder alone publishes the roots, makes the authority, and tells policies about themselves. Two that
+//! All replicas serve; the holder alone publishes the roots, makes the authority, and tells policies and pods about themselves. Two that
 //! both think to hold it do no harm: whatever a leader does is create-once or the same from each.
 
 use std::time::Duration;

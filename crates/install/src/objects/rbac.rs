@@ -76,6 +76,13 @@ const CONTROL_CLUSTER: &[Rule] = &[
         reason: "what of a policy cannot be enforced is said in its status (D13)",
     },
     Rule {
+        group: "",
+        resources: &["events"],
+        names: &[],
+        verbs: &["create"],
+        reason: "the owner of a pod that runs and cannot be captured is told where he looks; no Event is read or changed",
+    },
+    Rule {
         group: "authentication.k8s.io",
         resources: &["tokenreviews"],
         names: &[],

@@ -51,6 +51,30 @@ fn what_a_listener_accepts_has_its_mark_and_ends_with_a_reset() {
 }
 
 #[test]
+fn an_urgent_byte_stays_in_the_stream_in_both_directions() {
+    with_privilege(an_urgent_byte_stays_in_the_stream_in_both_directions, || {
+        loopback_up();
+        let listener = listener(plain("127.0.0.1:15001")).unwrap();
+        listener.set_nonblocking(false).unwrap();
+        let ours = inner_client(IpFamily::V4, 0x78, None).unwrap();
+        ours.set_nonblocking(false).unwrap();
+        let theirs = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        ours.connect(&theirs.local_addr().unwrap().into()).unwrap();
+        let client = TcpStream::connect("127.0.0.1:15001").unwrap();
+        for (theirs, ours) in [(client, listener.accept().unwrap().0), (theirs.accept().unwrap().0, ours.into())] {
+            let (mut theirs, mut ours): (TcpStream, TcpStream) = (theirs, ours);
+            theirs.write_all(b"be").unwrap();
+            SockRef::from(&theirs).send_out_of_band(b"f").unwrap();
+            theirs.write_all(b"ore").unwrap();
+            theirs.shutdown(Shutdown::Write).unwrap();
+            let mut all = String::new();
+            ours.read_to_string(&mut all).unwrap();
+            assert_eq!(all, "before");
+        }
+    });
+}
+
+#[test]
 fn a_listener_is_alone_on_its_port() {
     with_privilege(a_listener_is_alone_on_its_port, || {
         loopback_up();

@@ -1,4 +1,4 @@
-//! The report of an agent: which pods its node has captured.
+//! The report of an agent: which pods its node has captured, and which it cannot.
 
 use std::collections::BTreeSet;
 
@@ -11,11 +11,12 @@ use tonic::Streaming;
 use super::{ClientError, Connected};
 use crate::proto::v1::reports_client::ReportsClient;
 use crate::proto::v1::{CaptureConfirmed, CaptureReport};
+use crate::report::Report;
 
-/// An open report. It says each new state of a watched set, all of it, one at a time.
+/// An open report. It says each new state of a watched node, all of it, one at a time.
 pub struct Captures {
     connection: Connected,
-    captured: watch::Receiver<BTreeSet<PodUid>>,
+    node: watch::Receiver<Report>,
     /// One report at most is in it: the next one waits for the confirmation.
     reports: UnboundedSender<CaptureReport>,
     confirmations: Streaming<CaptureConfirmed>,
@@ -24,36 +25,33 @@ pub struct Captures {
 }
 
 impl Connected {
-    /// Begins to report which pods are captured, with the set as it is now.
+    /// Begins to report how a node is, with its state as it is now.
     ///
     /// # Errors
     /// The control plane refuses, or is gone.
-    pub async fn report_captures(
-        &self,
-        mut captured: watch::Receiver<BTreeSet<PodUid>>,
-    ) -> Result<Captures, ClientError> {
+    pub async fn report_captures(&self, mut node: watch::Receiver<Report>) -> Result<Captures, ClientError> {
         let (reports, outgoing) = unbounded_channel();
-        captured.mark_changed();
+        node.mark_changed();
         let mut client = ReportsClient::new(self.channel.clone()).max_decoding_message_size(1024);
         let request = self.request(UnboundedReceiverStream::new(outgoing));
         let answer = client.capture(request).await.map_err(|status| self.failed(&status))?;
         let confirmations = answer.into_inner();
-        Ok(Captures { connection: self.clone(), captured, reports, confirmations, last: 0, unconfirmed: None })
+        Ok(Captures { connection: self.clone(), node, reports, confirmations, last: 0, unconfirmed: None })
     }
 }
 
 impl Captures {
     /// Sends what changed and waits until the control plane confirms: peers may be told of the pods in the returned
-    /// set. Nothing is sent while nobody waits here.
+    /// set, which are captured. Nothing is sent while nobody waits here.
     ///
     /// Cancel safe: a call that is dropped loses nothing.
     ///
     /// # Errors
-    /// The stream ended; or the watched set has no owner any more, and everything of it is confirmed.
+    /// The stream ended; or what is watched has no owner any more, and everything of it is confirmed.
     pub async fn next(&mut self) -> Result<BTreeSet<PodUid>, ClientError> {
         loop {
             tokio::select! {
-                changed = self.captured.changed(), if self.unconfirmed.is_none() => match changed {
+                changed = self.node.changed(), if self.unconfirmed.is_none() => match changed {
                     Ok(()) => self.report(),
                     Err(_) => return Err(self.connection.lost("nothing is left to report")),
                 },
@@ -70,11 +68,10 @@ impl Captures {
     }
 
     fn report(&mut self) {
-        let pods = self.captured.borrow_and_update().clone();
+        let report = self.node.borrow_and_update().clone();
         self.last += 1;
-        let captured_pod_uids = pods.iter().map(ToString::to_string).collect();
         // A stream that has ended says so by its other half.
-        let _ = self.reports.send(CaptureReport { number: self.last, captured_pod_uids });
-        self.unconfirmed = Some(pods);
+        let _ = self.reports.send(report.to_proto(self.last));
+        self.unconfirmed = Some(report.captured);
     }
 }

@@ -1,14 +1,12 @@
 //! An agent's report, as the control plane sees it.
 
-use std::collections::BTreeSet;
-
-use mesh::PodUid;
 use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
 use crate::proto::v1::{CaptureConfirmed, CaptureReport};
+use crate::report::Report;
 
-/// One agent's reports of what its node has captured.
+/// One agent's reports of what its node has captured, and what it cannot.
 pub struct CaptureStream {
     reports: Streaming<CaptureReport>,
     confirmations: mpsc::Sender<Result<CaptureConfirmed, Status>>,
@@ -23,13 +21,12 @@ impl CaptureStream {
         Self { reports, confirmations, unconfirmed: None }
     }
 
-    /// Waits for the next report: all pods of the node that are captured now. `None`: the reports have ended, which says
+    /// Waits for the next report: the state of the node now. `None`: the reports have ended, which says
     /// nothing about the pods. Cancel safe.
-    pub async fn next(&mut self) -> Option<BTreeSet<PodUid>> {
+    pub async fn next(&mut self) -> Option<Report> {
         let report = self.reports.message().await.ok().flatten()?;
         self.unconfirmed = Some(report.number);
-        let pods = report.captured_pod_uids.iter().filter(|uid| !uid.is_empty());
-        Some(pods.map(|uid| PodUid::from(uid.as_str())).collect())
+        Some(Report::from_proto(&report))
     }
 
     /// Confirms the last report: peers are being told of it.

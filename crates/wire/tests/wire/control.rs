@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use identity::tls;
-use mesh::PodUid;
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use wire::discovery::{Asked, Kind, Published};
+use wire::report::Report;
 use wire::server::{Caller, CaptureStream, CertificateRequest, DiscoveryStream, Handler, NoTls, Refused, serve};
 
 use crate::pki::{Authority, clock};
@@ -22,7 +22,7 @@ pub(crate) const CONTROL: &str = "spiffe://cluster.local/ns/justmtls-system/sa/j
 pub(crate) struct Control {
     pub(crate) resources: watch::Sender<Vec<Published>>,
     pub(crate) heard: watch::Sender<Vec<Asked>>,
-    pub(crate) captured: watch::Sender<BTreeSet<PodUid>>,
+    pub(crate) captured: watch::Sender<Report>,
     pub(crate) asked_for: Mutex<Option<CertificateRequest>>,
     pub(crate) strangers: watch::Sender<Vec<(SocketAddr, NoTls)>>,
 }
@@ -76,8 +76,8 @@ impl Handler for Control {
 
     async fn captures(&self, caller: Caller, mut stream: CaptureStream) -> Result<(), Refused> {
         Self::admit(&caller)?;
-        while let Some(pods) = stream.next().await {
-            self.captured.send_replace(pods);
+        while let Some(report) = stream.next().await {
+            self.captured.send_replace(report);
             stream.confirm().await;
         }
         Ok(())
@@ -105,7 +105,7 @@ impl Running {
         let control = Arc::new(Control {
             resources: watch::Sender::new(Vec::new()),
             heard: watch::Sender::new(Vec::new()),
-            captured: watch::Sender::new(BTreeSet::new()),
+            captured: watch::Sender::new(Report::default()),
             asked_for: Mutex::new(None),
             strangers: watch::Sender::new(Vec::new()),
         });

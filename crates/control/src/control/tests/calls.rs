@@ -95,7 +95,7 @@ async fn a_token_that_is_nobodys_may_call_nothing() {
     refused(certify(&connected, &csr(&PrivateKey::generate().unwrap()), WEB).await.unwrap_err());
     let mut stream = connected.discover(PROXY_KINDS, Known::default()).await.unwrap();
     refused(timeout(LONG, stream.next()).await.unwrap().err().unwrap());
-    let (_captured, watched) = tokio::sync::watch::channel(BTreeSet::new());
+    let (_captured, watched) = tokio::sync::watch::channel(wire::report::Report::default());
     let mut reports = connected.report_captures(watched).await.unwrap();
     refused(timeout(LONG, reports.next()).await.unwrap().err().unwrap());
 }

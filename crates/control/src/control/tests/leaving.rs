@@ -3,6 +3,7 @@
 use mesh::{Speaks, Uncaptured};
 use tokio::sync::watch;
 use tokio::time::Instant;
+use wire::report::Report;
 
 use super::*;
 
@@ -25,7 +26,7 @@ pub(super) fn keep_reading(mut watched: Watched) -> JoinHandle<()> {
 async fn a_pod_is_released_when_every_proxy_has_taken_it_in_and_a_restart_does_not_bring_it_back() {
     let mut bed = Bed::start().await;
     bed.put("settings", SETTINGS);
-    let (captured, watched) = watch::channel(BTreeSet::from([PodUid::from("uid-web")]));
+    let (captured, watched) = watch::channel(Report::from(BTreeSet::from([PodUid::from("uid-web")])));
     let agent_link = bed.connect(Role::Agent, "node-a").await;
     let mut reports = agent_link.report_captures(watched).await.unwrap();
     timeout(LONG, reports.next()).await.unwrap().unwrap();
@@ -48,7 +49,7 @@ async fn a_pod_is_released_when_every_proxy_has_taken_it_in_and_a_restart_does_n
     assert!(!record.contains("uid-web"), "{record}");
 
     // Its agent has let it go. The next control plane neither publishes it as captured nor releases it again.
-    captured.send_replace(BTreeSet::new());
+    captured.send_replace(Report::default());
     timeout(LONG, reports.next()).await.unwrap().unwrap();
     bed.stop().await;
     bed.put("namespace", &namespace(""));

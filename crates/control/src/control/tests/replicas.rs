@@ -1,10 +1,13 @@
 //! Two replicas on one API server: one that is played, over the client that nodes use.
 
+use std::time::Instant;
+
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use mesh::Speaks;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
+use wire::report::{CaptureFailure, Report};
 
 use super::*;
 use crate::kubernetes::fake::Fake;
@@ -127,6 +130,10 @@ async fn until<T>(look: impl Fn() -> Option<T>) -> T {
     timeout(LONG, looking).await.expect("it never is")
 }
 
+fn captures(uids: &[&str]) -> Report {
+    uids.iter().map(|uid| PodUid::from(*uid)).collect::<BTreeSet<_>>().into()
+}
+
 fn speaks(watched: &Watched) -> Option<Speaks> {
     watched.workload("web").map(|workload| workload.speaks)
 }
@@ -139,7 +146,7 @@ async fn what_one_replica_hears_both_publish_and_neither_forgets() {
     assert_eq!((speaks(&at_one), speaks(&at_two)), (Some(Speaks::Nothing), Some(Speaks::Nothing)));
 
     let agent = cluster.client(&two, Role::Agent, "node-a", "node-a").await.connect().await.unwrap();
-    let (_captured, watched) = tokio::sync::watch::channel(BTreeSet::from([PodUid::from("uid-web")]));
+    let (_captured, watched) = tokio::sync::watch::channel(captures(&["uid-web"]));
     let mut reports = agent.report_captures(watched).await.unwrap();
     timeout(LONG, reports.next()).await.expect("no confirmation").unwrap();
     assert_eq!(cluster.fake.get(RECORD).unwrap()["data"]["pods"], "uid-web\n", "it is written before it is confirmed");
@@ -216,6 +223,58 @@ async fn a_policy_that_cannot_be_enforced_says_so_in_its_status_until_it_can() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn pods_that_run_and_cannot_be_captured_have_events_and_others_have_none() {
+    let cluster = Cluster::new();
+    let allows = json!({ "justmtls.dev/allow-opt-out": "true" });
+    cluster.fake.put("/api/v1/namespaces/shop", json!({ "metadata": { "labels": allows } }));
+    let put = |name: &str, node: &str, address: &str, container: &str, labels: Value| {
+        let pod = json!({
+            "metadata": { "uid": format!("uid-{name}"), "labels": labels },
+            "spec": { "nodeName": node, "hostNetwork": name == "host", "containers": [{ "name": container }] },
+            "status": { "phase": "Running", "podIPs": [{ "ip": address }] },
+        });
+        cluster.fake.put(&format!("/api/v1/namespaces/shop/pods/{name}"), pod);
+    };
+    put("foreign", "node-b", "10.88.17.1", "istio-proxy", json!({}));
+    put("out", "node-a", "10.88.16.6", "istio-proxy", json!({ "justmtls.dev/mode": "off" }));
+    put("host", "node-a", "10.88.0.1", "istio-proxy", json!({}));
+    put("far", "node-b", "10.88.17.2", "main", json!({}));
+    put("captured", "node-a", "10.88.16.7", "main", json!({}));
+    let began = Instant::now();
+    let (one, two) = (cluster.replica("one").await, cluster.replica("two").await);
+    cluster.bundle().await;
+
+    // To the one that does not lead, of all that it knows; of its own node and to be captured is one of them.
+    let link = cluster.client(&two, Role::Agent, "node-a", "node-a").await.connect().await.unwrap();
+    let _agent = Watched::open(&link, &[Kind::NodePod], Known::default()).await;
+    let mut report = captures(&["uid-captured"]);
+    for name in ["web", "out", "host", "far", "captured", "nobody"] {
+        report.failed.insert(PodUid::from(format!("uid-{name}").as_str()), CaptureFailure::NoInterface);
+    }
+    let (_reported, watched) = tokio::sync::watch::channel(report);
+    let mut reports = link.report_captures(watched).await.unwrap();
+    timeout(LONG, reports.next()).await.expect("no confirmation").unwrap();
+    let written = || {
+        let events = cluster.fake.all_below("/api/v1/namespaces/shop/events/");
+        (events.len() > 1).then_some(events)
+    };
+    let events = until(written).await;
+    assert!(began.elapsed() >= Duration::from_secs(10), "they may only be late");
+    let said: BTreeSet<_> = events
+        .iter()
+        .map(|event| (event["involvedObject"]["uid"].to_string(), event["message"].as_str().unwrap().to_owned()))
+        .collect();
+    let [(foreign, because), (web, why)] = &said.into_iter().collect::<Vec<_>>()[..] else { panic!("two: {events:?}") };
+    assert_eq!([foreign, web], ["\"uid-foreign\"", "\"uid-web\""]);
+    assert!(because.contains("not-capturable: its packets are Istio's"), "{because}");
+    assert!(why.contains("no-interface") && why.ends_with("(node node-a)"), "{why}");
+
+    one.stop().await;
+    two.stop().await;
+    assert_eq!(cluster.fake.all_below("/api/v1/namespaces/shop/events/").len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_replica_whose_watches_lag_takes_back_nothing_that_another_one_told() {
     let cluster = Cluster::new();
     let slow = cluster.fake.another_way();
@@ -277,7 +336,7 @@ async fn a_pod_leaves_at_both_replicas_is_released_by_the_one_with_its_agent_and
     cluster.fake.put(settings, json!({ "metadata": {}, "data": { "viewLifetime": "1s" } }));
     let (one, two) = (cluster.replica("one").await, cluster.replica("two").await);
     let agent_link = cluster.client(&two, Role::Agent, "node-a", "node-a").await.connect().await.unwrap();
-    let (captured, watched) = tokio::sync::watch::channel(BTreeSet::from([PodUid::from("uid-web")]));
+    let (captured, watched) = tokio::sync::watch::channel(captures(&["uid-web"]));
     let mut reports = agent_link.report_captures(watched).await.unwrap();
     timeout(LONG, reports.next()).await.expect("no confirmation").unwrap();
     let mut agent = Watched::open(&agent_link, &[Kind::NodePod], Known::default()).await;
@@ -299,7 +358,7 @@ async fn a_pod_leaves_at_both_replicas_is_released_by_the_one_with_its_agent_and
     // A report of something else does not bring it back into the record.
     label(&cluster.fake, "off");
     until(|| (!recorded()).then_some(())).await;
-    captured.send_replace(["uid-web", "uid-new"].map(PodUid::from).into());
+    captured.send_replace(captures(&["uid-web", "uid-new"]));
     timeout(LONG, reports.next()).await.expect("no confirmation").unwrap();
     assert_eq!(cluster.fake.get(RECORD).unwrap()["data"]["pods"], "uid-new\n");
     let reading = [at_one, at_two].map(super::leaving::keep_reading);
@@ -307,7 +366,7 @@ async fn a_pod_leaves_at_both_replicas_is_released_by_the_one_with_its_agent_and
     timeout(LONG, agent.until(is_released)).await.expect("it is not released");
 
     // Let go by its agent, and captured again.
-    captured.send_replace(["uid-new"].map(PodUid::from).into());
+    captured.send_replace(captures(&["uid-new"]));
     timeout(LONG, reports.next()).await.expect("no confirmation").unwrap();
     label(&cluster.fake, "on");
     timeout(
@@ -317,7 +376,7 @@ async fn a_pod_leaves_at_both_replicas_is_released_by_the_one_with_its_agent_and
     .await
     .expect("it is not told");
     assert_eq!(speaks(&cluster.proxy(&one).await), Some(Speaks::Nothing), "its agent has not said so");
-    captured.send_replace(["uid-web", "uid-new"].map(PodUid::from).into());
+    captured.send_replace(captures(&["uid-web", "uid-new"]));
     timeout(LONG, reports.next()).await.expect("no confirmation").unwrap();
     let mut again = cluster.proxy(&one).await;
     timeout(LONG, again.until(|watched| speaks(watched) == Some(Speaks::JustMtls))).await.expect("it is not told");

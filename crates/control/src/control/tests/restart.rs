@@ -7,6 +7,7 @@ use mesh::{Mode, Speaks, Uncaptured};
 use tokio::sync::watch;
 use wire::client::{ClientError, Role};
 use wire::discovery::Known;
+use wire::report::Report;
 
 use super::*;
 
@@ -27,7 +28,7 @@ impl Watched {
 
 async fn report_captured(bed: &Bed, node: &str, pods: &[&str]) {
     let uids: BTreeSet<_> = pods.iter().map(|uid| PodUid::from(*uid)).collect();
-    let (_captured, watched) = watch::channel(uids);
+    let (_captured, watched) = watch::channel(Report::from(uids));
     let mut reports = bed.connect(Role::Agent, node).await.report_captures(watched).await.unwrap();
     timeout(LONG, reports.next()).await.unwrap().unwrap();
 }

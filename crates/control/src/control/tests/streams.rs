@@ -7,6 +7,7 @@ use mesh::{Mode, Speaks, Uncaptured};
 use tokio::sync::watch;
 use wire::client::{ClientError, Role};
 use wire::discovery::{Kind, Known};
+use wire::report::Report;
 
 use super::*;
 
@@ -135,7 +136,8 @@ async fn a_reported_capture_is_confirmed_and_told_to_all_and_never_taken_back() 
     let bed = Bed::start().await;
     let mut other = bed.proxy("node-b").await;
     assert_eq!(other.workload("web").unwrap().uncaptured, Some(Uncaptured::Pending));
-    let (captured, watched) = watch::channel(BTreeSet::from([PodUid::from("uid-web"), PodUid::from("uid-db")]));
+    let (captured, watched) =
+        watch::channel(Report::from(BTreeSet::from([PodUid::from("uid-web"), PodUid::from("uid-db")])));
     let agent = bed.connect(Role::Agent, "node-a").await;
     let mut reports = agent.report_captures(watched).await.unwrap();
     assert_eq!(timeout(LONG, reports.next()).await.unwrap().unwrap().len(), 2);
@@ -143,7 +145,7 @@ async fn a_reported_capture_is_confirmed_and_told_to_all_and_never_taken_back() 
     // node-a does not speak for node-b's pods.
     assert_eq!(other.workload("db").unwrap().speaks, Speaks::Nothing);
 
-    captured.send_replace(BTreeSet::new());
+    captured.send_replace(Report::default());
     assert!(timeout(LONG, reports.next()).await.unwrap().unwrap().is_empty());
     let shown = bed.admin("/problems").await;
     assert!(shown.contains("Pod shop/web") && shown.contains("does not report it any more"), "{shown}");
@@ -155,7 +157,7 @@ async fn a_reported_capture_is_confirmed_and_told_to_all_and_never_taken_back() 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_report_is_an_agents_alone() {
     let bed = Bed::start().await;
-    let (_captured, watched) = watch::channel(BTreeSet::new());
+    let (_captured, watched) = watch::channel(Report::default());
     let mut reports = bed.connect(Role::Proxy, "node-a").await.report_captures(watched).await.unwrap();
     let error = timeout(LONG, reports.next()).await.unwrap().err().unwrap();
     assert!(error.to_string().contains("captures are reported by agents"), "{error}");

@@ -3,6 +3,8 @@
 use manifests::k8s_openapi::api::core::v1::{Container, PodSpec};
 use manifests::k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
+use crate::problem::quoted;
+
 /// Sidecars of other meshes, by their container's name: they have rules at the hooks where ours would be.
 const SIDECARS: [(&str, &str); 4] =
     [("istio-proxy", "Istio"), ("linkerd-proxy", "Linkerd"), ("kuma-sidecar", "Kuma"), ("consul-dataplane", "Consul")];
@@ -24,6 +26,21 @@ pub(crate) enum Foreign {
 }
 
 impl Foreign {
+    /// Why the pod is not captured, and what to do, for its owner.
+    pub(crate) fn sentence(&self) -> String {
+        match self {
+            Self::Mesh(mesh) => format!(
+                "its packets are {mesh}'s, and nothing of ours can stand beside that; take it out of {mesh} to have it captured, or \
+                 opt it out by the label justmtls.dev/mode: off"
+            ),
+            Self::Runtime(what) => format!(
+                "{} means a network stack that its node does not see into; take it off that, or label the pod \
+                 justmtls.dev/mode: on if that is not so, or off to opt it out",
+                quoted(what)
+            ),
+        }
+    }
+
     pub(super) fn of(metadata: &ObjectMeta, spec: &PodSpec) -> Option<Self> {
         let containers = spec.containers.iter().chain(spec.init_containers.iter().flatten());
         let sidecar = |container: &Container| SIDECARS.iter().find(|(name, _)| *name == container.name);

@@ -75,6 +75,32 @@ fn pods_whose_packets_are_anothers_are_left_to_it_by_name() {
 }
 
 #[test]
+fn who_is_told_of_a_foreign_data_path_is_enrolled_and_runs() {
+    let spec = "  initContainers: [{name: istio-proxy, image: proxy}]";
+    let sidecar = |metadata: &str| pod("shop", "web", "10.88.16.5", metadata, spec);
+    let without_address = sidecar("").replace("podIPs: [{ip: \"10.88.16.5\"}]", "podIPs: []");
+    for (text, told) in [
+        (sidecar(""), true),
+        (namespace("shop", NS_OFF) + &sidecar(""), false),
+        (namespace("shop", NS_OFF) + &sidecar(ON), true),
+        (namespace("shop", NS_ALLOWS) + &sidecar(OFF), false),
+        (sidecar(OFF), true),
+        (pod("kube-system", "web", "10.88.16.5", "", spec), false),
+        (pod("shop", "web", "10.88.16.5", "", &format!("{spec}\n  hostNetwork: true")), false),
+        (without_address, false),
+        (pod("shop", "web", "10.88.16.5", "", ""), false),
+    ] {
+        let mut index = index(&text);
+        let said: Vec<_> = index.foreign().map(|(_, foreign)| foreign.sentence()).collect();
+        assert_eq!(said.len(), usize::from(told), "{text}");
+        assert!(said.iter().all(|said| said.contains("take it out of Istio")), "{said:?}");
+        delete(&mut index, "Pod", "shop", "web");
+        delete(&mut index, "Pod", "kube-system", "web");
+        assert_eq!(index.foreign().count(), 0);
+    }
+}
+
+#[test]
 fn what_is_strict_and_captured_is_not_let_go_by_an_annotation() {
     let strict = peer_authentication("shop", "default", "{mtls: {mode: STRICT}}");
     let mut index = index(&(pod("shop", "web", "10.88.16.5", "", "") + &strict));

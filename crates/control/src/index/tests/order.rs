@@ -192,6 +192,7 @@ proptest! {
             let touched = run(&mut index, &states, step);
             let after = from_scratch(&objects, &index);
             prop_assert_eq!(index.views(), after.views());
+            prop_assert_eq!(&index.foreign, &after.foreign);
             prop_assert_eq!(index.problems(), after.problems());
             prop_assert_eq!(touched, differences(before.views(), after.views()));
         }
