@@ -122,6 +122,8 @@ fn one_command_installs_and_the_table_shows_mtls() {
     }
     cluster.delete(FOREIGN);
 
+    assert_eq!(cluster.control_logged(&["is forbidden"]), 0, "{}", cluster.control_log());
+
     println!("an image that no node has");
     let broken = cluster.justmtls(&[
         "upgrade",

@@ -65,8 +65,8 @@ const CONTROL_CLUSTER: &[Rule] = &[
         group: "security.istio.io",
         resources: &["authorizationpolicies", "peerauthentications"],
         names: &[],
-        verbs: READ,
-        reason: "modes and permissions",
+        verbs: &["get", "list", "watch"],
+        reason: "modes and permissions; each is read once more before its status is written",
     },
     Rule {
         group: "security.istio.io",
