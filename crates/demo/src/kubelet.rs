@@ -30,6 +30,8 @@ use crate::runtime;
 const LOOK: Duration = Duration::from_millis(20);
 /// The same once a pod is ready: only its end is news then.
 const LOOK_WHEN_READY: Duration = Duration::from_millis(250);
+/// A new agent has this long to hear from others what is captured: its proxy calls five times a second.
+const INTRODUCTION: Duration = Duration::from_secs(2);
 /// How long to wait between two attempts to have a pod captured, at first and at most.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// How long programs have to end by themselves when their pod is removed.
@@ -135,13 +137,17 @@ impl Life {
         }
     }
 
-    /// An agent hears from the one before of what that one had captured, and of nothing else. On Kubernetes it asks the runtime
-    /// for all that runs; here it is told.
+    /// An agent hears from the one before, or from its proxy, of what is captured, and of nothing else. On Kubernetes it asks the
+    /// runtime for all that runs; here it is told, when it has heard from them.
     async fn tell_new_agents(&self, mut known: Option<runtime::Agent>, path: &Path) {
         loop {
             sleep(LOOK_WHEN_READY).await;
             let agent = runtime::agent(&self.plan);
-            if agent.is_some() && agent != known && runtime::add(&self.plan, path).await.is_ok() {
+            if agent.is_none() || agent == known {
+                continue;
+            }
+            sleep(INTRODUCTION).await;
+            if agent == runtime::agent(&self.plan) && runtime::add(&self.plan, path).await.is_ok() {
                 known = agent;
             }
         }

@@ -367,9 +367,11 @@ fn seconds(text: &str) -> Option<u64> {
 fn is_quantity(text: &str) -> bool {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = &text[digits.len()..];
-    let whole = digits.strip_suffix('.').is_none() && digits.parse::<f64>().is_ok_and(|number| number > 0.0);
-    whole
+    let is_number = digits.bytes().all(|c| c.is_ascii_digit() || c == b'.')
         && digits.starts_with(|c: char| c.is_ascii_digit())
+        && digits.ends_with(|c: char| c.is_ascii_digit());
+    is_number
+        && digits.parse::<f64>().is_ok_and(|number| number > 0.0)
         && ["", "m", "k", "M", "G", "Ki", "Mi", "Gi"].contains(&unit)
 }
 

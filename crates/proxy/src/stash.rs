@@ -36,7 +36,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(crate) struct Stash {
     pod: PodUid,
-    /// At most one request per pod and kind is under way, which bounds the queue.
+    /// At most one request per pod and kind is under way to an agent, which bounds the queue.
     agent: mpsc::UnboundedSender<ToAgent>,
     shelves: [Mutex<Shelf>; SocketKind::ALL.len()],
     arrived: Notify,
@@ -76,8 +76,8 @@ impl Stash {
             if let Some(socket) = self.take_now(kind) {
                 return Ok(socket);
             }
-            // Looks again after a while even so, in order to repeat a request that was lost or not met.
-            let again = Instant::now() + RETRY;
+            // Looks again when the next request may go out, in order to repeat one that was lost or not met.
+            let again = self.shelf(kind).next.unwrap_or_else(|| Instant::now() + RETRY);
             if timeout_at(deadline.min(again), arrived).await.is_err() && Instant::now() >= deadline {
                 return Err(EndedEarly::NoSocket);
             }
@@ -121,7 +121,9 @@ impl Stash {
             let now = Instant::now();
             if sockets.is_empty() {
                 shelf.next = Some(now + RETRY);
-                return;
+                drop(shelf);
+                // Who waits is to know of the new time.
+                return self.arrived.notify_waiters();
             }
             let busy = shelf.last_arrival.is_some_and(|last| now.duration_since(last) < BUSY);
             shelf.batch = if busy { shelf.batch * 2 } else { shelf.batch / 2 }.clamp(SMALLEST_BATCH, MAX_SOCKETS);

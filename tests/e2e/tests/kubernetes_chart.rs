@@ -64,8 +64,12 @@ const WRONG: &[(&str, &str)] = &[
     ("trustDomain", "Example.org"),
     ("insideCIDRs", "10.0.0.0"),
     ("excludedPorts", "0"),
+    ("excludedPorts", "70000"),
     ("apiServerAddresses", "kubernetes.default"),
     ("viewLifetime", "5"),
+    ("viewLifetime", "301s"),
+    ("leafValidity", "59s"),
+    ("cni.binDir", "/opt/../etc"),
     ("drain", "30m"),
     ("replicas", "0"),
     ("wholeMeshUpTo", "-1"),
@@ -207,6 +211,8 @@ fn helm_refuses_what_set_refuses() {
         let last = key.rsplit('.').next().expect("a name");
         assert!(said.contains("values don't meet the specifications") && said.contains(last), "{word}: {said}");
     }
+    let said = helm.run(&["template", "justmtls", KUBERNETES, "--set=replicas=null"]).args([chart()]).run().fails();
+    assert!(said.contains("replicas"), "{said}");
 }
 
 #[test]

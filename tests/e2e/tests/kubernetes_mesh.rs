@@ -19,13 +19,7 @@ const ANSWER: Duration = Duration::from_secs(10);
 
 /// Both kinds of connections from `shop/client` to `shop/web`, by the Service's name.
 fn load(cluster: &Kubernetes) -> Loaded {
-    load_with(cluster, "load")
-}
-
-/// As [`load`], with this marker in all that is sent.
-fn load_with(cluster: &Kubernetes, marker: &str) -> Loaded {
-    let load = cluster.load("shop/client", "web.shop:80").short(4).long(LONG, Duration::from_millis(100));
-    let load = load.marker(marker).start();
+    let load = cluster.load("shop/client", "web.shop:80").short(4).long(LONG, Duration::from_millis(100)).start();
     load.wait_for_more(ENOUGH);
     load
 }
@@ -63,6 +57,7 @@ fn nobody_notices_installation_restarts_kills_and_rollouts() {
 
     everything_is_upgraded(&cluster);
     processes_are_killed(&cluster);
+    nothing_in_clear_without_a_proxy(&cluster);
     api_server_is_away(&cluster);
     agent_is_away(&cluster);
     upgrade_is_taken_back(&cluster);
@@ -97,20 +92,12 @@ fn everything_is_upgraded(cluster: &Kubernetes) {
 }
 
 fn processes_are_killed(cluster: &Kubernetes) {
-    part_needs!("nodes", "dumpcap");
+    part_needs!("nodes");
     let [first, worker] = cluster.nodes();
     println!("a proxy is killed");
-    // Between the client's node and the server's. What a stranger says in clear it sees: so it would see ours (D26).
-    let (twin, secret) = (format!("twin-{}", std::process::id()), format!("secret-{}", std::process::id()));
-    let mut tap = cluster.tap(&first, &worker);
     for node in [&first, &worker] {
-        proxy_is_killed(cluster, node, load_with(cluster, &secret));
+        proxy_is_killed(cluster, node, load(cluster));
     }
-    let stranger = cluster.load("outside/stranger", "web.shop:80").short(1).count(1).marker(&twin).run(PATIENCE);
-    assert_eq!(stranger.answered(), 1);
-    eventually("the twin to pass", PATIENCE, || tap.saw(&twin));
-    tap.stop();
-    assert!(!tap.saw(&secret), "a request of the mesh passed in clear while a proxy was away");
 
     println!("an agent and a control plane are killed");
     let report = meanwhile(load(cluster), |_| {
@@ -120,6 +107,30 @@ fn processes_are_killed(cluster: &Kubernetes) {
         cluster.rolled_out("justmtls-system", "deployment/justmtls-control");
     });
     report.assert_nothing_failed();
+}
+
+/// A wiretap between the client's node and the server's, while proxies are killed. What a stranger says in clear it sees: so it
+/// would see ours (D26).
+fn nothing_in_clear_without_a_proxy(cluster: &Kubernetes) {
+    part_needs!("nodes", "dumpcap");
+    println!("a wiretap listens while proxies are killed");
+    let [first, worker] = cluster.nodes();
+    let (twin, secret) = (format!("twin-{}", std::process::id()), format!("secret-{}", std::process::id()));
+    let mut tap = cluster.tap(&first, &worker);
+    let load = cluster.load("shop/client", "web.shop:80").short_at(4, 200).long(LONG, Duration::from_millis(100));
+    let load = load.marker(&secret).start();
+    let report = meanwhile(load, |load| {
+        for node in [&first, &worker] {
+            cluster.kill(node, "proxy");
+            load.wait_for_more(ENOUGH);
+        }
+    });
+    assert_eq!(report.of_phase("after", "short").failed, 0, "{report}");
+    let stranger = cluster.load("outside/stranger", "web.shop:80").short(1).count(1).marker(&twin).run(PATIENCE);
+    assert_eq!(stranger.answered(), 1);
+    eventually("the twin to pass", PATIENCE, || tap.saw(&twin));
+    tap.stop();
+    assert!(!tap.saw(&secret), "a request of the mesh passed in clear while a proxy was away");
 }
 
 /// A new pod takes its node over and never becomes ready. When it goes again the one that stood by serves, and nobody noticed.

@@ -118,20 +118,21 @@ impl Capture {
     /// Takes the guard away, and leaves what it hung on: without that the pod would lose what it sends for a moment, now and
     /// when it is captured again.
     fn disarm(&mut self) -> Result<(), CaptureError> {
-        let Some(guard) = self.guard.take() else { return Ok(()) };
+        let Some(guard) = &self.guard else { return Ok(()) };
         for interface in interfaces(&mut self.route, &self.plan)?.into_iter().chain([LOOPBACK]) {
             tc::clear(&mut self.route, interface, guard.on(interface).len() as u16)?;
         }
+        self.guard = None;
         Ok(())
     }
 
     /// Takes away all of it.
     fn remove_guard(&mut self) -> Result<(), CaptureError> {
-        let guard = self.guard.take();
         for interface in interfaces(&mut self.route, &self.plan)?.into_iter().chain([LOOPBACK]) {
-            let ours = guard.as_ref().map_or(0, |guard| guard.on(interface).len());
+            let ours = self.guard.as_ref().map_or(0, |guard| guard.on(interface).len());
             tc::remove(&mut self.route, interface, ours as u16)?;
         }
+        self.guard = None;
         Ok(())
     }
 

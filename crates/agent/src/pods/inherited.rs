@@ -25,7 +25,9 @@ impl Pods {
         }
         let complete = self.complete;
         let pod = self.pods.entry(uid.clone()).or_default();
-        if pod.sandbox.is_some() {
+        // The runtime may have named it before, and it may have failed by that: its ports are taken, by the listeners that come now.
+        let is_made = |it: &Sandbox| it.namespace != namespace || !matches!(it.stage, Stage::Bare);
+        if pod.sandbox.as_ref().is_some_and(is_made) {
             return actions;
         }
         let same = |named: &NodePod| {
@@ -43,7 +45,8 @@ impl Pods {
         let name = format!("{}/{}", known.namespace, known.name);
         let addresses = known.addresses.clone();
         pod.known.get_or_insert(known).addresses.clone_from(&addresses);
-        pod.sandbox = Some(Sandbox { addresses, inherited: true, ..Sandbox::new(namespace, name) });
+        let sandbox = pod.sandbox.get_or_insert_with(|| Sandbox::new(namespace, name));
+        (sandbox.addresses, sandbox.inherited, sandbox.stuck) = (addresses, true, false);
         self.advance(&uid, &mut actions);
         actions
     }

@@ -1,4 +1,5 @@
 mod failing;
+mod inherited;
 mod leaving;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -110,22 +111,6 @@ fn rules_come_last_whatever_comes_first() {
         assert_eq!(pods.begun(&uid("a"), 2, Ok(())), [Action::Answer(1, CniResult::Captured)]);
         assert_eq!(pods.captured(), [uid("a")].into());
     }
-}
-
-#[test]
-fn what_was_inherited_and_is_not_named_is_released() {
-    let mut pods = node();
-    assert_eq!(pods.inherit(known("a"), 7), [prepare(known("a"), 7, 1)]);
-    assert!(pods.inheriting());
-    assert_eq!(pods.prepared(&uid("a"), 1, Ok(Prepared::Captured)), (true, vec![Action::Offer(known("a"))]));
-    assert!(!pods.inheriting() && pods.captured() == [uid("a")].into());
-    assert_eq!(pods.add(1, &cni("a"), 7), [Action::Answer(1, CniResult::Captured)], "asked again, it is known");
-    assert_eq!(pods.inherit(known("b"), 8), [prepare(known("b"), 8, 2)]);
-    assert!(matches!(pods.inherit(known("c"), 8)[..], [Action::Report(..)]), "a namespace has one pod");
-    pods.know(known("a"));
-    assert_eq!(pods.complete(), [Action::Withdraw(uid("b")), Action::Close(8)]);
-    assert_eq!(pods.inherit(known("d"), 9), [Action::Withdraw(uid("d"))], "it went while nobody looked");
-    assert_eq!(pods.captured(), [uid("a")].into());
 }
 
 #[test]

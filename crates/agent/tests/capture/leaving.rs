@@ -344,7 +344,7 @@ fn a_pod_that_leaves_is_not_captured_again_by_the_next_agent() {
     });
 }
 
-/// What it sends that is not TCP has nobody who sends it again: a name that is asked for is asked for again after five seconds.
+/// What a pod sends that is not TCP nobody sends again: a name that is asked for is asked for again after five seconds.
 #[test]
 fn who_is_let_go_and_captured_again_loses_no_packet() {
     with_privilege(who_is_let_go_and_captured_again_loses_no_packet, || {

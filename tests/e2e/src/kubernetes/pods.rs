@@ -46,7 +46,9 @@ impl Kubernetes {
         let find = format!(
             "for p in $(pgrep -f 'demo-app serve'); do nsenter -t $p -n ip -o addr | grep -qF ' {address}/' && echo $p && break; done"
         );
-        self.on_node(node, &["sh", "-c", &find]).run().ok().trim().to_owned()
+        let found = self.on_node(node, &["sh", "-c", &find]).run().stdout.trim().to_owned();
+        assert!(!found.is_empty(), "no program of {pod} runs on {node}");
+        found
     }
 
     /// A stranger asks `shop/web` again and again while `what` happens, each time on a connection of its own, and is never
