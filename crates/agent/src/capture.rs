@@ -85,7 +85,7 @@ pub enum CaptureError {
 }
 
 impl CaptureError {
-    /// The name in logs and metrics.
+    /// The name in reports, logs and metrics.
     pub fn name(&self) -> CaptureFailure {
         match self {
             Self::NotItsAddress(_) => CaptureFailure::NotItsAddress,

@@ -107,6 +107,8 @@ struct Sandbox {
     /// Its addresses, by the word of the plugins that gave it them; empty where the runtime did not say.
     addresses: Vec<IpAddr>,
     waiting: Vec<Waiting>,
+    /// The runtime has had no answer yet that lets the pod's programs start.
+    starting: bool,
     stage: Stage,
     /// An agent before this one has captured it, or begun to.
     inherited: bool,
@@ -123,6 +125,7 @@ impl Sandbox {
             container: String::new(),
             addresses: Vec::new(),
             waiting: Vec::new(),
+            starting: false,
             stage: Stage::Bare,
             inherited: false,
             stuck: false,
@@ -273,6 +276,7 @@ impl Pods {
             sandbox.container.clone_from(&add.container);
         }
         sandbox.stuck = false;
+        sandbox.starting = true;
         sandbox.waiting.push(Waiting { request, overdue: false });
         self.advance(uid, &mut actions);
         actions
@@ -521,6 +525,7 @@ impl Pods {
     fn leave(&mut self, uid: &PodUid, actions: &mut Vec<Action>) {
         let Some(pod) = self.pods.get_mut(uid) else { return };
         answer_all(pod, actions, |name| failed(name, &Failure::SandboxGone));
+        pod.runs_no_more();
         if let Some(mut sandbox) = pod.sandbox.take() {
             withdraw(&mut sandbox, uid, actions);
             actions.push(Action::Close(sandbox.namespace));

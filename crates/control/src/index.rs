@@ -111,7 +111,7 @@ pub(crate) struct Index {
     cluster: Cluster,
     views: Views,
     problems: BTreeMap<Origin, Vec<Problem>>,
-    /// Pods that are to be captured and left to another data path. Not one that has opted out, of which there may be many.
+    /// Pods that are to be captured and left to another data path. Those that have opted out are left out: theirs is no failure.
     foreign: BTreeSet<Name>,
 }
 
@@ -260,7 +260,7 @@ impl Index {
         pods.filter_map(|pod| Some((pod, pod.foreign.as_ref()?)))
     }
 
-    /// Namespace and name of a pod of a node, if it runs and is to be captured.
+    /// Namespace and name of a pod of a node, if it is to be captured and has an address, without which nothing of it runs yet.
     pub(crate) fn runs_to_be_captured(&self, node: &str, uid: &PodUid) -> Option<(&str, &str)> {
         let pod = self.views.node_pods.get(node)?.get(uid)?;
         (pod.capture.is_ok() && !pod.addresses.is_empty()).then_some((&*pod.namespace, &*pod.name))

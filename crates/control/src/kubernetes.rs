@@ -5,9 +5,9 @@
 //! themselves, and what owners of pods are told that cannot be captured.
 
 pub(crate) mod duties;
-pub(crate) mod events;
 pub(crate) mod history;
 pub(crate) mod lease;
+pub(crate) mod pod_events;
 pub(crate) mod records;
 pub(crate) mod secret;
 pub(crate) mod status;
@@ -22,6 +22,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use kube::api::{ApiResource, GroupVersionKind, ObjectMeta, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::core::Status;
 use kube::{Client, Config};
 use manifests::Kind;
 use tokio::sync::watch;
@@ -51,6 +52,9 @@ pub(crate) enum Failure {
     /// The API server says no: asking again brings the same.
     #[error("the API server refuses: {0}")]
     Refused(String),
+    /// It would be in a namespace that is being deleted.
+    #[error("its namespace is being deleted: {0}")]
+    Terminating(String),
     /// The API server does not answer, or not now.
     #[error("the API server cannot be asked: {0}")]
     Away(String),
@@ -59,6 +63,7 @@ pub(crate) enum Failure {
 impl From<kube::Error> for Failure {
     fn from(error: kube::Error) -> Self {
         match error {
+            kube::Error::Api(status) if is_terminating(&status) => Self::Terminating(status.message.clone()),
             kube::Error::Api(status) => Self::of(status.code, &status.message),
             // Without the answer's text: it may be a Secret's.
             kube::Error::SerdeError(error) => {
@@ -80,6 +85,12 @@ impl Failure {
             _ => Self::Refused(message.to_owned()),
         }
     }
+}
+
+/// Whether something was not made because its namespace is being deleted, which has no code of its own.
+fn is_terminating(status: &Status) -> bool {
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    status.code == 403 && causes.into_iter().any(|cause| cause.reason == "NamespaceTerminating")
 }
 
 /// An error with its causes, each once.

@@ -84,7 +84,7 @@ fn sentence(why: CaptureFailure, node: &str) -> String {
     let text = match why {
         CaptureFailure::NoControlPlane => "the node's agent has no connection to the control plane; see its log",
         CaptureFailure::UnknownPod => "its node's agent does not know it; delete the pod to have it made anew",
-        CaptureFailure::NoAddress => "its network namespace has no address yet; look at the node's CNI plugins",
+        CaptureFailure::NoAddress => "it has no address yet; look at the node's CNI plugins",
         CaptureFailure::OtherName => {
             "the container runtime has another pod under its UID; delete the pod to have it made anew"
         }
@@ -120,10 +120,13 @@ fn sentence(why: CaptureFailure, node: &str) -> String {
         CaptureFailure::StillOpen | CaptureFailure::DoesNotStand => {
             "something else changes its rules or connections; find out which program of the node does, and see the agent's log"
         }
+        CaptureFailure::Socket => {
+            "a listener could not be made; if a program of the pod has port 15001 or 15006, let it use another, else see the \
+             agent's log"
+        }
         CaptureFailure::BatchSize
         | CaptureFailure::Namespace
         | CaptureFailure::Links
-        | CaptureFailure::Socket
         | CaptureFailure::Mark
         | CaptureFailure::Netlink
         | CaptureFailure::Notifications => {

@@ -64,7 +64,7 @@ pub trait Handler: Send + Sync + 'static {
         request: CertificateRequest,
     ) -> impl Future<Output = Result<Vec<String>, Refused>> + Send;
 
-    /// Takes reports of captured pods until they end.
+    /// Takes the reports of a node until they end.
     fn captures(&self, caller: Caller, stream: CaptureStream) -> impl Future<Output = Result<(), Refused>> + Send;
 
     /// Takes note of a connection that did not come to TLS, and so not to a call.

@@ -41,6 +41,7 @@ impl Node {
             Seen::Found { running, namespace, missed } => self.find(&running, namespace, missed),
             Seen::Unfound(pod, why) => self.pods.unfound(&pod, why),
             Seen::All(all) => {
+                self.pods.listed(&all);
                 let gone = self.missing.gone(&self.pods.present(), &all, Instant::now());
                 gone.iter().flat_map(|pod| self.pods.vanished(pod)).collect()
             }

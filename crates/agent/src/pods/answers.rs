@@ -6,10 +6,11 @@ use wire::pods::CniResult;
 use super::{Action, Pod};
 use crate::failure::Failure;
 
-/// Answers everybody who waits for a pod.
+/// Answers everybody who waits for a pod. After any answer but a failure its programs start.
 pub(super) fn answer_all(pod: &mut Pod, actions: &mut Vec<Action>, answer: impl Fn(&str) -> CniResult) {
     let Some(sandbox) = &mut pod.sandbox else { return };
     let answer = answer(&sandbox.name);
+    sandbox.starting &= matches!(answer, CniResult::Failed(_));
     actions.extend(sandbox.waiting.drain(..).map(|it| Action::Answer(it.request, answer.clone())));
 }
 

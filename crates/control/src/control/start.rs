@@ -27,7 +27,7 @@ use crate::index::{self, Index};
 use crate::kubernetes::history::History;
 use crate::kubernetes::lease::Election;
 use crate::kubernetes::status::{self, Condition, Conditions, Statuses};
-use crate::kubernetes::{self, duties, events, pause, secret};
+use crate::kubernetes::{self, duties, pause, pod_events, secret};
 use crate::leaving::Leaving;
 use crate::metrics::Metrics;
 use crate::nodes::Nodes;
@@ -293,7 +293,7 @@ impl Beginning<'_> {
         tokio::spawn(status::keep(client.clone(), self.clock.clone(), told, leads.clone()));
         let (uncaptured, told) = watch::channel(Uncapturables::new());
         let (problem_sender, problems_of_events) = watch::channel(Vec::new());
-        tokio::spawn(events::keep(client.clone(), self.clock.clone(), told, leads.clone(), problem_sender));
+        tokio::spawn(pod_events::keep(client.clone(), self.clock.clone(), told, leads.clone(), problem_sender));
         let (problems, failures) = ([problems, problems_of_events], Failures::default());
         let nodes = NodeOfPod(self.sender.clone());
         let reviews = Reviews::new(client, nodes, self.clock.clone(), self.metrics.clone());

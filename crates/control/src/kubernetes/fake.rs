@@ -34,6 +34,7 @@ struct State {
     fails: Option<u16>,
     silent: bool,
     absent: BTreeSet<String>,
+    terminating: BTreeSet<String>,
     without_streaming: bool,
     /// Lists end with an error after so many objects.
     lists_break_after: Option<usize>,
@@ -119,6 +120,11 @@ impl Fake {
 
     pub(crate) fn with(&self, plural: &str) {
         self.lock().absent.remove(plural);
+    }
+
+    /// Deletes a namespace, which takes its time: nothing may be made in it meanwhile.
+    pub(crate) fn terminate(&self, namespace: &str) {
+        self.lock().terminating.insert(namespace.to_owned());
     }
 
     /// Knows nothing of lists as streams, as older servers.
@@ -276,6 +282,9 @@ impl Fake {
                 state.objects.get(&path).map_or_else(|| status(404, "no such object"), |object| whole(200, object))
             }
             (&Method::POST, None) => {
+                if let Some(namespace) = target.namespace.as_ref().filter(|it| state.terminating.contains(*it)) {
+                    return terminating(namespace);
+                }
                 let path = format!("{path}/{}", body["metadata"]["name"].as_str().unwrap());
                 if state.objects.contains_key(&path) {
                     return status(409, "it is there already");
@@ -405,6 +414,16 @@ fn status(code: u16, message: &str) -> Answer {
         "apiVersion": "v1", "kind": "Status", "status": "Failure", "code": code, "reason": reason, "message": message,
     });
     whole(code, &status)
+}
+
+fn terminating(namespace: &str) -> Answer {
+    let message = format!("namespace {namespace} is being terminated");
+    let cause = json!({ "reason": "NamespaceTerminating", "message": message, "field": "metadata.namespace" });
+    let status = json!({
+        "apiVersion": "v1", "kind": "Status", "status": "Failure", "code": 403, "reason": "Forbidden", "message": message,
+        "details": { "causes": [cause] },
+    });
+    whole(403, &status)
 }
 
 fn lines(events: impl Stream<Item = Value> + Send + 'static) -> Answer {

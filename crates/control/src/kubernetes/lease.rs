@@ -1,7 +1,8 @@
 //! Which replica writes what must be written once: the holder of a Lease.
 //!
-//! All replicas serve; the holder alone publishes the roots, makes the authority, and tells policies and pods about themselves. Two that
-//! both think to hold it do no harm: whatever a leader does is create-once or the same from each.
+//! All replicas serve; the holder alone publishes the roots, makes the authority, tells policies about themselves, and tells of pods what
+//! objects alone say. What an agent found is told by the replica that serves it. Two that both think to hold it do no harm:
+//! whatever a leader does is create-once or the same from each.
 
 use std::time::Duration;
 

@@ -22,7 +22,7 @@ pub(crate) const CONTROL: &str = "spiffe://cluster.local/ns/justmtls-system/sa/j
 pub(crate) struct Control {
     pub(crate) resources: watch::Sender<Vec<Published>>,
     pub(crate) heard: watch::Sender<Vec<Asked>>,
-    pub(crate) captured: watch::Sender<Report>,
+    pub(crate) reported: watch::Sender<Report>,
     pub(crate) asked_for: Mutex<Option<CertificateRequest>>,
     pub(crate) strangers: watch::Sender<Vec<(SocketAddr, NoTls)>>,
 }
@@ -77,7 +77,7 @@ impl Handler for Control {
     async fn captures(&self, caller: Caller, mut stream: CaptureStream) -> Result<(), Refused> {
         Self::admit(&caller)?;
         while let Some(report) = stream.next().await {
-            self.captured.send_replace(report);
+            self.reported.send_replace(report);
             stream.confirm().await;
         }
         Ok(())
@@ -105,7 +105,7 @@ impl Running {
         let control = Arc::new(Control {
             resources: watch::Sender::new(Vec::new()),
             heard: watch::Sender::new(Vec::new()),
-            captured: watch::Sender::new(Report::default()),
+            reported: watch::Sender::new(Report::default()),
             asked_for: Mutex::new(None),
             strangers: watch::Sender::new(Vec::new()),
         });

@@ -4,9 +4,11 @@
 //! One Event for a pod and a reason. Its name follows from both, so that whoever else writes it writes the same one, a replica
 //! that has just taken over included, and one that is there already is as good as written. Events are forgotten by the API server,
 //! after an hour unless it is told otherwise, and a pod may stay as it is for longer: so the same one is made again when it may be
-//! forgotten. It is never changed: a count that grows would be a write each time, a permission more, and tell nobody anything.
+//! forgotten, and one of which nobody here knows how old it is is looked after more often. It is never changed: a count that grows
+//! would be a write each time, a permission more, and tell nobody anything.
 
 use std::collections::BTreeMap;
+use std::mem;
 use std::ops::Bound;
 use std::time::{Duration, Instant};
 
@@ -33,6 +35,10 @@ const LOOK: Duration = Duration::from_secs(1);
 const OF_A_LOOK: usize = 5;
 /// When what was written is written again: it may be forgotten by then (`--event-ttl` of the API server is an hour by default).
 const ANEW: Duration = Duration::from_secs(3660);
+/// When what was there already is written again: it may be of any age, and forgotten at any time.
+const THERE: Duration = Duration::from_secs(300);
+/// Between two Events of a pod, whatever their reasons: an agent that makes reasons up has no more written than that.
+const PAUSE: Duration = Duration::from_secs(300);
 /// When what could not be written is tried again.
 const AGAIN: Duration = Duration::from_secs(15);
 /// The longest name of an object.
@@ -66,6 +72,9 @@ struct Events {
     client: Client,
     clock: Clock,
     pods: BTreeMap<PodUid, Pod>,
+    /// When a pod last had an Event, for as long as it may have no other. Also of pods that are gone from `pods`: they come back
+    /// when it pleases their agent. As many as are written within that time.
+    told: BTreeMap<PodUid, Instant>,
     /// The node that had its turn last.
     turn: String,
 }
@@ -74,53 +83,82 @@ struct Pod {
     why: &'static str,
     /// When something is to be written next.
     next: Instant,
-    /// Why that could not be done.
-    refused: Option<String>,
+    /// The last try failed.
+    failed: bool,
+    /// Why it cannot be done, where somebody is to know.
+    problem: Option<String>,
+}
+
+/// What became of an Event that is to be there.
+enum Written {
+    New,
+    /// It was there already.
+    There,
 }
 
 impl Events {
     fn new(client: Client, clock: Clock) -> Self {
-        Self { client, clock, pods: BTreeMap::new(), turn: String::new() }
+        Self { client, clock, pods: BTreeMap::new(), told: BTreeMap::new(), turn: String::new() }
     }
 
     /// Writes what is due, as much as one look may; what is wrong with that.
     async fn look(&mut self, pods: &Uncapturables, leads: bool) -> Vec<Problem> {
         let now = self.clock.monotonic();
         self.pods.retain(|uid, pod| pods.get(uid).is_some_and(|found| found.why == pod.why));
+        self.told.retain(|_, told| now < *told + PAUSE);
         for (uid, found) in pods {
-            let new = || Pod { why: found.why, next: now + STANDS, refused: None };
+            let may = self.told.get(uid).map_or(now, |told| *told + PAUSE);
+            let new = || Pod { why: found.why, next: may.max(now + STANDS), failed: false, problem: None };
             self.pods.entry(uid.clone()).or_insert_with(new);
         }
         for uid in self.due(pods, leads, now) {
             let (Some(found), Some(pod)) = (pods.get(&uid), self.pods.get_mut(&uid)) else { continue };
             self.turn.clone_from(&found.node);
             let written = write(&self.client, &self.clock, &uid, found).await;
-            pod.next = now + if written.is_ok() { ANEW } else { AGAIN };
-            pod.refused = None;
+            pod.next = now
+                + match &written {
+                    Ok(Written::New) => ANEW,
+                    Ok(Written::There) => THERE,
+                    // Its namespace is gone or going, and so will the pod be.
+                    Err(Failure::Absent | Failure::Terminating(_)) => THERE,
+                    Err(_) => AGAIN,
+                };
+            pod.problem = None;
+            let failed = mem::take(&mut pod.failed);
             match written {
-                Ok(()) => {
-                    info!(
-                        namespace = found.namespace,
-                        pod = found.name,
-                        reason = found.why,
-                        "an event says why it is not captured"
-                    );
+                Ok(written) => {
+                    self.told.insert(uid, now);
+                    if let Written::New = written {
+                        info!(
+                            namespace = found.namespace,
+                            pod = found.name,
+                            reason = found.why,
+                            "an event says why it is not captured"
+                        );
+                    }
                 }
-                // Its namespace is gone, and so will the pod be.
-                Err(Failure::Absent) => {}
-                // Nothing else would be answered now. That the API server is away is said by those who follow it.
-                Err(Failure::Away(_)) => break,
-                Err(failure) => pod.refused = Some(failure.to_string()),
+                Err(Failure::Absent | Failure::Terminating(_)) => {}
+                Err(failure) => {
+                    let away = matches!(failure, Failure::Away(_));
+                    pod.failed = true;
+                    // Once is what happens while an API server is started anew. More often it may be this kind of object alone,
+                    // as where a webhook fails, and then nobody else says it.
+                    pod.problem = (failed || !away).then(|| failure.to_string());
+                    if away {
+                        // Nothing else would be answered now.
+                        break;
+                    }
+                }
             }
         }
-        self.problem(pods).into_iter().collect()
+        self.problem(pods, leads).into_iter().collect()
     }
 
     /// The pods whose turn it is: one of each node, from where it was at the last look, so that what one agent says keeps nobody
     /// else's from being told.
     fn due(&self, pods: &Uncapturables, leads: bool, now: Instant) -> Vec<PodUid> {
         let mut by_node: BTreeMap<&str, (&PodUid, Instant)> = BTreeMap::new();
-        for (uid, found) in pods.iter().filter(|(_, found)| leads || found.by_agent) {
+        for (uid, found) in pods.iter().filter(|(_, found)| is_told_here(found, leads)) {
             let Some(pod) = self.pods.get(uid).filter(|pod| pod.next <= now) else { continue };
             let first = by_node.entry(&found.node).or_insert((uid, pod.next));
             if pod.next < first.1 {
@@ -133,9 +171,9 @@ impl Events {
     }
 
     /// One for all: what keeps one Event from being written mostly keeps all of them.
-    fn problem(&self, pods: &Uncapturables) -> Option<Problem> {
-        let mut refused = self.pods.iter().filter_map(|(uid, pod)| Some((pods.get(uid)?, pod.refused.as_ref()?)));
-        let (found, failure) = refused.next()?;
+    fn problem(&self, pods: &Uncapturables, leads: bool) -> Option<Problem> {
+        let mut problems = self.pods.iter().filter_map(|(uid, pod)| Some((pods.get(uid)?, pod.problem.as_ref()?)));
+        let (found, failure) = problems.find(|(found, _)| is_told_here(found, leads))?;
         let message = format!(
             "cannot be told by an Event why it is not captured ({}): {failure}; `justmtls status` says it, and it is tried again",
             found.why
@@ -144,8 +182,13 @@ impl Events {
     }
 }
 
+/// Whether a pod is this replica's to tell of.
+fn is_told_here(found: &Uncapturable, leads: bool) -> bool {
+    leads || found.by_agent
+}
+
 /// Writes one, if it is not there.
-async fn write(client: &Client, clock: &Clock, uid: &PodUid, found: &Uncapturable) -> Result<(), Failure> {
+async fn write(client: &Client, clock: &Clock, uid: &PodUid, found: &Uncapturable) -> Result<Written, Failure> {
     let seconds = i64::try_from(clock.now().as_secs()).unwrap_or_default();
     let now = Time(Timestamp::from_second(seconds).unwrap_or_default());
     let source = EventSource { component: Some("justmtls".to_owned()), host: Some(found.node.clone()) };
@@ -171,7 +214,8 @@ async fn write(client: &Client, clock: &Clock, uid: &PodUid, found: &Uncapturabl
     event.metadata.namespace = Some(found.namespace.clone());
     let api: Api<Event> = Api::namespaced(client.clone(), &found.namespace);
     match ask(api.create(&parameters(), &event)).await {
-        Ok(_) | Err(Failure::Conflict) => Ok(()),
+        Ok(_) => Ok(Written::New),
+        Err(Failure::Conflict) => Ok(Written::There),
         Err(failure) => Err(failure),
     }
 }
@@ -266,6 +310,31 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn one_that_was_there_already_and_is_forgotten_is_soon_there_again() {
+        let mut bed = Bed::new();
+        let web = found("web", "node-a", true);
+        let pods = pods(&[("uid-web", web.clone())]);
+        bed.look_later(&pods, true).await;
+        assert_eq!(bed.fake.writes(), 1);
+
+        // A replica that begins when the Event is old.
+        let mut next = Events::new(bed.fake.client(), bed.clock.clone());
+        next.look(&pods, true).await;
+        bed.clock.advance(STANDS);
+        next.look(&pods, true).await;
+        assert_eq!(bed.fake.writes(), 1, "it is there");
+        bed.fake.remove(&format!("{EVENTS}/{}", name(&"uid-web".into(), &web)));
+        bed.clock.advance(THERE);
+        next.look(&pods, true).await;
+        assert_eq!((bed.event("uid-web", &web).is_some(), bed.fake.writes()), (true, 2));
+        // Now it is known how old it is.
+        bed.fake.remove(&format!("{EVENTS}/{}", name(&"uid-web".into(), &web)));
+        bed.clock.advance(THERE);
+        next.look(&pods, true).await;
+        assert_eq!(bed.fake.writes(), 2);
+    }
+
+    #[tokio::test]
     async fn one_that_is_over_in_time_has_none_and_another_reason_has_its_own() {
         let mut bed = Bed::new();
         let web = found("web", "node-a", true);
@@ -279,11 +348,36 @@ mod tests {
         assert_eq!(bed.fake.writes(), 0);
         bed.look_later(&failing, true).await;
         let other = Uncapturable { why: "no-proxy", ..web.clone() };
+        bed.clock.advance(PAUSE);
         bed.look_later(&pods(&[("uid-web", other.clone())]), true).await;
         // The next pod of that name.
         bed.look_later(&pods(&[("uid-next", other.clone())]), true).await;
         assert!(bed.event("uid-web", &web).is_some() && bed.event("uid-web", &other).is_some());
         assert_eq!((bed.event("uid-next", &other).is_some(), bed.fake.writes()), (true, 3));
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_goes_from_reason_to_reason_has_one_event_written_of_a_pod_in_a_time() {
+        let mut bed = Bed::new();
+        let reasons = ["netlink", "socket", "links", "mark", "no-proxy", "resources"];
+        let mut all = reasons.iter().map(|why| Uncapturable { why, ..found("web", "node-a", true) });
+        let first = pods(&[("uid-web", all.next().unwrap())]);
+        bed.look_later(&first, true).await;
+        assert_eq!(bed.fake.writes(), 1);
+        let mut last = first;
+        for other in all {
+            // Nothing is said for a moment: what was written is remembered all the same.
+            bed.events.look(&Uncapturables::new(), true).await;
+            last = pods(&[("uid-web", other)]);
+            bed.look_later(&last, true).await;
+        }
+        assert_eq!(bed.fake.writes(), 1);
+        bed.clock.advance(PAUSE);
+        bed.events.look(&last, true).await;
+        assert_eq!(bed.fake.writes(), 2, "what stays is told");
+        bed.clock.advance(PAUSE);
+        bed.events.look(&Uncapturables::new(), true).await;
+        assert!(bed.events.told.is_empty(), "nothing is kept for longer than it counts");
     }
 
     #[tokio::test]
@@ -341,10 +435,6 @@ mod tests {
         let problem = problems[0].to_string();
         assert!(problem.contains("Pod shop/web") && problem.contains("it is made to fail"), "{problem}");
         assert_eq!(bed.events.look(&pods, true).await, problems, "it stays until it is done");
-        bed.clock.advance(AGAIN);
-        // That nobody answers is said elsewhere.
-        bed.fake.fail_with(Some(503));
-        assert_eq!(bed.events.look(&pods, true).await, []);
         bed.fake.fail_with(None);
         bed.events.look(&pods, true).await;
         assert_eq!(bed.fake.writes(), 0, "not at once");
@@ -355,6 +445,48 @@ mod tests {
         bed.clock.advance(ANEW);
         assert_eq!(bed.events.look(&pods, true).await.len(), 1);
         assert_eq!(bed.events.look(&Uncapturables::new(), true).await, [], "it goes with its pod");
+    }
+
+    #[tokio::test]
+    async fn what_is_not_answered_is_a_problem_the_second_time_in_a_row() {
+        let mut bed = Bed::new();
+        let pods = pods(&[("uid-web", found("web", "node-a", true))]);
+        for code in [429, 500] {
+            bed.fake.fail_with(Some(code));
+            assert_eq!(bed.look_later(&pods, true).await, [], "an API server may be away for a moment");
+            bed.clock.advance(AGAIN);
+            assert_eq!(bed.events.look(&pods, true).await.len(), 1);
+            bed.clock.advance(AGAIN);
+            assert_eq!(bed.events.look(&pods, true).await.len(), 1, "and stays one");
+            bed.fake.fail_with(None);
+            bed.clock.advance(AGAIN);
+            assert_eq!(bed.events.look(&pods, true).await, []);
+            bed.clock.advance(ANEW);
+        }
+        assert_eq!(bed.fake.writes(), 1);
+    }
+
+    #[tokio::test]
+    async fn who_does_not_lead_any_more_has_no_problem_with_what_the_leader_tells() {
+        let mut bed = Bed::new();
+        let pods = pods(&[("uid-db", found("db", "node-a", false)), ("uid-web", found("web", "node-b", true))]);
+        let of = |problems: Vec<Problem>| problems[0].to_string();
+        bed.fake.fail_with(Some(403));
+        assert!(of(bed.look_later(&pods, true).await).contains("Pod shop/db"));
+        assert!(of(bed.events.look(&pods, false).await).contains("Pod shop/web"), "that is its own");
+        let known = self::pods(&[("uid-db", found("db", "node-a", false))]);
+        assert_eq!(bed.events.look(&known, true).await.len(), 1);
+        assert_eq!(bed.events.look(&known, false).await, []);
+    }
+
+    #[tokio::test]
+    async fn a_namespace_that_is_going_is_passed_over() {
+        let mut bed = Bed::new();
+        let pods = pods(&[("uid-web", found("web", "node-a", true))]);
+        bed.fake.terminate("shop");
+        assert_eq!(bed.look_later(&pods, true).await, []);
+        bed.clock.advance(THERE);
+        assert_eq!((bed.events.look(&pods, true).await, bed.fake.writes()), (vec![], 0));
     }
 
     #[test]
