@@ -126,13 +126,12 @@ impl Capture {
         Ok(())
     }
 
-    /// Takes away all of it.
+    /// Takes the guard away with what it hung on.
     fn remove_guard(&mut self) -> Result<(), CaptureError> {
+        self.disarm()?;
         for interface in interfaces(&mut self.route, &self.plan)?.into_iter().chain([LOOPBACK]) {
-            let ours = self.guard.as_ref().map_or(0, |guard| guard.on(interface).len());
-            tc::remove(&mut self.route, interface, ours as u16)?;
+            tc::remove(&mut self.route, interface, 0)?;
         }
-        self.guard = None;
         Ok(())
     }
 
