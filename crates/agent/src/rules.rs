@@ -4,14 +4,15 @@
 //!
 //! | hook | chain | |
 //! |---|---|---|
-//! | output | `zone` | keeps the proxy's connections apart from the captured ones: to the application, whose tuple they repeat, and to the wire, whose port they may have next |
+//! | output | `apart` | keeps the proxy's connections apart from the captured ones: to the application, whose tuple they repeat, and to the wire, whose port they may have next |
+//! | prerouting | `apart_in` | the same for what comes from the wire |
 //! | output, prerouting | `timeouts_out`, `timeouts_in` | a flow of which one side has ended lives as long as an open one |
 //! | output | `back` | brings the application's answers to the proxy's socket, with the `ip rule` of [`delivery`] |
 //! | output | `capture_out` | a new connection to elsewhere goes to the proxy's outbound listener |
 //! | output | `guard_out` | what should have been captured and was not is dropped |
 //! | prerouting | `capture_in` | a new connection to a port that listens goes to the proxy's inbound listener |
 //! | postrouting | `let_by` | what the kernel says by itself, and what the pod forwards, is let by the guard on the interface |
-//! | input | `guard_in` | what comes from outside and was not captured is answered with a reset |
+//! | input | `guard_in` | what comes from outside and was not captured, or is nobody's, is answered with a reset |
 //!
 //! Only segments that open a connection are judged: what was open before capture goes on.
 
@@ -38,9 +39,6 @@ pub const INBOUND_PORT: u16 = 15006;
 
 /// Our routing table, and our connection-tracking zone; above 255, and used by nobody known.
 const NUMBER: u16 = 27245;
-/// The zone of the proxy's connections to the wire. Another than the one above: a pod that reaches itself through a
-/// Service has both, with one tuple.
-const WIRE_ZONE: u16 = NUMBER + 1;
 /// After the kernel's local addresses (0), before rules that CNI plugins add.
 const PREFERENCE: u32 = 1000;
 /// As the kernel keeps an established flow (5 days), in seconds: a half-closed one is as good as open.
@@ -87,7 +85,7 @@ impl Marks {
 /// The marks of a table that is loaded: those that its rules take for the proxy's. `None` where it is not of this form.
 pub fn marks_of(table: &Normal) -> Option<Marks> {
     let first = |chain| table.marks(chain).first().copied().filter(|mark| *mark != 0);
-    let marks = Marks { outer: first("guard_out")?, inner: first("zone")? };
+    let marks = Marks { outer: first("guard_out")?, inner: first("apart")? };
     (marks.outer != marks.inner).then_some(marks)
 }
 
@@ -169,7 +167,8 @@ fn table(plan: &CapturePlan, judging: Vec<Chain>) -> Table {
         |name: &str, family| Timeout { name: name.into(), family, fin_wait: HALF_CLOSED, close_wait: HALF_CLOSED };
     let set = |name: &str, ports: &BTreeSet<u16>| PortSet { name: name.into(), ports: ports.clone() };
     let mut chains = vec![
-        chain("zone", ChainKind::Filter, HookPoint::Output, RAW, zone(plan)),
+        chain("apart", ChainKind::Filter, HookPoint::Output, RAW, apart(plan)),
+        chain("apart_in", ChainKind::Filter, HookPoint::Prerouting, RAW, apart_in(plan)),
         chain("timeouts_out", ChainKind::Filter, HookPoint::Output, MANGLE, timeouts()),
         chain("timeouts_in", ChainKind::Filter, HookPoint::Prerouting, MANGLE, timeouts()),
         chain("back", ChainKind::Route, HookPoint::Output, MANGLE, back(plan)),
@@ -188,26 +187,34 @@ fn table(plan: &CapturePlan, judging: Vec<Chain>) -> Table {
     }
 }
 
-/// Whether this is the zone of flows of the proxy's.
+/// Whether this is the zone of the proxy's flows to the application.
 pub(crate) fn is_zone(zone: u16) -> bool {
-    [NUMBER, WIRE_ZONE].contains(&zone)
+    zone == NUMBER
 }
 
-fn zone(plan: &CapturePlan) -> Vec<Rule> {
-    // The reply has no zone: it is sent by the application, whose socket has no mark, or comes from the wire.
+/// A flow of the proxy's connections to the wire would be in the way twice. A peer's reset frees the port at once, and the flow
+/// stays for 10 s (for days, where the peer vanished): a program that has the port next would not be captured. In a zone of its
+/// own it would not; but while the kernel loads or drops the table, connection tracking is on and the zones are not there, and
+/// what the proxy says then would be taken for another flow of the same answers, and get another source port (the peer, who
+/// knows no such connection, resets it).
+const WIRE: &str = "T7: the wire's leg is not translated, and a program may have its port next";
+
+fn apart(plan: &CapturePlan) -> Vec<Rule> {
+    // What a listener accepted has its mark, and answers by translation.
+    let accepted = |port| E::SourcePort(IsNot, port);
+    // The reply has no zone: it is sent by the application, whose socket has no mark.
     vec![
         rule(
             "T7: the application's leg repeats the tuple of the captured connection",
             [E::Mark(Is, plan.marks.inner), E::SetOriginalZone(NUMBER)],
         ),
-        // A peer's reset frees the port at once, and the flow stays for 10 s (for days, where the peer vanished). A SYN
-        // does not reopen it then: a program that has the port next would not be captured, and the guard drops it; and
-        // the proxy would be captured by itself where it has a program's port next.
-        rule(
-            "T7: a flow to the wire outlives its port, which a program may have next",
-            [E::Mark(Is, plan.marks.outer), E::SetOriginalZone(WIRE_ZONE)],
-        ),
+        rule(WIRE, [E::Mark(Is, plan.marks.outer), accepted(OUTBOUND_PORT), accepted(INBOUND_PORT), E::Untracked]),
     ]
+}
+
+fn apart_in(plan: &CapturePlan) -> Vec<Rule> {
+    let of_the_wire = E::SocketMark(Is, plan.marks.outer);
+    vec![rule(WIRE, [E::FromLoopback(IsNot), E::Protocol(L4Protocol::Tcp), of_the_wire, E::Untracked])]
 }
 
 fn timeouts() -> Vec<Rule> {
@@ -218,15 +225,13 @@ fn timeouts() -> Vec<Rule> {
 }
 
 fn back(plan: &CapturePlan) -> Vec<Rule> {
-    let mark = plan.marks.inner;
-    vec![
-        rule("T7: remembers the proxy's connection to the application", [E::Mark(Is, mark), E::SetFlowMark(mark)]),
-        // Also the kernel's own reset for a port that has closed, which no socket sends.
-        rule(
-            "T7: its answers go to the proxy, not to the client's address",
-            [E::FlowDirection(Direction::Reply), E::FlowMark(Is, mark), E::SetMark(mark)],
-        ),
-    ]
+    // By the zone, which a flow has from its beginning, and not by a mark of the flow: where the zone is not set for a moment,
+    // a segment of the proxy's counts for the captured connection, whose answers would come here for ever. Also the kernel's own
+    // reset for a port that has closed, which no socket sends.
+    vec![rule(
+        "T7: the application's answers go to the proxy, not to the client's address",
+        [E::FlowDirection(Direction::Reply), E::OriginalZone(Is, NUMBER), E::SetMark(plan.marks.inner)],
+    )]
 }
 
 fn capture_out(plan: &CapturePlan) -> Vec<Rule> {
@@ -286,6 +291,8 @@ fn guard_out(plan: &CapturePlan) -> Vec<Rule> {
             "T46: no new connection leaves uncaptured",
             [E::Source(Is, IpNet::from(*address)), E::TcpSyn, E::Counter, E::Drop],
         ));
+        // The kernel's answer to what is nobody's.
+        rules.push(rule("D2: a reset carries nothing", [E::Source(Is, IpNet::from(*address)), E::TcpReset, E::Accept]));
         // Translation skips what fits no flow: it would leave in clear, to the original destination.
         rules.push(rule(
             "T22: what fits no flow was not translated",
@@ -326,6 +333,15 @@ fn guard_in() -> Vec<Rule> {
         rule(
             "D1, T46: nothing from outside passes uncaptured",
             [E::FromLoopback(IsNot), E::TcpSyn, E::Counter, E::RejectWithReset],
+        ),
+        rule(
+            "T11: a connection from before capture is known from its next segment on",
+            [E::FromLoopback(IsNot), E::Protocol(L4Protocol::Tcp), E::FlowNew, E::HasSocket, E::Accept],
+        ),
+        // As the kernel would; but the flow would stand in the way of who dials the other end from this port next.
+        rule(
+            "T7: what comes late, and is nobody's, begins no flow",
+            [E::FromLoopback(IsNot), E::Protocol(L4Protocol::Tcp), E::FlowNew, E::RejectWithReset],
         ),
     ]);
     rules

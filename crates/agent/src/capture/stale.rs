@@ -114,8 +114,11 @@ impl Capture {
     pub(super) fn forget_without_socket(&mut self, these: impl Fn(&Flow) -> bool) -> Result<usize, CaptureError> {
         let mut flows = flows::list(&mut self.netfilter)?;
         // Afterwards: what was opened meanwhile is not taken for one that is gone.
+        let sockets = diag::connections(&mut self.diagnosis()?)?;
+        // The proxy's to the wire have no flow, unless one began while rules were gone.
+        let tracked = sockets.iter().filter(|it| it.mark != self.plan.marks.outer);
         let live: HashMap<(SocketAddr, SocketAddr), Stage> =
-            diag::connections(&mut self.diagnosis()?)?.iter().map(|it| ((it.local, it.remote), it.stage)).collect();
+            tracked.map(|it| ((it.local, it.remote), it.stage)).collect();
         // Who still asks has the port of a flow that is open next, and waits for an answer in vain.
         let has = |flow: &Flow, stage: Stage| flow.phase != Phase::Open || stage != Stage::Asking;
         let is_live =

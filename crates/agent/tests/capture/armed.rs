@@ -493,6 +493,41 @@ fn what_the_proxy_dials_while_the_rules_are_gone_goes_on_when_they_are_back() {
     });
 }
 
+/// While the kernel loads or drops a table its chains are there without their rules, and connection tracking is at work.
+#[test]
+fn open_connections_keep_their_ports_while_nothing_tells_the_proxys_from_the_captured_ones() {
+    with_privilege(open_connections_keep_their_ports_while_nothing_tells_the_proxys_from_the_captured_ones, || {
+        let lab = Lab::new();
+        let _apps = FAMILIES.map(|family| App::anywhere(&lab.b, family, 8080));
+        for (pod, addresses, client) in [(&lab.a, A, &lab.a), (&lab.b, B, &lab.node)] {
+            let plan = plan(addresses);
+            let proxy = Proxy::start(prepared(pod, plan.clone())).begin();
+            let mut without = rules::ruleset(&plan);
+            let chains = without.chains.iter_mut().filter(|it| ["apart", "apart_in"].contains(&&*it.name));
+            assert_eq!(chains.map(|chain| chain.rules.clear()).count(), 2);
+            for family in FAMILIES {
+                let mut open = Client::connect(client, B[family], 8080).unwrap();
+                open.seen().unwrap();
+                nft::replace(&mut netlink(pod, Protocol::Netfilter), &without).unwrap();
+                let tap = Tap(pod.enter(|| Wiretap::open("lo", Interest::Everything)).unwrap().unwrap());
+                open.say("ping\n").unwrap();
+                eventually("it to be on its way inside the pod", || tap.seen(b"ping\n") > 0);
+                let mut capture = proxy.capture.lock().unwrap();
+                capture.repair().unwrap();
+                capture.forget_stale_when_due().unwrap();
+                drop(capture);
+                assert_eq!(open.line().unwrap(), "ping");
+                open.echo().unwrap();
+                // What began meanwhile would be in the way of who has the port next.
+                let flows = flows::list(&mut netlink(pod, Protocol::Netfilter)).unwrap();
+                let wire = proxy.last().other.unwrap();
+                let left = flows.iter().find(|it| it.zone == 0 && !it.is_translated() && it.source == wire);
+                assert_eq!(left, None);
+            }
+        }
+    });
+}
+
 #[test]
 fn another_agent_finds_the_guard_armed_and_leaves_it_so() {
     with_privilege(another_agent_finds_the_guard_armed_and_leaves_it_so, || {

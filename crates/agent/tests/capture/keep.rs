@@ -73,7 +73,7 @@ fn whatever_is_taken_away_is_noticed_and_repaired() {
             ("the chain capture_in has 0 rules, not 2", &mut || {
                 nft::replace(&mut second, &flush_in).unwrap();
             }),
-            ("rule 1 of the chain back differs", &mut || {
+            ("rule 1 of the chain apart differs", &mut || {
                 nft::replace(&mut third, &other_marks).unwrap();
             }),
             ("the rule ip -4 rule pref 1000", &mut || {

@@ -128,13 +128,13 @@ fn ended_by_the_application(from: &NetNs, to: IpAddr, proxy: &Proxy) -> (u16, u1
     (own, seen)
 }
 
-/// A pod that leaves, and the port of a flow to the wire that is remembered although its socket is gone.
+/// A pod that leaves, and a client's port that is remembered of a flow to its application although both ends are gone.
 fn leaving_with_a_port_that_is_remembered(lab: &Lab) -> (Proxy, u16) {
-    let a = Proxy::start(prepared(&lab.a, plan(A))).begin();
+    let b = Proxy::start(prepared(&lab.b, plan(B))).begin();
     // Who ends first has the port for a minute longer.
-    let (_, port) = ended_by_the_application(&lab.a, B[0], &a);
-    a.capture.lock().unwrap().drain().unwrap();
-    (a, port)
+    let (port, _) = ended_by_the_application(&lab.a, B[0], &b);
+    b.capture.lock().unwrap().drain().unwrap();
+    (b, port)
 }
 
 /// A connection that is not captured, from this port, and the port that the application sees.
@@ -150,8 +150,8 @@ fn the_rules_wait_for_what_is_not_captured_and_has_another_port_by_them() {
     with_privilege(the_rules_wait_for_what_is_not_captured_and_has_another_port_by_them, || {
         let lab = Lab::new();
         let _app = App::anywhere(&lab.b, 0, 8080);
-        let (a, port) = leaving_with_a_port_that_is_remembered(&lab);
-        let leave = || a.capture.lock().unwrap().leave().unwrap();
+        let (b, port) = leaving_with_a_port_that_is_remembered(&lab);
+        let leave = || b.capture.lock().unwrap().leave().unwrap();
         let (mut direct, seen) = direct_from(&lab, port);
         assert_ne!(seen, port);
         for _ in 0..3 {
@@ -162,7 +162,7 @@ fn the_rules_wait_for_what_is_not_captured_and_has_another_port_by_them() {
         assert_eq!(direct.line().unwrap(), "bye");
         drop(direct);
         eventually("everything is gone", leave);
-        assert_eq!(table(&lab.a), None);
+        assert_eq!(table(&lab.b), None);
     });
 }
 
@@ -171,14 +171,14 @@ fn what_has_another_port_by_the_rules_is_reset_when_they_go_and_does_not_hang() 
     with_privilege(what_has_another_port_by_the_rules_is_reset_when_they_go_and_does_not_hang, || {
         let lab = Lab::new();
         let _app = App::anywhere(&lab.b, 0, 8080);
-        let (a, port) = leaving_with_a_port_that_is_remembered(&lab);
+        let (b, port) = leaving_with_a_port_that_is_remembered(&lab);
         let (mut translated, seen) = direct_from(&lab, port);
         assert_ne!(seen, port);
         let mut direct = Client::connect(&lab.a, B[0], 8080).unwrap();
         direct.seen().unwrap();
-        assert_eq!(a.capture.lock().unwrap().cut_short().unwrap(), 1);
-        assert_eq!(translated.end(), ErrorKind::ConnectionAborted);
-        assert_eq!(table(&lab.a), None);
+        assert_eq!(b.capture.lock().unwrap().cut_short().unwrap(), 1);
+        assert_eq!(translated.end(), ErrorKind::ConnectionReset);
+        assert_eq!(table(&lab.b), None);
         direct.echo().unwrap();
     });
 }
@@ -188,13 +188,13 @@ fn a_flow_whose_socket_is_gone_takes_no_port_of_a_program_when_a_pod_leaves() {
     with_privilege(a_flow_whose_socket_is_gone_takes_no_port_of_a_program_when_a_pod_leaves, || {
         let lab = Lab::new();
         let _app = App::anywhere(&lab.b, 0, 8080);
-        let (a, port) = leaving_with_a_port_that_is_remembered(&lab);
+        let (b, port) = leaving_with_a_port_that_is_remembered(&lab);
         let mut other = Client::connect(&lab.a, B[0], 8080).unwrap();
         other.seen().unwrap();
-        a.capture.lock().unwrap().leave().unwrap();
+        b.capture.lock().unwrap().leave().unwrap();
         let (mut direct, seen) = direct_from(&lab, port);
         assert_eq!(seen, port);
-        assert!(a.capture.lock().unwrap().leave().unwrap());
+        assert!(b.capture.lock().unwrap().leave().unwrap());
         for client in [&mut direct, &mut other] {
             client.echo().unwrap();
         }

@@ -1,13 +1,14 @@
 //! What programs in captured pods see.
 
 use std::io::{BufReader, ErrorKind};
-use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener};
 use std::time::Duration;
 
 use agent::capture::SocketKind;
 use linux::sockets::reset_on_close;
-use socket2::Socket;
+use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::armed::{Tap, ports};
 use crate::lab::{A, App, B, Client, FAMILIES, GATEWAY, Lab, eventually, is_refused, plan, prepared, with_privilege};
 use crate::proxy::{Proxy, Way};
 
@@ -264,6 +265,46 @@ fn program_and_proxy_have_each_others_port_next_after_a_reset() {
             let mut proxy = Client { stream: BufReader::new(socket.into()) };
             assert_eq!(proxy.seen().unwrap(), (of_program.ip(), of_program.port()));
             assert_eq!(a.seen().len(), before + 2, "the proxy is not captured by itself");
+        }
+    });
+}
+
+/// A segment of a connection that nobody has: a byte of data and an acknowledgement, with a checksum as connection tracking
+/// demands.
+fn stray(from: SocketAddr, to: SocketAddr) -> Vec<u8> {
+    const OFFSET_AND_ACK: [u8; 2] = [5 << 4, 0x10];
+    let mut segment = [from.port().to_be_bytes(), to.port().to_be_bytes()].concat();
+    segment.extend([0, 0, 0, 7, 0, 0, 0, 7]);
+    segment.extend(OFFSET_AND_ACK);
+    segment.extend([0xff, 0xff, 0, 0, 0, 0, b'x', 0]);
+    let octets = |address: IpAddr| match address {
+        IpAddr::V4(it) => it.octets().to_vec(),
+        IpAddr::V6(it) => it.octets().to_vec(),
+    };
+    let pseudo = [octets(from.ip()), octets(to.ip()), vec![0, 6, 0, segment.len() as u8]].concat();
+    let words = pseudo.chunks(2).chain(segment.chunks(2)).map(|it| u32::from(u16::from_be_bytes([it[0], it[1]])));
+    let sum = words.sum::<u32>();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    segment[16..18].copy_from_slice(&(!((folded & 0xffff) + (folded >> 16)) as u16).to_be_bytes());
+    segment
+}
+
+#[test]
+fn what_comes_late_and_is_nobodys_takes_no_port_from_a_program() {
+    with_privilege(what_comes_late_and_is_nobodys_takes_no_port_from_a_program, || {
+        let lab = Lab::new();
+        let a = Proxy::start(prepared(&lab.a, plan(A))).begin();
+        for family in FAMILIES {
+            let _app = App::anywhere(&lab.b, family, 8080);
+            let (own, peer) = (SocketAddr::new(A[family], 34567), SocketAddr::new(B[family], 8080));
+            let domain = if own.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
+            let raw = lab.b.enter(|| Socket::new(domain, Type::RAW, Some(Protocol::TCP))).unwrap().unwrap();
+            raw.bind(&SocketAddr::new(peer.ip(), 0).into()).unwrap();
+            let answer = Tap::on(&lab, "a");
+            raw.send_to(&stray(peer, own), &SocketAddr::new(own.ip(), 0).into()).unwrap();
+            eventually("it to be answered", || answer.seen(&ports(own.port(), peer.port())) > 0);
+            Client::connect_with(&lab.a, B[family], 8080, |socket| socket.bind(&own.into())).unwrap().seen().unwrap();
+            assert_eq!(a.last().client, own, "the program's connection is captured");
         }
     });
 }

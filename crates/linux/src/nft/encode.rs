@@ -27,6 +27,12 @@ const ACK: u8 = 0x10;
 const STATUS_DESTINATION_TRANSLATED: u32 = 1 << 5;
 /// `NF_CT_STATE_INVALID_BIT`.
 const STATE_INVALID: u32 = 1;
+/// `NF_CT_STATE_BIT(IP_CT_NEW)`.
+const STATE_NEW: u32 = 1 << 3;
+/// `NFT_SOCKET_TRANSPARENT`.
+const SOCKET_TRANSPARENT: u32 = 0;
+/// `NFT_SOCKET_MARK`.
+const SOCKET_MARK: u32 = 1;
 /// `NF_NAT_RANGE_PROTO_SPECIFIED`.
 const RANGE_HAS_PORT: u32 = 2;
 
@@ -143,15 +149,21 @@ impl Machine {
                     .push(Expressions::Lookup(vec![Lookup::Set(set.clone()), Lookup::SourceRegister(Register::Reg1)]));
             }
             E::HasSocket => self.has_socket(),
-            E::FlowMark(compare, mark) => {
-                self.load_flow(FLOW_MARK);
+            E::SocketMark(compare, mark) => {
+                self.load_socket(SOCKET_MARK);
                 self.compare(*compare, &mark.to_ne_bytes());
+            }
+            E::OriginalZone(compare, zone) => {
+                let key = [register(CT_DREG, Register::Reg1), number(CT_KEY, FLOW_ZONE), original()];
+                self.other("ct", key.into());
+                self.compare(*compare, &zone.to_ne_bytes());
             }
             E::FlowDirection(direction) => {
                 self.load_flow(FLOW_DIRECTION);
                 self.compare(Compare::Is, &[*direction as u8]);
             }
             E::FlowInvalid => self.flow_bit(FLOW_STATE, STATE_INVALID, Compare::Is),
+            E::FlowNew => self.flow_bit(FLOW_STATE, STATE_NEW, Compare::Is),
             E::FlowDestinationTranslated(compare) => {
                 self.flow_bit(FLOW_STATUS, STATUS_DESTINATION_TRANSLATED, *compare);
             }
@@ -161,21 +173,11 @@ impl Machine {
                 self.immediate(Register::Reg1, &mark.to_ne_bytes());
                 self.code.push(Expressions::Meta(vec![Meta::Key(MetaKey::Mark), Meta::SourceRegister(Register::Reg1)]));
             }
-            E::SetFlowMark(mark) => {
-                self.immediate(Register::Reg1, &mark.to_ne_bytes());
-                self.other("ct", vec![number(CT_KEY, FLOW_MARK), register(CT_SREG, Register::Reg1)]);
-            }
             E::SetOriginalZone(zone) => {
                 self.immediate(Register::Reg1, &zone.to_ne_bytes());
-                self.other(
-                    "ct",
-                    vec![
-                        number(CT_KEY, FLOW_ZONE),
-                        register(CT_SREG, Register::Reg1),
-                        DefaultNla::new(CT_DIRECTION, vec![Direction::Original as u8]),
-                    ],
-                );
+                self.other("ct", vec![number(CT_KEY, FLOW_ZONE), register(CT_SREG, Register::Reg1), original()]);
             }
+            E::Untracked => self.other("notrack", vec![]),
             E::SetTimeout(name) => {
                 self.other("objref", vec![number(1, OBJECT_TIMEOUT), text(2, name)]);
             }
@@ -283,11 +285,14 @@ impl Machine {
         self.payload(TRANSPORT_HEADER, offset, 2);
     }
 
-    fn has_socket(&mut self) {
+    fn load_socket(&mut self, key: u32) {
         const KEY: u16 = 1;
         const DREG: u16 = 2;
-        const KEY_TRANSPARENT: u32 = 0;
-        self.other("socket", vec![number(KEY, KEY_TRANSPARENT), register(DREG, Register::Reg1)]);
+        self.other("socket", vec![number(KEY, key), register(DREG, Register::Reg1)]);
+    }
+
+    fn has_socket(&mut self) {
+        self.load_socket(SOCKET_TRANSPARENT);
         // Any value will do: the expression itself fails where there is no socket.
         self.compare_by(Operator::LessThanEqual, &[1]);
     }
@@ -420,7 +425,6 @@ const TRANSPORT_HEADER: u32 = 2;
 const FLOW_STATE: u32 = 0;
 const FLOW_DIRECTION: u32 = 1;
 const FLOW_STATUS: u32 = 2;
-const FLOW_MARK: u32 = 3;
 const FLOW_ZONE: u32 = 17;
 /// Attributes of the expression `ct`.
 const CT_DREG: u16 = 1;
@@ -434,6 +438,10 @@ fn number(kind: u16, value: u32) -> DefaultNla {
 
 fn register(kind: u16, register: Register) -> DefaultNla {
     number(kind, register.into())
+}
+
+fn original() -> DefaultNla {
+    DefaultNla::new(CT_DIRECTION, vec![Direction::Original as u8])
 }
 
 fn text(kind: u16, value: &str) -> DefaultNla {

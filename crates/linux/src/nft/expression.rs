@@ -97,12 +97,17 @@ pub enum Expression {
     /// Not `socket wildcard <= 1`, which does not see TIME_WAIT: a client that uses its port again, as a busy one
     /// does within seconds, would be taken for one that dials a closed port.
     HasSocket,
-    /// The flow's mark.
-    FlowMark(Compare, u32),
+    /// The mark of the open connection of this namespace that would take the packet. False where there is none: a listener
+    /// has its own, and one in TIME_WAIT tells none (`socket mark`).
+    SocketMark(Compare, u32),
+    /// The connection-tracking zone of the original direction of the flow.
+    OriginalZone(Compare, u16),
     /// The direction of the packet in its flow.
     FlowDirection(Direction),
     /// The packet fits no flow: out of a window, or an answer to nothing.
     FlowInvalid,
+    /// The packet begins a flow.
+    FlowNew,
     /// The flow's destination was translated, or was not.
     FlowDestinationTranslated(Compare),
     /// True for `below` of `of` packets, by chance.
@@ -117,11 +122,11 @@ pub enum Expression {
     Counter,
     /// Marks the packet.
     SetMark(u32),
-    /// Marks the flow.
-    SetFlowMark(u32),
     /// Puts the original direction of the flow into a connection-tracking zone, so that it cannot
     /// collide with a flow of the same addresses and ports. Only before connection tracking (-200).
     SetOriginalZone(u16),
+    /// Keeps the packet from connection tracking, and so from translation. Only before that (-200).
+    Untracked,
     /// Gives the flow the named [`Timeout`](super::Timeout).
     SetTimeout(String),
     /// Destination: a port of the address of the interface, 127.0.0.1 or ::1 for what is made here.

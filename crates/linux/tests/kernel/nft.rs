@@ -83,7 +83,7 @@ fn everything() -> Table {
                 ChainKind::Filter,
                 HookPoint::Output,
                 -300,
-                vec![rule(vec![E::Mark(Is, 5), E::SetOriginalZone(27245)])],
+                vec![rule(vec![E::Mark(Is, 5), E::SetOriginalZone(27245)]), rule(vec![E::Mark(Is, 6), E::Untracked])],
             ),
             chain(
                 "back",
@@ -91,9 +91,8 @@ fn everything() -> Table {
                 HookPoint::Output,
                 -150,
                 vec![
-                    rule(vec![E::Mark(Is, 5), E::SetFlowMark(5)]),
-                    rule(vec![E::FlowDirection(Direction::Reply), E::FlowMark(Is, 5), E::SetMark(5)]),
-                    rule(vec![E::FlowDirection(Direction::Original), E::FlowMark(IsNot, 5), E::Drop]),
+                    rule(vec![E::FlowDirection(Direction::Reply), E::OriginalZone(Is, 27245), E::SetMark(5)]),
+                    rule(vec![E::FlowDirection(Direction::Original), E::OriginalZone(IsNot, 5), E::Drop]),
                 ],
             ),
             Chain {
@@ -108,6 +107,7 @@ fn everything() -> Table {
                     rule(vec![E::TcpSyn, E::FlowDestinationTranslated(Is), E::Accept]),
                     rule(vec![E::TcpSyn, E::FlowDestinationTranslated(IsNot), E::Counter, E::RejectWithReset]),
                     rule(vec![E::FlowInvalid, E::Counter, E::Drop]),
+                    rule(vec![E::FlowNew, E::SocketMark(IsNot, 7), E::Accept]),
                     rule(vec![E::SourceType(IsNot, AddressType::Local), E::Mark(IsNot, 7), E::Drop]),
                     rule(vec![E::Family(IpFamily::V4), E::TcpSyn, E::SetTimeout("half_closed_v4".into())]),
                     rule(vec![E::Family(IpFamily::V6), E::TcpSyn, E::SetTimeout("half_closed_v6".into())]),
@@ -136,6 +136,18 @@ fn everything() -> Table {
                     ]),
                 ],
             },
+            chain(
+                "untracked",
+                ChainKind::Filter,
+                HookPoint::Prerouting,
+                -300,
+                vec![rule(vec![
+                    E::FromLoopback(IsNot),
+                    E::Protocol(L4Protocol::Tcp),
+                    E::SocketMark(Is, 6),
+                    E::Untracked,
+                ])],
+            ),
         ],
     }
 }
