@@ -150,6 +150,8 @@ pub struct Capture {
     dropped: u64,
     /// Of a pod that leaves: the last look found no connection of the data path.
     idle: bool,
+    /// Packets that opened a connection and were dropped by the rules, when that was last asked.
+    uncaptured: u64,
     /// When to look for flows that nobody has any more.
     looks: Option<Looks>,
     /// At how many of those to forget what began while rules were gone: at none, but after a repair.
@@ -297,6 +299,7 @@ impl Capture {
             guard: None,
             changes: Some(changes),
             dropped: 0,
+            uncaptured: 0,
             idle: false,
             looks: None,
             repaired: 0,

@@ -12,7 +12,7 @@
 //! | output | `guard_out` | what should have been captured and was not is dropped |
 //! | prerouting | `capture_in` | a new connection to a port that listens goes to the proxy's inbound listener |
 //! | postrouting | `let_by` | what the kernel says by itself, and what the pod forwards, is let by the guard on the interface |
-//! | input | `guard_in` | what comes from outside and was not captured, or is nobody's, is answered with a reset |
+//! | input | `guard_in` | what comes from outside and was not captured is answered with a reset |
 //!
 //! Only segments that open a connection are judged: what was open before capture goes on.
 
@@ -278,6 +278,9 @@ fn capture_in() -> Vec<Rule> {
     ]
 }
 
+/// Of the rule that drops what a program opens and the rules have not captured.
+pub(crate) const UNCAPTURED: &str = "T46: no new connection leaves uncaptured";
+
 fn guard_out(plan: &CapturePlan) -> Vec<Rule> {
     let mut rules = vec![
         own_sources(plan),
@@ -287,10 +290,7 @@ fn guard_out(plan: &CapturePlan) -> Vec<Rule> {
         rule("P10: excluded by name", [E::DestinationPortIn(EXCLUDED_OUT.into()), E::Accept]),
     ];
     for address in &plan.addresses {
-        rules.push(rule(
-            "T46: no new connection leaves uncaptured",
-            [E::Source(Is, IpNet::from(*address)), E::TcpSyn, E::Counter, E::Drop],
-        ));
+        rules.push(rule(UNCAPTURED, [E::Source(Is, IpNet::from(*address)), E::TcpSyn, E::Counter, E::Drop]));
         // The kernel's answer to what is nobody's.
         rules.push(rule("D2: a reset carries nothing", [E::Source(Is, IpNet::from(*address)), E::TcpReset, E::Accept]));
         // Translation skips what fits no flow: it would leave in clear, to the original destination.
@@ -333,15 +333,6 @@ fn guard_in() -> Vec<Rule> {
         rule(
             "D1, T46: nothing from outside passes uncaptured",
             [E::FromLoopback(IsNot), E::TcpSyn, E::Counter, E::RejectWithReset],
-        ),
-        rule(
-            "T11: a connection from before capture is known from its next segment on",
-            [E::FromLoopback(IsNot), E::Protocol(L4Protocol::Tcp), E::FlowNew, E::HasSocket, E::Accept],
-        ),
-        // As the kernel would; but the flow would stand in the way of who dials the other end from this port next.
-        rule(
-            "T7: what comes late, and is nobody's, begins no flow",
-            [E::FromLoopback(IsNot), E::Protocol(L4Protocol::Tcp), E::FlowNew, E::RejectWithReset],
         ),
     ]);
     rules

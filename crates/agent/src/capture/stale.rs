@@ -5,6 +5,9 @@
 //! a connection that goes on for days: whoever has that port next would not be captured, and what is not captured does not leave
 //! (T46). Such a flow has no socket, and is forgotten.
 //!
+//! Later such a flow begins only by chance: a segment comes for a connection of the proxy's to the wire that has ended (those have no
+//! flow). It is looked for when the rules drop what a program opens, which is sent again.
+//!
 //! So is a connection that was accepted and has ended, and whose port the kernel keeps for a minute. Whoever has that port next
 //! at the other end is refused where his timestamps are older (RFC 7323, 5.3); and they are of another clock where a program
 //! dialled a Service's address before, and the proxy dials the pod's own now.
@@ -15,9 +18,10 @@ use std::time::{Duration, Instant};
 
 use linux::diag::{self, Stage};
 use linux::flows::{self, Flow, Phase};
+use linux::nft;
 
 use super::{Capture, CaptureError};
-use crate::rules::CapturePlan;
+use crate::rules::{self, CapturePlan};
 
 /// When to look again. A socket that has ended may send its last acknowledgement once more for a minute; ports come back in
 /// seconds.
@@ -64,6 +68,9 @@ impl Capture {
     /// Forgets the flows of the pod that no socket has any more, or that began while rules were gone, where it is time to look for
     /// some. Returns how many.
     pub fn forget_stale_when_due(&mut self) -> Result<usize, CaptureError> {
+        if self.drops_what_opens()? {
+            self.looks = Some(Looks::at_once());
+        }
         let Some(looks) = self.looks.filter(|looks| looks.next <= Instant::now()) else { return Ok(0) };
         self.looks = looks.after();
         self.forget_ended()?;
@@ -75,6 +82,15 @@ impl Capture {
             }
         };
         Ok(begun + self.forget_stale()?)
+    }
+
+    /// Whether the rules have dropped what a program opened, since this was last asked.
+    fn drops_what_opens(&mut self) -> Result<bool, CaptureError> {
+        let counters = nft::counters(&mut self.netfilter, rules::TABLE)?;
+        let dropped = counters.iter().filter(|it| it.why == rules::UNCAPTURED).map(|it| it.packets).sum();
+        // A table that is loaded anew counts from 0 again.
+        let before = std::mem::replace(&mut self.uncaptured, dropped);
+        Ok(dropped > if dropped < before { 0 } else { before })
     }
 
     /// Forgets what began while rules were gone and does not stand yet. The kernel would go on with it as it began, past the rules,

@@ -55,14 +55,20 @@ impl Tap {
 
     /// All packets that came out of the pod so far and have these bytes in them.
     pub(crate) fn seen(&self, bytes: &[u8]) -> usize {
+        self.packets(Direction::In).iter().filter(|it| it.windows(bytes.len()).any(|window| window == bytes)).count()
+    }
+
+    /// All packets that went this way, as the node sees it, since this was last asked.
+    pub(crate) fn packets(&self, direction: Direction) -> Vec<Vec<u8>> {
         let mut buffer = vec![0; SNAP_LENGTH];
-        let mut count = 0;
+        let mut packets = Vec::new();
         while let Some(packet) = self.0.next(&mut buffer).unwrap() {
-            let is_it = buffer[..packet.captured].windows(bytes.len()).any(|window| window == bytes);
-            count += usize::from(is_it && packet.direction == Direction::In);
+            if packet.direction == direction {
+                packets.push(buffer[..packet.captured].to_vec());
+            }
         }
         assert_eq!(self.0.dropped().unwrap(), 0, "the wiretap was too slow, so it proves nothing");
-        count
+        packets
     }
 }
 

@@ -2,13 +2,18 @@
 
 use std::io::{BufReader, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener};
+use std::thread;
 use std::time::Duration;
 
 use agent::capture::SocketKind;
+use agent::rules::TABLE;
+use linux::capture::Direction;
+use linux::netlink::Protocol as Netlink;
 use linux::sockets::reset_on_close;
+use linux::{diag, flows, nft};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::armed::{Tap, ports};
+use crate::armed::{Tap, netlink, ports};
 use crate::lab::{A, App, B, Client, FAMILIES, GATEWAY, Lab, eventually, is_refused, plan, prepared, with_privilege};
 use crate::proxy::{Proxy, Way};
 
@@ -269,42 +274,101 @@ fn program_and_proxy_have_each_others_port_next_after_a_reset() {
     });
 }
 
-/// A segment of a connection that nobody has: a byte of data and an acknowledgement, with a checksum as connection tracking
-/// demands.
-fn stray(from: SocketAddr, to: SocketAddr) -> Vec<u8> {
-    const OFFSET_AND_ACK: [u8; 2] = [5 << 4, 0x10];
-    let mut segment = [from.port().to_be_bytes(), to.port().to_be_bytes()].concat();
-    segment.extend([0, 0, 0, 7, 0, 0, 0, 7]);
-    segment.extend(OFFSET_AND_ACK);
-    segment.extend([0xff, 0xff, 0, 0, 0, 0, b'x', 0]);
+/// A segment: where its data begins in the stream, what it acknowledges, and one byte of data, or none. With a checksum, without
+/// which connection tracking does not look at it.
+fn segment(from: SocketAddr, to: SocketAddr, [begins, acknowledged]: [u32; 2], data: &[u8; 2]) -> Vec<u8> {
+    const NO_OPTIONS: u8 = 5 << 4;
+    const ACK: u8 = 0x10;
+    let mut segment = ports(from.port(), to.port()).to_vec();
+    segment.extend([begins, acknowledged].map(u32::to_be_bytes).concat());
+    segment.extend([NO_OPTIONS, ACK, 0xff, 0xff, 0, 0, 0, 0]);
+    segment.extend(data.iter().filter(|it| **it != 0));
     let octets = |address: IpAddr| match address {
         IpAddr::V4(it) => it.octets().to_vec(),
         IpAddr::V6(it) => it.octets().to_vec(),
     };
     let pseudo = [octets(from.ip()), octets(to.ip()), vec![0, 6, 0, segment.len() as u8]].concat();
-    let words = pseudo.chunks(2).chain(segment.chunks(2)).map(|it| u32::from(u16::from_be_bytes([it[0], it[1]])));
-    let sum = words.sum::<u32>();
+    let word = |it: &[u8]| u32::from(u16::from_be_bytes([it[0], it.get(1).copied().unwrap_or(0)]));
+    let sum: u32 = pseudo.chunks(2).chain(segment.chunks(2)).map(word).sum();
     let folded = (sum & 0xffff) + (sum >> 16);
     segment[16..18].copy_from_slice(&(!((folded & 0xffff) + (folded >> 16)) as u16).to_be_bytes());
     segment
 }
 
+/// Where the stream goes on after the end that one said to the other, and what that acknowledged.
+fn after_the_end(tap: &Tap, from: SocketAddr, to: SocketAddr) -> [u32; 2] {
+    const FIN: u8 = 0x01;
+    let mut last = None;
+    eventually("the end to be said", || {
+        for packet in tap.packets(Direction::Out) {
+            let pattern = ports(from.port(), to.port());
+            let Some(at) = packet.windows(pattern.len()).position(|it| it == pattern) else { continue };
+            let number = |offset| u32::from_be_bytes(packet[at + offset..at + offset + 4].try_into().unwrap());
+            if packet[at + 13] & FIN != 0 {
+                last = Some([number(4) + 1, number(8)]);
+            }
+        }
+        last.is_some()
+    });
+    last.unwrap()
+}
+
 #[test]
-fn what_comes_late_and_is_nobodys_takes_no_port_from_a_program() {
-    with_privilege(what_comes_late_and_is_nobodys_takes_no_port_from_a_program, || {
+fn what_comes_late_takes_no_port_from_a_program() {
+    with_privilege(what_comes_late_takes_no_port_from_a_program, || {
         let lab = Lab::new();
         let a = Proxy::start(prepared(&lab.a, plan(A))).begin();
-        for family in FAMILIES {
-            let _app = App::anywhere(&lab.b, family, 8080);
-            let (own, peer) = (SocketAddr::new(A[family], 34567), SocketAddr::new(B[family], 8080));
-            let domain = if own.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
+        for (family, kind) in FAMILIES.into_iter().zip([SocketKind::OutV4, SocketKind::OutV6]) {
+            let (peer, app) = (SocketAddr::new(B[family], 8080), App::anywhere(&lab.b, family, 8080));
+            let domain = if peer.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
             let raw = lab.b.enter(|| Socket::new(domain, Type::RAW, Some(Protocol::TCP))).unwrap().unwrap();
             raw.bind(&SocketAddr::new(peer.ip(), 0).into()).unwrap();
-            let answer = Tap::on(&lab, "a");
-            raw.send_to(&stray(peer, own), &SocketAddr::new(own.ip(), 0).into()).unwrap();
-            eventually("it to be answered", || answer.seen(&ports(own.port(), peer.port())) > 0);
+            let send = |segment: &[u8], to: SocketAddr| {
+                raw.send_to(segment, &SocketAddr::new(to.ip(), 0).into()).unwrap();
+            };
+
+            // Nobody's any more: the kernel's reset ends the flow.
+            let own = SocketAddr::new(A[family], 34567);
+            let tap = Tap::on(&lab, "a");
+            send(&segment(peer, own, [7, 7], b"x\0"), own);
+            eventually("it to be answered", || tap.seen(&ports(own.port(), peer.port())) > 0);
             Client::connect_with(&lab.a, B[family], 8080, |socket| socket.bind(&own.into())).unwrap().seen().unwrap();
             assert_eq!(a.last().client, own, "the program's connection is captured");
+
+            // Of the proxy's that ended first, and whose port is kept for a minute: the last acknowledgement once more.
+            let wire = Socket::from(a.capture.lock().unwrap().sockets(kind, 1).unwrap().remove(0));
+            wire.connect_timeout(&peer.into(), Duration::from_secs(5)).unwrap();
+            wire.set_nonblocking(false).unwrap();
+            let own = wire.local_addr().unwrap().as_socket().unwrap();
+            let mut wire = Client { stream: BufReader::new(wire.into()) };
+            wire.seen().unwrap();
+            let tap = Tap::on(&lab, "a");
+            wire.stream.get_ref().shutdown(Shutdown::Write).unwrap();
+            assert_eq!((wire.line().unwrap().as_str(), wire.end()), ("bye", ErrorKind::UnexpectedEof));
+            drop(wire);
+            let numbers = after_the_end(&tap, peer, own);
+            // The look that is due by time alone, so that it is not the one that finds it.
+            a.capture.lock().unwrap().forget_stale_when_due().unwrap();
+            send(&segment(peer, own, numbers, &[0, 0]), own);
+            let begun = |pod| {
+                flows::list(&mut netlink(pod, Netlink::Netfilter)).unwrap().iter().any(|it| it.destination == own)
+            };
+            eventually("it to begin a flow", || begun(&lab.a));
+            let mut sockets = netlink(&lab.a, Netlink::SocketDiagnosis);
+            assert_eq!(diag::forget_ended(&mut sockets, |it| it.local == own).unwrap(), 1);
+            thread::scope(|scope| {
+                let program = scope
+                    .spawn(|| Client::connect_with(&lab.a, B[family], 8080, |socket| socket.bind(&own.into()))?.seen());
+                // There is a rule for each address.
+                eventually("it to be dropped", || {
+                    let all = nft::counters(&mut netlink(&lab.a, Netlink::Netfilter), TABLE).unwrap();
+                    all.iter().filter(|it| it.why.starts_with("T46")).nth(family).is_some_and(|it| it.packets > 0)
+                });
+                assert_eq!(a.capture.lock().unwrap().forget_stale_when_due().unwrap(), 1);
+                program.join().unwrap().expect("the program's connection is answered");
+            });
+            assert_eq!(a.last().client, own, "the program's connection is captured");
+            drop(app);
         }
     });
 }

@@ -27,8 +27,6 @@ const ACK: u8 = 0x10;
 const STATUS_DESTINATION_TRANSLATED: u32 = 1 << 5;
 /// `NF_CT_STATE_INVALID_BIT`.
 const STATE_INVALID: u32 = 1;
-/// `NF_CT_STATE_BIT(IP_CT_NEW)`.
-const STATE_NEW: u32 = 1 << 3;
 /// `NFT_SOCKET_TRANSPARENT`.
 const SOCKET_TRANSPARENT: u32 = 0;
 /// `NFT_SOCKET_MARK`.
@@ -163,7 +161,6 @@ impl Machine {
                 self.compare(Compare::Is, &[*direction as u8]);
             }
             E::FlowInvalid => self.flow_bit(FLOW_STATE, STATE_INVALID, Compare::Is),
-            E::FlowNew => self.flow_bit(FLOW_STATE, STATE_NEW, Compare::Is),
             E::FlowDestinationTranslated(compare) => {
                 self.flow_bit(FLOW_STATUS, STATUS_DESTINATION_TRANSLATED, *compare);
             }

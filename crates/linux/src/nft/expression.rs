@@ -106,8 +106,6 @@ pub enum Expression {
     FlowDirection(Direction),
     /// The packet fits no flow: out of a window, or an answer to nothing.
     FlowInvalid,
-    /// The packet begins a flow.
-    FlowNew,
     /// The flow's destination was translated, or was not.
     FlowDestinationTranslated(Compare),
     /// True for `below` of `of` packets, by chance.

@@ -114,7 +114,6 @@ fn expression_text(f: &mut Formatter<'_>, expression: &Expression, protocol: L4P
         E::FlowDirection(Direction::Original) => f.write_str("ct direction original"),
         E::FlowDirection(Direction::Reply) => f.write_str("ct direction reply"),
         E::FlowInvalid => f.write_str("ct state invalid"),
-        E::FlowNew => f.write_str("ct state new"),
         E::FlowDestinationTranslated(Compare::Is) => f.write_str("ct status dnat"),
         E::FlowDestinationTranslated(Compare::IsNot) => f.write_str("ct status & dnat == 0"),
         E::Chance { below, of } => write!(f, "numgen random mod {of} < {below}"),

@@ -107,7 +107,7 @@ fn everything() -> Table {
                     rule(vec![E::TcpSyn, E::FlowDestinationTranslated(Is), E::Accept]),
                     rule(vec![E::TcpSyn, E::FlowDestinationTranslated(IsNot), E::Counter, E::RejectWithReset]),
                     rule(vec![E::FlowInvalid, E::Counter, E::Drop]),
-                    rule(vec![E::FlowNew, E::SocketMark(IsNot, 7), E::Accept]),
+                    rule(vec![E::SocketMark(IsNot, 7), E::Accept]),
                     rule(vec![E::SourceType(IsNot, AddressType::Local), E::Mark(IsNot, 7), E::Drop]),
                     rule(vec![E::Family(IpFamily::V4), E::TcpSyn, E::SetTimeout("half_closed_v4".into())]),
                     rule(vec![E::Family(IpFamily::V6), E::TcpSyn, E::SetTimeout("half_closed_v6".into())]),
