@@ -21,7 +21,7 @@ use linux::flows::{self, Flow, Phase};
 use linux::nft;
 
 use super::{Capture, CaptureError};
-use crate::rules::{self, CapturePlan};
+use crate::rules::{self, CapturePlan, INBOUND_PORT};
 
 /// When to look again. A socket that has ended may send its last acknowledgement once more for a minute; ports come back in
 /// seconds.
@@ -131,8 +131,9 @@ impl Capture {
         let mut flows = flows::list(&mut self.netfilter)?;
         // Afterwards: what was opened meanwhile is not taken for one that is gone.
         let sockets = diag::connections(&mut self.diagnosis()?)?;
-        // The proxy's to the wire have no flow, unless one began while rules were gone.
-        let tracked = sockets.iter().filter(|it| it.mark != self.plan.marks.outer);
+        // The proxy's to the wire have no flow, unless one began while rules were gone. What an inbound listener accepted has their
+        // mark, too, and a flow.
+        let tracked = sockets.iter().filter(|it| it.mark != self.plan.marks.outer || it.local.port() == INBOUND_PORT);
         let live: HashMap<(SocketAddr, SocketAddr), Stage> =
             tracked.map(|it| ((it.local, it.remote), it.stage)).collect();
         // Who still asks has the port of a flow that is open next, and waits for an answer in vain.

@@ -1,6 +1,6 @@
 //! Pods that are let go while they run.
 
-use std::io::ErrorKind;
+use std::io::{BufRead, BufReader, ErrorKind};
 use std::net::{IpAddr, Shutdown, SocketAddr, UdpSocket};
 use std::thread;
 use std::time::Duration;
@@ -198,6 +198,27 @@ fn a_flow_whose_socket_is_gone_takes_no_port_of_a_program_when_a_pod_leaves() {
         for client in [&mut direct, &mut other] {
             client.echo().unwrap();
         }
+    });
+}
+
+/// Its flow has no other socket than the one in the listener's queue, which has the mark of the wire.
+#[test]
+fn who_waits_to_be_accepted_when_a_pod_begins_to_leave_is_heard() {
+    with_privilege(who_waits_to_be_accepted_when_a_pod_begins_to_leave_is_heard, || {
+        let lab = Lab::new();
+        let _app = App::anywhere(&lab.b, 0, 8080);
+        let mut capture = prepared(&lab.b, plan(B));
+        capture.begin().unwrap();
+        let mut client = Client::connect(&lab.a, B[0], 8080).unwrap();
+        assert!(!capture.leave().unwrap());
+        client.say("heard\n").unwrap();
+        let listeners = capture.listeners();
+        listeners.in_v4.set_nonblocking(false).unwrap();
+        let accepted = listeners.in_v4.accept().unwrap().0;
+        accepted.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let mut line = String::new();
+        BufReader::new(accepted).read_line(&mut line).unwrap();
+        assert_eq!(line, "heard\n");
     });
 }
 
