@@ -120,6 +120,7 @@ impl Args {
             Fate::Stays => tracing::info!("the plugin stays for the next agent"),
             Fate::Goes => match keeper.remove() {
                 Ok(()) => {
+                    Records::beside(sockets[0]).clear();
                     clear(sockets);
                     tracing::info!("the DaemonSet is deleted, and the plugin taken out of the node");
                 }

@@ -267,7 +267,7 @@ impl Control {
         self.behind = batch.behind;
         self.source_problems = batch.problems;
         if let Some(replica) = &self.replica {
-            replica.tell_policies(&self.index, batch.conditions);
+            replica.tell_policies(&self.index, &batch.of_policies, batch.conditions);
         }
         nodes.iter().for_each(|node| self.confirm(node));
         self.problems_may_differ();

@@ -99,7 +99,8 @@ impl Views {
 enum Origin {
     Object(ObjectKey),
     Settings,
-    PeerAuthentications(String),
+    /// A PeerAuthentication, for the sake of others of its namespace.
+    Shadowed(Name),
     Pod(Name),
     Address(IpAddr),
     Service(Name),
@@ -209,11 +210,17 @@ impl Index {
     }
 
     /// What is wrong with each of the policies that something is wrong with.
-    pub(crate) fn problems_of_policies(&self) -> impl Iterator<Item = (&ObjectKey, BTreeSet<&Problem>)> {
-        self.problems.iter().filter_map(|(origin, problems)| match origin {
-            Origin::Object(key) if status::concerns(key.kind) => Some((key, problems.iter().collect())),
-            _ => None,
-        })
+    pub(crate) fn problems_of_policies(&self) -> BTreeMap<ObjectKey, BTreeSet<&Problem>> {
+        let mut all: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
+        for (origin, problems) in &self.problems {
+            let key = match origin {
+                Origin::Object(key) if status::concerns(key.kind) => key.clone(),
+                Origin::Shadowed(name) => name.key(Kind::PeerAuthentication),
+                _ => continue,
+            };
+            all.entry(key).or_default().extend(problems);
+        }
+        all
     }
 
     /// Takes in which objects are there in a form that cannot be read, and were never there in another. A policy among
@@ -440,8 +447,10 @@ impl Index {
             return;
         }
         dirty.pods_in_scope(&self.cluster, &name.namespace);
-        let shadowed = self.cluster.peer_authentications.shadowed(&name.namespace);
-        self.note(Origin::PeerAuthentications(name.namespace.clone()), shadowed);
+        self.problems.retain(|origin, _| !matches!(origin, Origin::Shadowed(it) if it.namespace == name.namespace));
+        for (shadowed, problem) in self.cluster.peer_authentications.shadowed(&name.namespace) {
+            self.note(Origin::Shadowed(shadowed), vec![problem]);
+        }
     }
 
     fn set_authorization_policy(

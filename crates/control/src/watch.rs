@@ -9,7 +9,7 @@ mod kubernetes;
 pub(crate) use folder::Folder;
 pub(crate) use kubernetes::Kubernetes;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use manifests::{Change, ObjectKey};
@@ -29,6 +29,8 @@ pub(crate) struct Batch {
     pub(crate) unlisted: BTreeSet<String>,
     /// Everything that is wrong: the whole list.
     pub(crate) problems: Vec<Problem>,
+    /// Those of them that are about the text of a policy: the whole list.
+    pub(crate) of_policies: BTreeMap<ObjectKey, Vec<Problem>>,
     /// What policies were told about themselves, as they say it: the whole list.
     pub(crate) conditions: Conditions,
     /// Whether something of what changes may be missing now.

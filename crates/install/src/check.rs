@@ -13,7 +13,7 @@ use crate::apply::{self, Outcome};
 use crate::cluster::{Cluster, Place, path};
 use crate::install::{recorded, supported};
 use crate::objects::{CONTROL, NAMESPACE, NODE, TRUST_BUNDLE, definitions, objects};
-use crate::table::printable;
+use crate::table::{printable, some};
 use crate::values::Values;
 use crate::{pages, status, wait};
 
@@ -81,16 +81,6 @@ fn failed(id: Id, message: impl Into<String>) -> Finding {
 /// The best findings of one id: what is wrong, one by one; or, where nothing is, one sentence.
 fn all_or(id: Id, wrong: Vec<Finding>, right: impl Into<String>) -> Vec<Finding> {
     if wrong.is_empty() { vec![ok(id, right)] } else { wrong }
-}
-
-/// A list of which there may be much.
-fn some(list: &[String]) -> String {
-    const SHOWN: usize = 5;
-    let shown = list[..list.len().min(SHOWN)].join(", ");
-    match list.len().saturating_sub(SHOWN) {
-        0 => shown,
-        more => format!("{shown} and {more} more"),
-    }
 }
 
 /// A root that has fewer days than these left is worth a warning.
@@ -261,12 +251,11 @@ fn now() -> i64 {
 
 /// A Deployment or DaemonSet that is to be ready.
 async fn workload(cluster: &Cluster, id: Id, resource: &str, name: &str) -> Vec<Finding> {
-    let object = match cluster.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/{resource}/{name}")).await {
-        Ok(Some(object)) => object,
+    let progress = match wait::Progress::look(cluster, resource, name).await {
+        Ok(Some(progress)) => progress,
         Ok(None) => return vec![failed(id, format!("{name} is missing"))],
         Err(error) => return vec![failed(id, format!("{error:#}"))],
     };
-    let progress = wait::Progress::of(&object);
     if progress.is_done() {
         return vec![ok(id, format!("{name}: {progress}"))];
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use anyhow::bail;
 use k8s_openapi::api::core::v1::Pod;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -114,6 +115,9 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
         .collect();
     for (node, why) in &silent {
         anstream::eprintln!("warning: node {node} says nothing, and what it saw is left out: {why}");
+    }
+    if pages.is_empty() {
+        bail!("no node has a pod of ours that could be asked; `justmtls check` says why");
     }
     if arguments.json {
         let edges: Vec<_> = edges.iter().map(|(edge, counts)| Row { edge, counts }).collect();

@@ -41,9 +41,9 @@ pub(crate) struct PodRow {
 }
 
 impl PodRow {
-    /// Whether it should be captured, and is not.
+    /// Whether it should be captured, and is not. One that leaves should not, from the moment it does.
     pub(crate) fn is_amiss(&self) -> bool {
-        !["captured", "not-captured", "starting"].contains(&self.capture.as_str())
+        !["captured", "not-captured", "starting", "leaving"].contains(&self.capture.as_str())
     }
 }
 

@@ -51,6 +51,16 @@ pub(crate) fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
+/// A list of which there may be much.
+pub(crate) fn some(list: &[String]) -> String {
+    const SHOWN: usize = 5;
+    let shown = list[..list.len().min(SHOWN)].join(", ");
+    match list.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

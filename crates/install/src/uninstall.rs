@@ -14,7 +14,7 @@ use crate::objects::{
 };
 use crate::pages::{self, NodePages, Process};
 use crate::source::Source;
-use crate::table::printable;
+use crate::table::{printable, some};
 use crate::values::Values;
 use crate::wait::{LOOK, pods_of};
 
@@ -156,7 +156,8 @@ impl Work {
                 until = until.min(Instant::now() + Duration::from_secs(drain));
             }
             if pods != said {
-                anstream::eprintln!("waiting until {pods} pods have left the mesh");
+                let names: Vec<_> = standing.values().flatten().flatten().map(|pod| printable(&pod.name)).collect();
+                anstream::eprintln!("waiting until {pods} pods have left the mesh: {}", some(&names));
                 said = pods;
             }
             if Instant::now() >= until {

@@ -27,6 +27,13 @@ pub struct Arguments {
 /// Says the versions.
 pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
     let mut versions = vec![("client", BTreeMap::from([(VERSION.to_owned(), 1)]))];
+    let shown = |(name, counts): &(&str, BTreeMap<String, usize>)| {
+        anstream::println!("{name}: {}", sentence(name, counts));
+    };
+    // First, so that it is known also where no cluster is.
+    if !arguments.json {
+        versions.iter().for_each(shown);
+    }
     if !arguments.client {
         let cluster = Cluster::connect(&arguments.place).await?;
         let (control, nodes) = (pods_of(&cluster, CONTROL).await?, pods_of(&cluster, NODE).await?);
@@ -39,9 +46,7 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
         anstream::println!("{:#}", serde_json::Value::Object(versions));
         return Ok(0);
     }
-    for (name, counts) in versions {
-        anstream::println!("{name}: {}", sentence(name, &counts));
-    }
+    versions[1..].iter().for_each(shown);
     Ok(0)
 }
 

@@ -1,5 +1,6 @@
 //! Waiting for a workload to be ready, with progress, and with what holds it up when time is over.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
@@ -27,16 +28,29 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// From the object of a Deployment or DaemonSet.
-    pub(crate) fn of(object: &Value) -> Self {
+    /// How far a Deployment (`deployments`) or DaemonSet (`daemonsets`) is; `None` where there is none.
+    ///
+    /// # Errors
+    /// The API server does not say.
+    pub(crate) async fn look(cluster: &Cluster, resource: &str, name: &str) -> anyhow::Result<Option<Self>> {
+        let object = cluster.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/{resource}/{name}")).await?;
+        let Some(object) = object else { return Ok(None) };
+        let pods = if resource == "daemonsets" { pods_of(cluster, name).await? } else { Vec::new() };
+        Ok(Some(Self::of(&object, &pods)))
+    }
+
+    /// From the object of a Deployment or DaemonSet, and the pods of the latter: of a node's two pods its status counts the older one,
+    /// which ends for as long as connections are open, and not the one that serves.
+    fn of(object: &Value, pods: &[Pod]) -> Self {
         let status = &object["status"];
         let number = |name: &str| status[name].as_u64().unwrap_or(0);
         let seen = status["observedGeneration"].as_u64();
         let current = seen.is_some() && seen >= object["metadata"]["generation"].as_u64();
         if object["kind"] == "DaemonSet" {
-            let wanted = number("desiredNumberScheduled");
-            let ready = number("updatedNumberScheduled").min(number("numberAvailable"));
-            Self { ready, wanted, current }
+            const GENERATION: &str = "deprecated.daemonset.template.generation";
+            let newest = object["metadata"]["annotations"][GENERATION].as_str();
+            let nodes: BTreeSet<_> = pods.iter().filter_map(|pod| ready_node(pod, newest?)).collect();
+            Self { ready: nodes.len() as u64, wanted: number("desiredNumberScheduled"), current }
         } else {
             let wanted = object["spec"]["replicas"].as_u64().unwrap_or(1);
             let ready = number("updatedReplicas").min(number("availableReplicas"));
@@ -58,6 +72,16 @@ impl std::fmt::Display for Progress {
     }
 }
 
+/// The node of a DaemonSet's pod that is of this generation of the template, is ready and does not end.
+fn ready_node<'a>(pod: &'a Pod, generation: &str) -> Option<&'a str> {
+    const LABEL: &str = "pod-template-generation";
+    let is_newest = pod.metadata.labels.as_ref()?.get(LABEL).is_some_and(|it| it == generation);
+    let mut conditions = pod.status.as_ref()?.conditions.iter().flatten();
+    let is_ready = conditions.any(|it| it.type_ == "Ready" && it.status == "True");
+    let serves = is_newest && is_ready && pod.metadata.deletion_timestamp.is_none();
+    pod.spec.as_ref()?.node_name.as_deref().filter(|_| serves)
+}
+
 /// Waits until a Deployment (`deployments`) or DaemonSet (`daemonsets`) is ready.
 ///
 /// # Errors
@@ -66,11 +90,9 @@ pub(crate) async fn ready(cluster: &Cluster, resource: &str, name: &str, until: 
     let begun = Instant::now();
     let (mut said, mut complained) = (None, Vec::new());
     loop {
-        let object = cluster.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/{resource}/{name}")).await?;
-        let Some(object) = object else {
+        let Some(progress) = Progress::look(cluster, resource, name).await? else {
             bail!("{name} is gone while it was waited for; somebody deleted it: run the command again");
         };
-        let progress = Progress::of(&object);
         if said != Some(progress) {
             anstream::eprintln!("{name}: {progress}");
             said = Some(progress);
@@ -139,26 +161,47 @@ mod tests {
 
     #[test]
     fn a_workload_is_ready_when_all_pods_of_its_newest_version_are() {
-        let daemon_set = |observed: u64, desired: u64, updated: u64, available: u64| {
-            Progress::of(&json!({ "kind": "DaemonSet", "metadata": { "generation": 2 }, "status": {
-                "observedGeneration": observed, "desiredNumberScheduled": desired,
-                "updatedNumberScheduled": updated, "numberAvailable": available,
-            } }))
+        let pod = |node: &str, generation: &str, ready: &str, ends: bool| -> Pod {
+            let deleted = ends.then_some("2026-12-01T06:30:00Z");
+            serde_json::from_value(json!({
+                "metadata": { "labels": { "pod-template-generation": generation }, "deletionTimestamp": deleted },
+                "spec": { "nodeName": node, "containers": [] },
+                "status": { "conditions": [{ "type": "Ready", "status": ready }] },
+            }))
+            .unwrap()
         };
-        assert!(daemon_set(2, 3, 3, 3).is_done());
-        assert!(!daemon_set(1, 3, 3, 3).is_done(), "the status is about the version before");
-        assert!(!daemon_set(2, 3, 2, 3).is_done(), "one is of the version before");
-        assert!(!daemon_set(2, 0, 0, 0).is_done(), "no node was seen yet");
-        assert_eq!(daemon_set(2, 3, 1, 3).to_string(), "1 of 3 ready");
+        let daemon_set = |observed: u64, desired: u64, pods: &[Pod]| {
+            let annotations = json!({ "deprecated.daemonset.template.generation": "7" });
+            // As the controller counts while the pods from before end.
+            let status = json!({
+                "observedGeneration": observed, "desiredNumberScheduled": desired, "numberReady": 0,
+                "updatedNumberScheduled": 0, "numberAvailable": 0,
+            });
+            let metadata = json!({ "generation": 2, "annotations": annotations });
+            Progress::of(&json!({ "kind": "DaemonSet", "metadata": metadata, "status": status }), pods)
+        };
+        let both = [pod("a", "7", "True", false), pod("b", "7", "True", false)];
+        assert!(daemon_set(2, 2, &both).is_done());
+        assert!(!daemon_set(1, 2, &both).is_done(), "the status is about the version before");
+        assert!(!daemon_set(2, 0, &[]).is_done(), "no node was seen yet");
+        let [a, b] = both;
+        let old = pod("b", "6", "True", true);
+        assert!(daemon_set(2, 2, &[a.clone(), b, old.clone()]).is_done(), "what ends holds nothing up");
+        for other in [old, pod("a", "7", "True", false), pod("b", "7", "False", false), pod("b", "7", "True", true)] {
+            assert_eq!(daemon_set(2, 2, &[a.clone(), other]).to_string(), "1 of 2 ready");
+        }
         let deployment = |replicas: u64, updated: u64, available: u64| {
             Progress::of(
                 &json!({ "kind": "Deployment", "metadata": { "generation": 1 }, "spec": { "replicas": 2 }, "status": {
                 "observedGeneration": 1, "replicas": replicas, "updatedReplicas": updated, "availableReplicas": available,
             } }),
+                &[],
             )
         };
         assert!(deployment(2, 2, 2).is_done());
         assert!(!deployment(3, 2, 2).is_done(), "one of the version before is still there");
-        assert!(!Progress::of(&json!({ "kind": "Deployment", "metadata": { "generation": 1 }, "spec": {} })).is_done());
+        assert!(
+            !Progress::of(&json!({ "kind": "Deployment", "metadata": { "generation": 1 }, "spec": {} }), &[]).is_done()
+        );
     }
 }

@@ -32,12 +32,17 @@ pub struct LocalDelivery {
 }
 
 impl LocalDelivery {
-    /// Makes route and rule be there; what is there already stays.
+    /// Makes route and rule be there, and no rule for another mark into the same table: one that knew that mark is gone, and took
+    /// nothing away. What is there already stays.
     pub fn add(&self, socket: &mut Socket, family: IpFamily) -> Result<(), Error> {
         let what = format!("add the route {}", self.route_text(family));
         let route = RouteNetlinkMessage::NewRoute(self.route(family));
         socket.request(&what, route, NLM_F_CREATE | NLM_F_REPLACE)?;
-        if self.has_rule(socket, family)? {
+        let marks = self.marks(socket, family)?;
+        for mark in marks.iter().filter(|mark| **mark != self.mark) {
+            Self { mark: *mark, ..*self }.remove_rule(socket, family)?;
+        }
+        if marks.contains(&self.mark) {
             return Ok(());
         }
         let what = format!("add the rule {}", self.rule_text(family));
@@ -50,7 +55,7 @@ impl LocalDelivery {
 
     /// What is missing, as `ip` would say it; `None` when route and rule are there.
     pub fn missing(&self, socket: &mut Socket, family: IpFamily) -> Result<Option<String>, Error> {
-        if !self.has_rule(socket, family)? {
+        if !self.marks(socket, family)?.contains(&self.mark) {
             return Ok(Some(format!("the rule {} is missing", self.rule_text(family))));
         }
         if !self.has_route(socket, family)? {
@@ -59,16 +64,18 @@ impl LocalDelivery {
         Ok(None)
     }
 
-    /// Takes rule and route away; what is not there is fine. Only when no connection uses them.
+    /// Takes rules and route away; what is not there is fine. Only when no connection uses them.
     pub fn remove(&self, socket: &mut Socket, family: IpFamily) -> Result<(), Error> {
-        let gone = |result: Result<(), Error>| match result {
-            Err(error) if matches!(error.errno(), Some(libc::ENOENT | libc::ESRCH)) => Ok(()),
-            other => other,
-        };
-        let what = format!("delete the rule {}", self.rule_text(family));
-        gone(socket.request(&what, RouteNetlinkMessage::DelRule(self.rule(family)), 0))?;
+        for mark in self.marks(socket, family)? {
+            Self { mark, ..*self }.remove_rule(socket, family)?;
+        }
         let what = format!("delete the route {}", self.route_text(family));
-        gone(socket.request(&what, RouteNetlinkMessage::DelRoute(self.route(family)), 0))
+        or_gone(socket.request(&what, RouteNetlinkMessage::DelRoute(self.route(family)), 0))
+    }
+
+    fn remove_rule(&self, socket: &mut Socket, family: IpFamily) -> Result<(), Error> {
+        let what = format!("delete the rule {}", self.rule_text(family));
+        or_gone(socket.request(&what, RouteNetlinkMessage::DelRule(self.rule(family)), 0))
     }
 
     fn rule(&self, family: IpFamily) -> RuleMessage {
@@ -98,18 +105,22 @@ impl LocalDelivery {
         route
     }
 
-    fn has_rule(&self, socket: &mut Socket, family: IpFamily) -> Result<bool, Error> {
+    /// The marks of all rules that are as this one, but for the mark.
+    fn marks(&self, socket: &mut Socket, family: IpFamily) -> Result<Vec<u32>, Error> {
         let mut question = RuleMessage::default();
         question.header.family = address_family(family);
         let rules = socket.dump("read the rules", RouteNetlinkMessage::GetRule(question))?;
-        Ok(rules.iter().any(|answer| match answer {
-            RouteNetlinkMessage::NewRule(rule) => self.is_ours(rule, family),
-            _ => false,
-        }))
+        Ok(rules
+            .iter()
+            .filter_map(|answer| match answer {
+                RouteNetlinkMessage::NewRule(rule) => self.mark_of(rule, family),
+                _ => None,
+            })
+            .collect())
     }
 
-    /// A rule with one selector more than ours would deliver less, and so is not ours.
-    fn is_ours(&self, rule: &RuleMessage, family: IpFamily) -> bool {
+    /// The mark of a rule that is ours but for that. One with one selector more would deliver less, and is not.
+    fn mark_of(&self, rule: &RuleMessage, family: IpFamily) -> Option<u32> {
         let header = &rule.header;
         let (mut mark, mut mask, mut preference) = (0, u32::MAX, 0);
         let mut table = u32::from(header.table);
@@ -128,10 +139,11 @@ impl LocalDelivery {
                 _ => others = true,
             }
         }
-        header.family == address_family(family)
+        let is_ours = header.family == address_family(family)
             && header.action == RuleAction::ToTable
-            && (mark, mask, preference, table) == (self.mark, u32::MAX, self.preference, self.table)
-            && !others
+            && (mask, preference, table) == (u32::MAX, self.preference, self.table)
+            && !others;
+        is_ours.then_some(mark)
     }
 
     fn has_route(&self, socket: &mut Socket, family: IpFamily) -> Result<bool, Error> {
@@ -172,6 +184,14 @@ fn option(family: IpFamily) -> &'static str {
     match family {
         IpFamily::V4 => "-4",
         IpFamily::V6 => "-6",
+    }
+}
+
+/// What is to be taken away and is not there is fine.
+fn or_gone(result: Result<(), Error>) -> Result<(), Error> {
+    match result {
+        Err(error) if matches!(error.errno(), Some(libc::ENOENT | libc::ESRCH)) => Ok(()),
+        other => other,
     }
 }
 

@@ -59,6 +59,11 @@ impl Records {
         Ok(())
     }
 
+    /// Forgets all, and the folder.
+    pub(crate) fn clear(&self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+
     /// An id becomes a name of a file in the folder, and of no other.
     fn of(&self, sandbox: &str) -> io::Result<PathBuf> {
         let fits = |it: char| it.is_ascii_alphanumeric() || ['-', '_', '.'].contains(&it);
@@ -87,6 +92,9 @@ mod tests {
         records.remove("a1").unwrap();
         records.keep_only(&["c3"]).unwrap();
         assert_eq!([records.has("a1"), records.has("b2"), records.has("c3")], [false, false, true]);
+        records.clear();
+        records.clear();
+        assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use identity::{TrustDomain, tls};
 use kube::{Api, Client};
+use manifests::ObjectKey;
 use manifests::k8s_openapi::api::core::v1::ConfigMap;
 use mesh::PodUid;
 use tokio::net::TcpListener;
@@ -65,9 +66,12 @@ impl Replica {
     }
 
     /// Passes on what policies are to be told about themselves, and what they say already.
-    pub(super) fn tell_policies(&self, index: &Index, there: Conditions) {
-        let wanted = index.problems_of_policies();
-        let wanted = wanted.filter_map(|(key, problems)| Some((key.clone(), Condition::of(&problems)?))).collect();
+    pub(super) fn tell_policies(&self, index: &Index, read: &BTreeMap<ObjectKey, Vec<Problem>>, there: Conditions) {
+        let mut wanted = index.problems_of_policies();
+        for (key, problems) in read {
+            wanted.entry(key.clone()).or_default().extend(problems);
+        }
+        let wanted = wanted.into_iter().filter_map(|(key, problems)| Some((key, Condition::of(&problems)?))).collect();
         kubernetes::tell(&self.statuses, Statuses { wanted, there });
     }
 
@@ -192,7 +196,7 @@ impl Control {
         tokio::spawn(follow(source, sender.clone()));
         probes.serve_nodes(shown);
         if let Some(replica) = &replica {
-            replica.tell_policies(&index, first.conditions);
+            replica.tell_policies(&index, &first.of_policies, first.conditions);
         }
         let mut control = Self {
             index,

@@ -112,8 +112,8 @@ impl PeerAuthentications {
         self.0.range(Name::all_of(namespace)).map(|(_, policy)| policy)
     }
 
-    /// Policies of a namespace that have no effect because an older one speaks for the same pods.
-    pub(crate) fn shadowed(&self, namespace: &str) -> Vec<Problem> {
+    /// Policies of a namespace that have no effect because an older one speaks for the same pods, and what is to be said of each.
+    pub(crate) fn shadowed(&self, namespace: &str) -> Vec<(Name, Problem)> {
         let mut oldest: BTreeMap<&BTreeMap<String, String>, &PeerAuthentication> = BTreeMap::new();
         for policy in self.of(namespace) {
             let first = oldest.entry(&policy.selector).or_insert(policy);
@@ -127,7 +127,8 @@ impl PeerAuthentications {
                 "has no effect: the older {} speaks for the same pods; merge the two",
                 oldest[&policy.selector].age.name()
             );
-            Problem::warning(policy.age.name().as_kind(Kind::PeerAuthentication), message)
+            let name = policy.age.name();
+            (name.clone(), Problem::warning(name.as_kind(Kind::PeerAuthentication), message))
         };
         shadowed.map(problem).collect()
     }

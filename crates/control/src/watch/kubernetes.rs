@@ -218,7 +218,7 @@ impl Kubernetes {
     }
 
     fn read(&mut self, reading: Reading, changes: &mut Vec<Change>) {
-        let Reading { key, object, problems, condition, version: _ } = reading;
+        let Reading { key, object, stand_in, problems, condition, version: _ } = reading;
         let is_policy = crate::kubernetes::status::concerns(key.kind);
         match condition {
             Some(condition) => drop(self.conditions.insert(key.clone(), condition)),
@@ -236,7 +236,7 @@ impl Kubernetes {
             None if self.taken.contains(&key) => {}
             None => {
                 self.unreadable.insert(key.clone());
-                changes.extend(read::stand_in(&key).map(Change::Applied));
+                changes.extend(stand_in.map(Change::Applied));
             }
         }
         if problems.is_empty() {
@@ -276,8 +276,11 @@ impl Kubernetes {
     }
 
     fn batch(&self, changes: Vec<Change>) -> Batch {
+        let is_of_policy = |(key, _): &(&ObjectKey, _)| crate::kubernetes::status::concerns(key.kind);
+        let of_policies = self.problems.iter().filter(is_of_policy);
         Batch {
             changes,
+            of_policies: of_policies.map(|(key, problems)| (key.clone(), problems.clone())).collect(),
             unreadable: self.unreadable.clone(),
             unlisted: BTreeSet::new(),
             problems: self.last.iter().chain(self.problems.values().flatten()).cloned().collect(),

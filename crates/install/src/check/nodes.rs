@@ -182,7 +182,12 @@ pub(super) fn captures(rows: &[PodRow]) -> Vec<Finding> {
     let mut findings: Vec<_> = amiss.collect();
     let count = |state: &str| rows.iter().filter(|row| row.capture == state).count();
     let (captured, left_out, starting) = (count("captured"), count("not-captured"), count("starting"));
-    let counts = format!("{captured} pods are captured, {left_out} are left out by name, {starting} are starting");
+    let leaving = match count("leaving") {
+        0 => String::new(),
+        some => format!(", {some} leave and are held by what they have open"),
+    };
+    let counts =
+        format!("{captured} pods are captured, {left_out} are left out by name, {starting} are starting{leaving}");
     findings.push(ok(Id::PodsCaptured, counts));
     findings
 }

@@ -94,11 +94,18 @@ fn selector() -> Value {
 
 fn peer_authentication() -> Value {
     let mtls = || object(json!({ "mode": one_of(&["UNSET", "DISABLE", "PERMISSIVE", "STRICT"]) }));
-    object(json!({
+    let mut spec = object(json!({
         "selector": selector(),
         "mtls": mtls(),
         "portLevelMtls": { "type": "object", "additionalProperties": mtls() },
-    }))
+    }));
+    // As Istio's own has it.
+    spec["x-kubernetes-validations"] = json!([{
+        "rule": "!has(self.portLevelMtls) || has(self.selector) && has(self.selector.matchLabels) && \
+                 self.selector.matchLabels.size() > 0",
+        "message": "modes of ports need a selector: add spec.selector.matchLabels, or remove portLevelMtls",
+    }]);
+    spec
 }
 
 fn authorization_policy() -> Value {

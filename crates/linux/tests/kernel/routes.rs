@@ -56,6 +56,25 @@ fn another_mark_table_or_place_is_not_ours() {
 }
 
 #[test]
+fn a_rule_whose_mark_nobody_knows_any_more_goes_with_the_next() {
+    with_privilege(a_rule_whose_mark_nobody_knows_any_more_goes_with_the_next, || {
+        let mut socket = socket();
+        loopback_up();
+        let (forgotten, others) = (LocalDelivery { mark: 1, ..OURS }, LocalDelivery { preference: 999, ..OURS });
+        for family in [IpFamily::V4, IpFamily::V6] {
+            let mut missing = |it: LocalDelivery| it.missing(&mut socket, family).unwrap();
+            others.add(&mut self::socket(), family).unwrap();
+            forgotten.add(&mut self::socket(), family).unwrap();
+            OURS.add(&mut self::socket(), family).unwrap();
+            assert!(missing(forgotten).is_some());
+            assert_eq!([missing(OURS), missing(others)], [None, None]);
+            forgotten.remove(&mut self::socket(), family).unwrap();
+            assert!(missing(OURS).unwrap().contains("the rule"), "whoever takes it away need not know the mark");
+        }
+    });
+}
+
+#[test]
 fn a_missing_route_is_seen_while_the_rule_stands() {
     with_privilege(a_missing_route_is_seen_while_the_rule_stands, || {
         let mut socket = socket();

@@ -223,6 +223,35 @@ async fn a_policy_that_cannot_be_enforced_says_so_in_its_status_until_it_can() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn policies_that_cannot_be_read_or_have_no_effect_say_so_in_their_status() {
+    let cluster = Cluster::new();
+    let path = |name: &str| format!("/apis/security.istio.io/v1/namespaces/shop/peerauthentications/{name}");
+    let put = |name: &str, created: &str, mode: &str| {
+        let metadata = json!({ "creationTimestamp": created });
+        let policy = json!({
+            "apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication", "metadata": metadata,
+            "spec": { "mtls": { "mode": mode } },
+        });
+        cluster.fake.put(&path(name), policy);
+    };
+    put("oldest", "2026-11-30T06:00:00Z", "PERMISSIVE");
+    put("later", "2026-11-30T06:00:01Z", "STRICT");
+    put("broken", "2026-11-30T06:00:02Z", "MAYBE");
+    let replica = cluster.replica("one").await;
+    let ours = |name| Some(cluster.fake.get(&path(name))?["status"]["conditions"].as_array()?.first()?.clone());
+    let later = until(|| ours("later")).await;
+    assert_eq!(later["status"], "True");
+    let is_shadowed =
+        |condition: &Value| condition["message"].as_str().unwrap().contains("has no effect: the older shop/oldest");
+    assert!(is_shadowed(&later), "{later}");
+    let broken = until(|| ours("broken")).await;
+    assert_eq!(broken["status"], "False");
+    assert!(broken["message"].as_str().unwrap().contains("MAYBE") && is_shadowed(&broken), "{broken}");
+    assert_eq!(ours("oldest"), None);
+    replica.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn pods_that_run_and_cannot_be_captured_have_events_and_others_have_none() {
     let cluster = Cluster::new();
     let allows = json!({ "justmtls.dev/allow-opt-out": "true" });

@@ -104,9 +104,7 @@ impl Service {
         let object = Name::of_metadata(&service.metadata).as_kind(Kind::Service);
         let spec = service.spec.as_ref()?;
         if spec.type_.as_deref() == Some("ExternalName") {
-            let message = "is an ExternalName, which is a DNS alias and no traffic's address; connections are judged \
-                           by the address that the name resolves to";
-            problems.push(Problem::warning(&object, message));
+            // Connections are judged by the address that the name resolves to.
             return None;
         }
         let real = |address: &&String| !address.is_empty() && *address != "None";

@@ -3,10 +3,11 @@
 //! Core kinds are read as they are: the API server has checked them. Istio's are read as files are, so that the same text means
 //! the same from both sources, and what was written into them and cannot be understood has a name.
 
-use kube::api::DynamicObject;
+use kube::api::{DynamicObject, ObjectMeta};
 use manifests::istio::{Mtls, MtlsMode, PeerAuthentication, PeerAuthenticationSpec};
 use manifests::{Kind, Object, ObjectKey, Severity};
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::kubernetes::status::Condition;
 use crate::problem::Problem;
@@ -22,6 +23,8 @@ pub(super) struct Reading {
     pub(super) version: Option<String>,
     /// `None`: it is there, and cannot be read.
     pub(super) object: Option<Object>,
+    /// What then stands in for it, where no earlier state is known.
+    pub(super) stand_in: Option<Object>,
     pub(super) problems: Vec<Problem>,
     /// What we told it about itself before.
     pub(super) condition: Option<Condition>,
@@ -31,7 +34,8 @@ pub(super) struct Reading {
 pub(super) fn plain<K: DeserializeOwned + Into<Object>>(json: &str) -> serde_json::Result<Reading> {
     let object: Object = serde_json::from_str::<K>(json)?.into();
     let version = object.metadata().resource_version.clone();
-    Ok(Reading { key: object.key(), version, object: Some(object), problems: Vec::new(), condition: None })
+    let key = object.key();
+    Ok(Reading { key, version, object: Some(object), stand_in: None, problems: Vec::new(), condition: None })
 }
 
 /// One of Istio's kinds.
@@ -41,6 +45,7 @@ pub(super) fn policy(kind: Kind, json: &str) -> serde_json::Result<Reading> {
     let key =
         ObjectKey { kind, namespace: metadata.namespace.clone(), name: metadata.name.clone().unwrap_or_default() };
     let condition = Condition::in_status(&data["status"]);
+    let stand_in = (kind == Kind::PeerAuthentication).then(|| stand_in(&metadata, &data["spec"]));
     let mut parsed = manifests::parse_policy(&key.to_string(), kind, metadata, &data["spec"]);
     let object = parsed.objects.pop().map(|(object, _)| object);
     let problem = |problem: &manifests::Problem| match problem.severity {
@@ -48,19 +53,23 @@ pub(super) fn policy(kind: Kind, json: &str) -> serde_json::Result<Reading> {
         Severity::Warning => Problem::warning(&key, problem.finding()),
     };
     let problems = parsed.problems.iter().map(problem).collect();
-    Ok(Reading { key, version, object, problems, condition })
+    Ok(Reading { key, version, object, stand_in, problems, condition })
 }
 
-/// What stands in for an object that cannot be read and of which no earlier state is known. (The index makes one for an
-/// AuthorizationPolicy.) A PeerAuthentication may say STRICT, and to take it for less would open what it closes: it is taken
-/// as STRICT for its namespace, and for no other.
-pub(super) fn stand_in(key: &ObjectKey) -> Option<Object> {
-    if key.kind != Kind::PeerAuthentication {
-        return None;
-    }
-    let mut policy = PeerAuthentication::default();
-    policy.metadata.name = Some(key.name.clone());
-    policy.metadata.namespace = key.namespace.clone();
-    policy.spec = PeerAuthenticationSpec { mtls: Some(Mtls { mode: MtlsMode::Strict }), ..Default::default() };
-    Some(policy.into())
+/// What stands in for a PeerAuthentication that cannot be read and of which no earlier state is known. (The index makes what stands
+/// in for an AuthorizationPolicy.) It may say STRICT, and to take it for less would open what it closes: it is taken as STRICT for
+/// its namespace, and for no other.
+///
+/// Beside others of its namespace it has its own age, as the oldest is the one that counts whatever it says; but one with a
+/// selector, which would count for some pods before any other, comes before all.
+fn stand_in(metadata: &ObjectMeta, spec: &Value) -> Object {
+    let created = metadata.creation_timestamp.clone().filter(|_| spec["selector"].is_null());
+    let metadata = ObjectMeta {
+        name: metadata.name.clone(),
+        namespace: metadata.namespace.clone(),
+        creation_timestamp: created,
+        ..Default::default()
+    };
+    let spec = PeerAuthenticationSpec { mtls: Some(Mtls { mode: MtlsMode::Strict }), ..Default::default() };
+    PeerAuthentication { metadata, spec, ..Default::default() }.into()
 }

@@ -225,6 +225,28 @@ async fn a_policy_that_cannot_be_read_keeps_its_last_state_or_closes_its_namespa
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_stands_in_for_a_policy_is_as_old_as_that_unless_it_selects() {
+    let fake = Fake::default();
+    let created = "2026-11-30T06:31:55Z";
+    for (name, selector) in [("plain", json!(null)), ("selects", json!({ "matchLabels": { "app": "web" } }))] {
+        let mut policy = strict("MAYBE");
+        policy["metadata"]["creationTimestamp"] = json!(created);
+        policy["spec"]["selector"] = selector;
+        fake.put(&format!("{POLICIES}/peerauthentications/{name}"), policy);
+    }
+    let heard = Heard::whole(&fake.client()).await;
+    let ages = heard.there.values().filter_map(|object| match object {
+        Object::PeerAuthentication(policy) => {
+            Some(policy.metadata.creation_timestamp.as_ref().map(|it| it.0.to_string()))
+        }
+        _ => None,
+    });
+    assert_eq!(ages.collect::<Vec<_>>(), [Some(created.to_owned()), None]);
+    let told: Vec<_> = heard.last.of_policies.keys().map(|key| key.name.as_str()).collect();
+    assert_eq!(told, ["plain", "selects"]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_policies_say_of_themselves_is_passed_on() {
     let fake = Fake::default();
     let mut policy = strict("STRICT");
