@@ -79,11 +79,16 @@ fn everything_is_upgraded(cluster: &Kubernetes) {
             ];
             let settings = settings.iter().flat_map(|setting| ["--set", setting]);
             cluster.justmtls(&["upgrade"]).args(settings).within(PATIENCE * 2).run().ok();
+            // The old ones go on draining, and nothing is amiss.
+            assert!(!before.is_disjoint(&cluster.pods_of_ours()), "the upgrade waited for what drains");
+            assert_nothing_is_amiss(cluster);
             load.wait_for_lost(LONG);
         });
+        wait_until("the old ones to be gone", PATIENCE, || match cluster.pods_of_ours() {
+            pods if before.is_disjoint(&pods) => Ok(()),
+            pods => Err(format!("{before:?} {pods:?}")),
+        });
         assert_eq!(cluster.images_of_ours(), [image.clone()].into());
-        let after = cluster.pods_of_ours();
-        assert!(before.is_disjoint(&after), "{before:?} {after:?}");
         report.assert_no_short_failed();
         // The old proxies had what was open for as long as they may, which began after it was said to.
         let ended = report.first_failure_after_event("long").expect("long connections end with the drain");
@@ -155,6 +160,11 @@ fn upgrade_is_taken_back(cluster: &Kubernetes) {
     });
     report.assert_no_short_failed();
     cluster.rolled_out("justmtls-system", NODES);
+    assert_nothing_is_amiss(cluster);
+}
+
+#[track_caller]
+fn assert_nothing_is_amiss(cluster: &Kubernetes) {
     let check = cluster.says(&["check"]);
     let failed: Vec<_> = check["checks"].as_array().unwrap().iter().filter(|it| it["state"] == "failed").collect();
     assert!(failed.is_empty(), "{failed:?}");

@@ -24,6 +24,16 @@ for n in /run/netns/*; do
 done
 "#;
 
+/// Made while the plugin is in, and gone after it.
+const LATE: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: { name: late, namespace: shop }
+spec:
+  terminationGracePeriodSeconds: 1
+  containers: [{ name: late, image: IMAGE, args: [demo-app, serve, --port, "8080"] }]
+"#;
+
 const DRAIN: Duration = Duration::from_secs(10);
 const LONG: u64 = 10;
 const EVERY: Duration = Duration::from_millis(100);
@@ -50,6 +60,8 @@ fn what_is_uninstalled_leaves_nothing_and_pods_go_on() {
         cluster.wait_captured(pod);
     }
     cluster.apply(SHOP_IS_STRICT);
+    cluster.apply(LATE);
+    cluster.wait_captured("shop/late");
     for (node, _) in &before {
         let state = state(&cluster, node);
         for ours in ["00-justmtls.conflist", "in a pod: table inet justmtls", "in a pod: 1000:", "table 27245"] {
@@ -82,6 +94,7 @@ fn what_is_uninstalled_leaves_nothing_and_pods_go_on() {
     assert!(report.first_failure_after_event("long") > Some(DRAIN), "before the drain time was over: {report}");
     // In clear from now on, also what was strict, and without a restart.
     ask();
+    cluster.delete(LATE);
 
     for (node, before) in &before {
         e2e::wait_until(&format!("node {node} to be as before"), e2e::PATIENCE * 3, || {
