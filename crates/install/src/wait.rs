@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
+use k8s_openapi::api::apps::v1::ControllerRevision;
 use k8s_openapi::api::core::v1::{Event, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde_json::Value;
 
 use crate::cluster::Cluster;
@@ -35,20 +37,23 @@ impl Progress {
     pub(crate) async fn look(cluster: &Cluster, resource: &str, name: &str) -> anyhow::Result<Option<Self>> {
         let object = cluster.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/{resource}/{name}")).await?;
         let Some(object) = object else { return Ok(None) };
-        let pods = if resource == "daemonsets" { pods_of(cluster, name).await? } else { Vec::new() };
-        Ok(Some(Self::of(&object, &pods)))
+        let (mut pods, mut revisions) = (Vec::new(), Vec::new());
+        if resource == "daemonsets" {
+            (pods, revisions) = (pods_of(cluster, name).await?, revisions_of(cluster, name).await?);
+        }
+        Ok(Some(Self::of(&object, &revisions, &pods)))
     }
 
-    /// From the object of a Deployment or DaemonSet, and the pods of the latter: of a node's two pods its status counts the older one,
-    /// which ends for as long as connections are open, and not the one that serves.
-    fn of(object: &Value, pods: &[Pod]) -> Self {
+    /// From the object of a Deployment or DaemonSet, and the revisions and pods of the latter: of a node's two pods its status counts
+    /// the older one, which ends for as long as connections are open, and not the one that serves.
+    fn of(object: &Value, revisions: &[ControllerRevision], pods: &[Pod]) -> Self {
         let status = &object["status"];
         let number = |name: &str| status[name].as_u64().unwrap_or(0);
         let seen = status["observedGeneration"].as_u64();
         let current = seen.is_some() && seen >= object["metadata"]["generation"].as_u64();
         if object["kind"] == "DaemonSet" {
-            const GENERATION: &str = "deprecated.daemonset.template.generation";
-            let newest = object["metadata"]["annotations"][GENERATION].as_str();
+            // One that is taken back to is the newest again.
+            let newest = revisions.iter().max_by_key(|it| it.revision).and_then(|it| hash(&it.metadata));
             let nodes: BTreeSet<_> = pods.iter().filter_map(|pod| ready_node(pod, newest?)).collect();
             Self { ready: nodes.len() as u64, wanted: number("desiredNumberScheduled"), current }
         } else {
@@ -72,10 +77,14 @@ impl std::fmt::Display for Progress {
     }
 }
 
-/// The node of a DaemonSet's pod that is of this generation of the template, is ready and does not end.
-fn ready_node<'a>(pod: &'a Pod, generation: &str) -> Option<&'a str> {
-    const LABEL: &str = "pod-template-generation";
-    let is_newest = pod.metadata.labels.as_ref()?.get(LABEL).is_some_and(|it| it == generation);
+/// Of which revision of its DaemonSet something is.
+fn hash(metadata: &ObjectMeta) -> Option<&str> {
+    metadata.labels.as_ref()?.get("controller-revision-hash").map(String::as_str)
+}
+
+/// The node of a DaemonSet's pod that is of this revision, is ready and does not end.
+fn ready_node<'a>(pod: &'a Pod, revision: &str) -> Option<&'a str> {
+    let is_newest = hash(&pod.metadata) == Some(revision);
     let mut conditions = pod.status.as_ref()?.conditions.iter().flatten();
     let is_ready = conditions.any(|it| it.type_ == "Ready" && it.status == "True");
     let serves = is_newest && is_ready && pod.metadata.deletion_timestamp.is_none();
@@ -141,6 +150,12 @@ pub(crate) async fn pods_of(cluster: &Cluster, name: &str) -> anyhow::Result<Vec
     cluster.list(&format!("/api/v1/namespaces/{NAMESPACE}/pods"), &format!("labelSelector={NAME}%3D{name}")).await
 }
 
+/// The revisions of a DaemonSet of ours.
+async fn revisions_of(cluster: &Cluster, name: &str) -> anyhow::Result<Vec<ControllerRevision>> {
+    let place = format!("/apis/apps/v1/namespaces/{NAMESPACE}/controllerrevisions");
+    cluster.list(&place, &format!("labelSelector={NAME}%3D{name}")).await
+}
+
 /// Whether a pod runs and is not about to end: whether its processes can be asked.
 pub(crate) fn runs(pod: &Pod) -> bool {
     let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
@@ -161,24 +176,29 @@ mod tests {
 
     #[test]
     fn a_workload_is_ready_when_all_pods_of_its_newest_version_are() {
-        let pod = |node: &str, generation: &str, ready: &str, ends: bool| -> Pod {
+        let revision = |number: u64, hash: &str| -> ControllerRevision {
+            let metadata = json!({ "labels": { "controller-revision-hash": hash } });
+            serde_json::from_value(json!({ "metadata": metadata, "revision": number })).unwrap()
+        };
+        // The first of them was taken back to.
+        let revisions = [revision(3, "7"), revision(2, "6")];
+        let pod = |node: &str, hash: &str, ready: &str, ends: bool| -> Pod {
             let deleted = ends.then_some("2026-12-01T06:30:00Z");
             serde_json::from_value(json!({
-                "metadata": { "labels": { "pod-template-generation": generation }, "deletionTimestamp": deleted },
+                "metadata": { "labels": { "controller-revision-hash": hash }, "deletionTimestamp": deleted },
                 "spec": { "nodeName": node, "containers": [] },
                 "status": { "conditions": [{ "type": "Ready", "status": ready }] },
             }))
             .unwrap()
         };
         let daemon_set = |observed: u64, desired: u64, pods: &[Pod]| {
-            let annotations = json!({ "deprecated.daemonset.template.generation": "7" });
             // As the controller counts while the pods from before end.
             let status = json!({
                 "observedGeneration": observed, "desiredNumberScheduled": desired, "numberReady": 0,
                 "updatedNumberScheduled": 0, "numberAvailable": 0,
             });
-            let metadata = json!({ "generation": 2, "annotations": annotations });
-            Progress::of(&json!({ "kind": "DaemonSet", "metadata": metadata, "status": status }), pods)
+            let metadata = json!({ "generation": 2 });
+            Progress::of(&json!({ "kind": "DaemonSet", "metadata": metadata, "status": status }), &revisions, pods)
         };
         let both = [pod("a", "7", "True", false), pod("b", "7", "True", false)];
         assert!(daemon_set(2, 2, &both).is_done());
@@ -196,12 +216,14 @@ mod tests {
                 "observedGeneration": 1, "replicas": replicas, "updatedReplicas": updated, "availableReplicas": available,
             } }),
                 &[],
+                &[],
             )
         };
         assert!(deployment(2, 2, 2).is_done());
         assert!(!deployment(3, 2, 2).is_done(), "one of the version before is still there");
         assert!(
-            !Progress::of(&json!({ "kind": "Deployment", "metadata": { "generation": 1 }, "spec": {} }), &[]).is_done()
+            !Progress::of(&json!({ "kind": "Deployment", "metadata": { "generation": 1 }, "spec": {} }), &[], &[])
+                .is_done()
         );
     }
 }
