@@ -377,10 +377,7 @@ impl Capture {
         for interface in interfaces(&mut self.route, &self.plan)? {
             all += tc::dropped(&mut self.route, interface)?;
         }
-        // Somebody took it away, and it counts from 0 again.
-        let before = if all < self.dropped { 0 } else { self.dropped };
-        self.dropped = all;
-        Ok(all - before)
+        Ok(growth(&mut self.dropped, all))
     }
 
     /// The address of a listener that does not listen any more: somebody who had it shut it down.
@@ -538,6 +535,12 @@ impl Capture {
             Standing::Broken(difference) => Err(CaptureError::DoesNotStand(difference)),
         }
     }
+}
+
+/// By how much a counter has grown since it was last asked. One that was taken away and made anew counts from 0 again.
+fn growth(last: &mut u64, now: u64) -> u64 {
+    let before = std::mem::replace(last, now);
+    if now < before { now } else { now - before }
 }
 
 /// By which what the pod says leaves.

@@ -20,7 +20,7 @@ use linux::diag::{self, Stage};
 use linux::flows::{self, Flow, Phase};
 use linux::nft;
 
-use super::{Capture, CaptureError};
+use super::{Capture, CaptureError, growth};
 use crate::rules::{self, CapturePlan, INBOUND_PORT};
 
 /// When to look again. A socket that has ended may send its last acknowledgement once more for a minute; ports come back in
@@ -88,9 +88,7 @@ impl Capture {
     fn drops_what_opens(&mut self) -> Result<bool, CaptureError> {
         let counters = nft::counters(&mut self.netfilter, rules::TABLE)?;
         let dropped = counters.iter().filter(|it| it.why == rules::UNCAPTURED).map(|it| it.packets).sum();
-        // A table that is loaded anew counts from 0 again.
-        let before = std::mem::replace(&mut self.uncaptured, dropped);
-        Ok(dropped > if dropped < before { 0 } else { before })
+        Ok(growth(&mut self.uncaptured, dropped) > 0)
     }
 
     /// Forgets what began while rules were gone and does not stand yet. The kernel would go on with it as it began, past the rules,

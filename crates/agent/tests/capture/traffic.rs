@@ -274,15 +274,15 @@ fn program_and_proxy_have_each_others_port_next_after_a_reset() {
     });
 }
 
-/// A segment: where its data begins in the stream, what it acknowledges, and one byte of data, or none. With a checksum, without
+/// A segment: where its data begins in the stream, what it acknowledges, and its data. With a checksum, without
 /// which connection tracking does not look at it.
-fn segment(from: SocketAddr, to: SocketAddr, [begins, acknowledged]: [u32; 2], data: &[u8; 2]) -> Vec<u8> {
+fn segment(from: SocketAddr, to: SocketAddr, [begins, acknowledged]: [u32; 2], data: &[u8]) -> Vec<u8> {
     const NO_OPTIONS: u8 = 5 << 4;
     const ACK: u8 = 0x10;
     let mut segment = ports(from.port(), to.port()).to_vec();
     segment.extend([begins, acknowledged].map(u32::to_be_bytes).concat());
     segment.extend([NO_OPTIONS, ACK, 0xff, 0xff, 0, 0, 0, 0]);
-    segment.extend(data.iter().filter(|it| **it != 0));
+    segment.extend(data);
     let octets = |address: IpAddr| match address {
         IpAddr::V4(it) => it.octets().to_vec(),
         IpAddr::V6(it) => it.octets().to_vec(),
@@ -330,7 +330,7 @@ fn what_comes_late_takes_no_port_from_a_program() {
             // Nobody's any more: the kernel's reset ends the flow.
             let own = SocketAddr::new(A[family], 34567);
             let tap = Tap::on(&lab, "a");
-            send(&segment(peer, own, [7, 7], b"x\0"), own);
+            send(&segment(peer, own, [7, 7], b"x"), own);
             eventually("it to be answered", || tap.seen(&ports(own.port(), peer.port())) > 0);
             Client::connect_with(&lab.a, B[family], 8080, |socket| socket.bind(&own.into())).unwrap().seen().unwrap();
             assert_eq!(a.last().client, own, "the program's connection is captured");
@@ -349,7 +349,7 @@ fn what_comes_late_takes_no_port_from_a_program() {
             let numbers = after_the_end(&tap, peer, own);
             // The look that is due by time alone, so that it is not the one that finds it.
             a.capture.lock().unwrap().forget_stale_when_due().unwrap();
-            send(&segment(peer, own, numbers, &[0, 0]), own);
+            send(&segment(peer, own, numbers, b""), own);
             let begun = |pod| {
                 flows::list(&mut netlink(pod, Netlink::Netfilter)).unwrap().iter().any(|it| it.destination == own)
             };
