@@ -87,8 +87,6 @@ fn all_or(id: Id, wrong: Vec<Finding>, right: impl Into<String>) -> Vec<Finding>
 const FEW_DAYS: i64 = 90;
 /// The pause between two looks.
 const AGAIN: Duration = Duration::from_secs(2);
-/// Where each check is explained.
-const ANCHOR: &str = "SPECIFICATION.md#checks";
 
 /// Checks. The exit status is 0 where all is well, 1 where something failed and 2 where there are warnings alone.
 pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
@@ -127,7 +125,7 @@ fn as_json(findings: &[Finding]) -> Value {
             "state": finding.state.as_str(),
             "message": finding.message,
             "hint": hint,
-            "documentation": ANCHOR,
+            "documentation": finding.id.documentation(),
         })
     };
     json!({ "state": worst(findings).as_str(), "checks": findings.iter().map(one).collect::<Vec<_>>() })
@@ -149,7 +147,7 @@ fn print(findings: &[Finding]) {
         let colour = colour.on_default();
         anstream::println!("{colour}{mark}{colour:#} {}: {}", finding.id.as_str(), printable(&finding.message));
         if finding.state != State::Ok {
-            anstream::println!("    {}; see {ANCHOR}", finding.id.hint());
+            anstream::println!("    {}; see {}", finding.id.hint(), finding.id.documentation());
         }
     }
     let of = |state: State| findings.iter().filter(|finding| finding.state == state).count();
@@ -319,17 +317,20 @@ fn roots(bundle: Option<Value>, now: i64) -> Vec<Finding> {
 async fn nodes_and_pods(cluster: &Cluster, namespace: Option<&str>) -> Vec<Finding> {
     let mut findings = workload(cluster, Id::NodePods, "daemonsets", NODE).await;
     let asked = async {
-        let nodes: Vec<Node> = cluster.list("/api/v1/nodes", "").await?;
         let pods_of_nodes = wait::pods_of(cluster, NODE).await?;
+        let nodes: Vec<Node> = cluster.list("/api/v1/nodes", "").await?;
         let pods = status::pods(cluster, namespace).await?;
         let pages = pages::of_pods(cluster, &pods_of_nodes, nodes::PAGES).await;
         anyhow::Ok((nodes, pods_of_nodes, pods, pages))
     };
     match asked.await {
+        // Nobody can be asked, for the cause that is named already.
+        Ok((_, pods_of_nodes, ..)) if pods_of_nodes.is_empty() => {}
         Ok((nodes, pods_of_nodes, pods, pages)) => {
+            let silent = nodes::silent(&nodes, &pages);
             findings.extend(nodes::versions(&pods_of_nodes));
-            findings.extend(nodes::of_pages(&nodes, &pages));
-            findings.extend(nodes::captures(&status::rows(&pods, &pages)));
+            findings.extend(nodes::of_pages(&nodes, &pages, &silent));
+            findings.extend(nodes::captures(&status::rows(&pods, &pages), &silent));
         }
         Err(error) => findings.push(failed(Id::NodeAgents, format!("{error:#}"))),
     }
@@ -365,6 +366,16 @@ mod tests {
         names.sort_unstable();
         names.dedup();
         assert_eq!(names.len(), Id::ALL.len());
+    }
+
+    #[test]
+    fn each_check_is_explained_where_it_says() {
+        let specification = include_str!("../../../SPECIFICATION.md");
+        for id in Id::ALL {
+            let (file, anchor) = id.documentation().split_once('#').unwrap();
+            assert_eq!(file, "SPECIFICATION.md");
+            assert!(specification.contains(&format!("<a id=\"{anchor}\"></a>`{}`", id.as_str())), "{anchor}");
+        }
     }
 
     fn pod(name: &str) -> Pod {

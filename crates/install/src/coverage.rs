@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::cluster::{Cluster, Place};
 use crate::pages::{self, NodePages, Process};
-use crate::status::pods;
+use crate::status::{namespace_is_there, pods};
 use crate::table::Table;
 
 /// What the verb takes.
@@ -106,6 +106,9 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
     if let Some(namespace) = &arguments.namespace {
         let within = format!("{namespace}/");
         edges.retain(|edge, _| edge.source.starts_with(&within) || edge.destination.starts_with(&within));
+    }
+    if edges.is_empty() {
+        namespace_is_there(&cluster, arguments.namespace.as_deref()).await?;
     }
     let silent: Vec<_> = pages
         .iter()

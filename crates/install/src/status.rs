@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::bail;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -57,7 +58,7 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
     let pods = pods(&cluster, arguments.namespace.as_deref()).await?;
     let pages = pages::of_nodes(&cluster, PAGES).await?;
     let rows = rows(&pods, &pages);
-    let nodes = node_rows(&nodes, &rows, &pages);
+    let nodes = node_rows(&nodes, &pages);
     if arguments.json {
         anstream::println!("{:#}", json!({ "nodes": nodes, "pods": rows }));
         return Ok(0);
@@ -99,9 +100,26 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
 }
 
 /// The pods that run, or are about to.
+///
+/// # Errors
+/// The API server does not say, or there is no such namespace: a name that is mistyped is not to look as if all were well.
 pub(crate) async fn pods(cluster: &Cluster, namespace: Option<&str>) -> anyhow::Result<Vec<Pod>> {
     let place = namespace.map_or_else(|| "/api/v1/pods".to_owned(), |name| format!("/api/v1/namespaces/{name}/pods"));
-    cluster.list(&place, "fieldSelector=status.phase%21%3DSucceeded%2Cstatus.phase%21%3DFailed").await
+    let pods = cluster.list(&place, "fieldSelector=status.phase%21%3DSucceeded%2Cstatus.phase%21%3DFailed").await?;
+    if pods.is_empty() {
+        namespace_is_there(cluster, namespace).await?;
+    }
+    Ok(pods)
+}
+
+/// An error where the cluster has no such namespace. Who may not read namespaces is believed.
+pub(crate) async fn namespace_is_there(cluster: &Cluster, namespace: Option<&str>) -> anyhow::Result<()> {
+    if let Some(name) = namespace
+        && matches!(cluster.get(&format!("/api/v1/namespaces/{name}")).await, Ok(None))
+    {
+        bail!("there is no namespace {name}; `kubectl get namespaces` lists them");
+    }
+    Ok(())
 }
 
 /// One row for each pod, in the order of their names.
@@ -176,11 +194,13 @@ fn mode(view: &Value) -> Option<String> {
     Some(if ports.is_empty() { default.to_owned() } else { format!("{default} ({})", ports.join(" ")) })
 }
 
-fn node_rows(nodes: &[Node], rows: &[PodRow], pages: &BTreeMap<String, NodePages>) -> Vec<Value> {
+/// One row for each node, with all its captured pods, whichever namespace is asked for.
+fn node_rows(nodes: &[Node], pages: &BTreeMap<String, NodePages>) -> Vec<Value> {
     let none = NodePages::default();
     let node = |name: &str| {
         let pages = pages.get(name).unwrap_or(&none);
-        let captured = rows.iter().filter(|row| row.node == name && row.capture == "captured").count();
+        let said = pages.page(Process::Agent, "/pods").as_array().into_iter().flatten();
+        let captured = said.filter(|pod| pod["state"] == "captured").count();
         let failures = PAGES.iter().find_map(|(process, page)| pages.failure(*process, page));
         json!({ "name": name, "pod": pages.pod, "captured": captured, "reason": failures })
     };
@@ -254,8 +274,7 @@ mod tests {
             .iter()
             .map(|name| serde_json::from_value(json!({ "metadata": { "name": name } })).unwrap())
             .collect();
-        let rows = rows(&[pod("web", Some("a"), "Running", false)], &told());
-        let nodes = node_rows(&nodes, &rows, &told());
+        let nodes = node_rows(&nodes, &told());
         assert_eq!(
             (&nodes[0]["captured"], &nodes[0]["pod"], &nodes[0]["reason"]),
             (&json!(1), &json!("node-pod"), &Value::Null)

@@ -25,6 +25,8 @@ pub(crate) struct Progress {
     ready: u64,
     /// Pods that there are to be.
     wanted: u64,
+    /// Pods of a Deployment's versions before that are there still, and serve.
+    older: u64,
     /// What is said here is about the newest version.
     current: bool,
 }
@@ -55,25 +57,29 @@ impl Progress {
             // One that is taken back to is the newest again.
             let newest = revisions.iter().max_by_key(|it| it.revision).and_then(|it| hash(&it.metadata));
             let nodes: BTreeSet<_> = pods.iter().filter_map(|pod| ready_node(pod, newest?)).collect();
-            Self { ready: nodes.len() as u64, wanted: number("desiredNumberScheduled"), current }
+            Self { ready: nodes.len() as u64, wanted: number("desiredNumberScheduled"), older: 0, current }
         } else {
             let wanted = object["spec"]["replicas"].as_u64().unwrap_or(1);
-            let ready = number("updatedReplicas").min(number("availableReplicas"));
-            // While pods of the last version are there, they are counted as available, too.
-            let old = number("replicas").saturating_sub(number("updatedReplicas"));
-            Self { ready: ready.saturating_sub(old), wanted, current }
+            let (updated, available) = (number("updatedReplicas"), number("availableReplicas"));
+            // Which pods are available is not said: those of the version before are, as a roll-out begins with them.
+            let older = number("replicas").saturating_sub(updated).min(available);
+            Self { ready: (available - older).min(updated), wanted, older, current }
         }
     }
 
     /// Whether there is nothing to wait for.
     pub(crate) fn is_done(self) -> bool {
-        self.current && self.wanted > 0 && self.ready >= self.wanted
+        self.current && self.wanted > 0 && self.ready >= self.wanted && self.older == 0
     }
 }
 
 impl std::fmt::Display for Progress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} of {} ready", self.ready.min(self.wanted), self.wanted)
+        write!(f, "{} of {} ready", self.ready.min(self.wanted), self.wanted)?;
+        match self.older {
+            0 => Ok(()),
+            older => write!(f, ", and {older} of the version before"),
+        }
     }
 }
 
@@ -220,7 +226,18 @@ mod tests {
             )
         };
         assert!(deployment(2, 2, 2).is_done());
-        assert!(!deployment(3, 2, 2).is_done(), "one of the version before is still there");
+        for (counts, said) in [
+            ((2, 0, 2), "0 of 2 ready, and 2 of the version before"),
+            ((3, 1, 2), "0 of 2 ready, and 2 of the version before"),
+            ((3, 1, 3), "1 of 2 ready, and 2 of the version before"),
+            ((3, 2, 3), "2 of 2 ready, and 1 of the version before"),
+            ((2, 2, 1), "1 of 2 ready"),
+        ] {
+            let (replicas, updated, available) = counts;
+            let progress = deployment(replicas, updated, available);
+            assert!(!progress.is_done(), "{counts:?}");
+            assert_eq!(progress.to_string(), said, "{counts:?}");
+        }
         assert!(
             !Progress::of(&json!({ "kind": "Deployment", "metadata": { "generation": 1 }, "spec": {} }), &[], &[])
                 .is_done()

@@ -89,6 +89,8 @@ fn everything_is_upgraded(cluster: &Kubernetes) {
             pods => Err(format!("{before:?} {pods:?}")),
         });
         assert_eq!(cluster.images_of_ours(), [image.clone()].into());
+        let nodes = cluster.get(&["nodes"])["items"].as_array().map_or(0, Vec::len);
+        assert_eq!(cluster.nodes_of_control().len(), nodes.min(2), "one node has both replicas");
         report.assert_no_short_failed();
         // The old proxies had what was open for as long as they may, which began after it was said to.
         let ended = report.first_failure_after_event("long").expect("long connections end with the drain");

@@ -49,6 +49,11 @@ macro_rules! ids {
                 match self { $(Self::$variant => Group::$group,)* }
             }
 
+            /// Where it is explained.
+            pub(crate) fn documentation(self) -> &'static str {
+                match self { $(Self::$variant => concat!("SPECIFICATION.md#check-", $name),)* }
+            }
+
             /// What to do where it fails.
             pub(crate) fn hint(self) -> &'static str {
                 match self { $(Self::$variant => $hint,)* }

@@ -44,35 +44,62 @@ pub(super) fn versions(pods: &[Pod]) -> Vec<Finding> {
     all_or(Id::NodeVersions, wrong, format!("all nodes run {VERSION}"))
 }
 
-/// Agents, proxies, plugins, roots and certificates of all nodes.
-pub(super) fn of_pages(nodes: &[Node], pages: &BTreeMap<String, NodePages>) -> Vec<Finding> {
-    let none = NodePages::default();
-    // A node of another system has no pod of ours, and cannot have one.
+/// The names of the nodes that can have a pod of ours: those with another system cannot.
+fn with_linux(nodes: &[Node]) -> BTreeSet<&str> {
     let linux = nodes.iter().filter(|node| {
         let labels = node.metadata.labels.as_ref();
         labels.and_then(|labels| labels.get("kubernetes.io/os")).is_none_or(|os| os == "linux")
     });
-    let names: BTreeSet<&str> = linux.filter_map(|node| node.metadata.name.as_deref()).collect();
-    let all: Vec<(&str, &NodePages)> = names.iter().map(|name| (*name, pages.get(*name).unwrap_or(&none))).collect();
-    if all.is_empty() {
+    linux.filter_map(|node| node.metadata.name.as_deref()).collect()
+}
+
+/// The nodes of which nothing at all can be heard, and why: one cause is to have one line, and not one in each check.
+pub(super) fn silent(nodes: &[Node], pages: &BTreeMap<String, NodePages>) -> BTreeMap<String, String> {
+    let none = NodePages::default();
+    let why = |name: &str| {
+        let pages = pages.get(name).unwrap_or(&none);
+        let failures: Option<Vec<&str>> = PAGES.iter().map(|(process, name)| pages.failure(*process, name)).collect();
+        failures?.first().map(|why| (*why).to_owned())
+    };
+    with_linux(nodes).into_iter().filter_map(|name| Some((name.to_owned(), why(name)?))).collect()
+}
+
+/// Agents, proxies, plugins, roots and certificates of all nodes but the silent ones, which are named.
+pub(super) fn of_pages(
+    nodes: &[Node],
+    pages: &BTreeMap<String, NodePages>,
+    silent: &BTreeMap<String, String>,
+) -> Vec<Finding> {
+    let names = with_linux(nodes);
+    if names.is_empty() {
         return vec![failed(Id::NodeAgents, "the cluster has no node with Linux")];
     }
-    let mut findings = Vec::new();
+    let all: Vec<(&str, &NodePages)> = pages
+        .iter()
+        .map(|(name, pages)| (name.as_str(), pages))
+        .filter(|(name, _)| names.contains(name) && !silent.contains_key(*name))
+        .collect();
+    let mut findings: Vec<_> =
+        silent.iter().map(|(node, why)| failed(Id::NodeAgents, format!("{node}: {why}"))).collect();
+    if all.is_empty() {
+        return findings;
+    }
     let each = |id, judge: &dyn Fn(&NodePages) -> Result<(), String>, right: &str| {
         let wrong = all.iter().filter_map(|(node, pages)| Some(failed(id, format!("{node}: {}", judge(pages).err()?))));
         all_or(id, wrong.collect(), right)
     };
-    findings.extend(each(
+    let agents = each(
         Id::NodeAgents,
         &|pages| ready(pages, Process::Agent),
-        "every agent has its pods and captures new ones",
-    ));
+        "every agent that answers has its pods and captures new ones",
+    );
+    findings.extend(agents);
     findings.extend(each(
         Id::NodeProxies,
         &|pages| ready(pages, Process::Proxy),
-        "every proxy has a current view and serves its pods",
+        "every proxy that answers has a current view and serves its pods",
     ));
-    findings.extend(each(Id::NodePlugins, &plugin, "the CNI plugin is in place on every node"));
+    findings.extend(each(Id::NodePlugins, &plugin, "the CNI plugin is in place on every node that answers"));
     findings.extend(roots(&all));
     findings.extend(certificates(&all));
     findings.push(api_servers(&all));
@@ -148,7 +175,7 @@ fn roots(all: &[(&str, &NodePages)]) -> Vec<Finding> {
         let few: Vec<_> = groups[..groups.len() - 1].iter().flat_map(|nodes| nodes.iter().cloned()).collect();
         wrong.push(warning(Id::NodeRoots, format!("{} have other roots than the rest", some(&few))));
     }
-    all_or(Id::NodeRoots, wrong, "every proxy trusts the same roots")
+    all_or(Id::NodeRoots, wrong, "every proxy that answers trusts the same roots")
 }
 
 /// Whether each certificate is valid.
@@ -173,13 +200,20 @@ fn certificates(all: &[(&str, &NodePages)]) -> Vec<Finding> {
     all_or(Id::NodeCertificates, wrong, format!("{count} certificates are valid"))
 }
 
-/// Whether each pod that is to be captured is.
-pub(super) fn captures(rows: &[PodRow]) -> Vec<Finding> {
-    let amiss = rows.iter().filter(|row| row.is_amiss()).map(|row| {
+/// Whether each pod that is to be captured is. Those of silent nodes are counted.
+pub(super) fn captures(rows: &[PodRow], silent: &BTreeMap<String, String>) -> Vec<Finding> {
+    let (unheard, amiss): (Vec<_>, Vec<_>) =
+        rows.iter().filter(|row| row.is_amiss()).partition(|row| silent.contains_key(&row.node));
+    let mut by_node: BTreeMap<&str, usize> = BTreeMap::new();
+    unheard.iter().for_each(|row| *by_node.entry(&row.node).or_default() += 1);
+    let unheard = by_node.iter().map(|(node, count)| {
+        failed(Id::PodsCaptured, format!("{node}: nobody says whether its pods are captured, {count} of them"))
+    });
+    let amiss = amiss.iter().map(|row| {
         let reason = row.reason.as_deref().unwrap_or("no reason is known");
         failed(Id::PodsCaptured, format!("{}/{} on {}: {} ({reason})", row.namespace, row.name, row.node, row.capture))
     });
-    let mut findings: Vec<_> = amiss.collect();
+    let mut findings: Vec<_> = unheard.chain(amiss).collect();
     let count = |state: &str| rows.iter().filter(|row| row.capture == state).count();
     let (captured, left_out, starting) = (count("captured"), count("not-captured"), count("starting"));
     let leaving = match count("leaving") {
@@ -237,7 +271,8 @@ mod tests {
 
     fn wrong(pages: NodePages) -> Vec<(Id, State, String)> {
         let pages = BTreeMap::from([("a".to_owned(), NodePages::told("pod", &good())), ("b".to_owned(), pages)]);
-        let findings = of_pages(&[node("a"), node("b")], &pages);
+        let nodes = [node("a"), node("b")];
+        let findings = of_pages(&nodes, &pages, &silent(&nodes, &pages));
         findings.into_iter().filter(|it| it.state != State::Ok).map(|it| (it.id, it.state, it.message)).collect()
     }
 
@@ -283,8 +318,12 @@ mod tests {
         }
         let other = with(Process::Proxy, "/certificates", json!({ "bundle": { "digest": "e" }, "svids": [] }));
         assert_eq!(wrong(other)[0].1, State::Warning);
-        // A node without a pod fails in each that asks it. (From where API servers call, the other one knows.)
-        assert_eq!(wrong(NodePages::default()).len(), 5);
+        // One cause has one line.
+        let [(id, state, message)] = &wrong(NodePages::default())[..] else { panic!("one line") };
+        assert!(
+            (*id, *state) == (Id::NodeAgents, State::Failed) && message.starts_with("b: there is no pod"),
+            "{message}"
+        );
     }
 
     #[test]
@@ -308,7 +347,7 @@ mod tests {
         assert_eq!(versions(&[pod(VERSION, "a")])[0].state, State::Ok);
         // No pod is no agreement.
         assert_eq!(versions(&[])[0].state, State::Failed);
-        assert_eq!(of_pages(&[], &BTreeMap::new())[0].state, State::Failed);
+        assert_eq!(of_pages(&[], &BTreeMap::new(), &BTreeMap::new())[0].state, State::Failed);
         let [one] = &versions(&[pod(VERSION, "a"), pod("0.0.1", "b")])[..] else { panic!("one") };
         assert!(one.state == State::Warning && one.message.contains("0.0.1 on b"), "{one:?}");
     }
@@ -325,11 +364,16 @@ mod tests {
             mode: None,
         };
         assert_eq!(
-            captures(&[row("a", "captured"), row("b", "not-captured"), row("c", "starting")])[0].state,
+            captures(&[row("a", "captured"), row("b", "not-captured"), row("c", "starting")], &BTreeMap::new())[0]
+                .state,
             State::Ok
         );
-        let found = captures(&[row("a", "captured"), row("b", "failed")]);
+        let found = captures(&[row("a", "captured"), row("b", "failed")], &BTreeMap::new());
         assert_eq!((found[0].state, found.len()), (State::Failed, 2));
         assert!(found[0].message.contains("shop/b on a"));
+        let silent = BTreeMap::from([("a".to_owned(), "why".to_owned())]);
+        let found = captures(&[row("a", "unknown"), row("b", "unknown"), row("c", "not-captured")], &silent);
+        assert_eq!((found[0].state, found.len()), (State::Failed, 2));
+        assert!(found[0].message.starts_with("a: ") && found[0].message.ends_with("2 of them"), "{}", found[0].message);
     }
 }

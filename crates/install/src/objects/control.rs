@@ -56,12 +56,15 @@ fn pod(source: Source<'_>) -> Value {
         "terminationGracePeriodSeconds": 30,
         "nodeSelector": { "kubernetes.io/os": "linux" },
         "tolerations": [{ "key": "node-role.kubernetes.io/control-plane", "operator": "Exists" }],
-        // Preferred, not demanded: a cluster of one node has both replicas there.
+        // Evenly over the nodes that take pods: a cluster of one node has both replicas there. Pods of one version alone are
+        // counted, since those of the version before end while an upgrade goes on.
         "topologySpreadConstraints": [{
             "maxSkew": 1,
             "topologyKey": "kubernetes.io/hostname",
-            "whenUnsatisfiable": "ScheduleAnyway",
+            "whenUnsatisfiable": "DoNotSchedule",
+            "nodeTaintsPolicy": "Honor",
             "labelSelector": { "matchLabels": { NAME: CONTROL } },
+            "matchLabelKeys": ["pod-template-hash"],
         }],
         "securityContext": {
             "runAsUser": CONTROL_USER,

@@ -57,6 +57,14 @@ impl Kubernetes {
         pods.map(|pod| text(&pod["metadata"], "uid").to_owned()).collect()
     }
 
+    /// The nodes of the control plane's replicas.
+    #[track_caller]
+    pub fn nodes_of_control(&self) -> BTreeSet<String> {
+        let pods = self.get(&["-n", OURS, "pods", "-l", "app.kubernetes.io/name=justmtls-control"]);
+        let pods = pods["items"].as_array().into_iter().flatten();
+        pods.map(|pod| text(&pod["spec"], "nodeName").to_owned()).collect()
+    }
+
     /// What the control planes have counted in `justmtls_control_METRIC_total` by this outcome.
     #[track_caller]
     pub fn control_counts(&self, metric: &str, outcome: &str) -> u64 {
