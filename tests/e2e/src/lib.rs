@@ -20,6 +20,7 @@ mod kubernetes;
 mod load;
 mod ordeal;
 mod processes;
+pub mod secret;
 mod shared;
 mod view;
 // The wire between the nodes, and what tshark says of it

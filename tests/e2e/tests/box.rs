@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use e2e::{Cluster, Family, Machine, Owner, PATIENCE, Program, Running, binary, eventually, needs, wait_until};
+use e2e::{Cluster, Family, Machine, Owner, PATIENCE, Program, Running, binary, eventually, needs, secret, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -248,6 +248,43 @@ fn no_private_key_is_on_disk_but_the_intermediates() {
     let found = cluster.on_node("node-a", &search).run();
     let files: Vec<_> = found.stdout.lines().collect();
     assert!(files.len() == 1 && files[0].ends_with("/intermediate.key"), "{found}");
+}
+
+#[test]
+fn a_workloads_private_key_is_in_its_proxys_memory_alone() {
+    needs!("root");
+    let cluster = Cluster::start(MESH);
+    let _server = cluster.serve("app/server", &["echo", "7000"]);
+    let server = cluster.address("app/server", Family::V4).to_string();
+    let said = cluster.tcp("app/client", &["ask", &server, "7000", "hello"]).run().ok();
+    assert!(said.starts_with("said hello"), "{said}");
+    // What the agent holds for the next proxy, sealed and unread, tells the test which keys there are.
+    let agent = cluster.process("agent@node-a");
+    let keys = wait_until("the estate of node-a's proxy", PATIENCE, || match secret::keys_held_by(agent) {
+        none if none.is_empty() => Err("no key".to_owned()),
+        keys => Ok(keys),
+    });
+    let proxy = cluster.process("node-a");
+    let of_its_proxy = secret::memory(proxy);
+    for key in &keys {
+        assert!(key.is_plain_in(&of_its_proxy), "what is not found where it must be is not found elsewhere either");
+        assert!(!key.is_text_in(&of_its_proxy), "the text that was sealed is wiped");
+    }
+    for name in ["agent@node-a", "node-b", "agent@node-b", "control"] {
+        let memory = secret::memory(cluster.process(name));
+        assert!(keys.iter().all(|key| !key.is_in(&memory)), "the memory of {name} has a key of node-a's proxy");
+    }
+    for page in ["/certificates", "/workloads", "/connections", "/coverage", "/metrics", "/readyz"] {
+        let page = cluster.page("node-a", page);
+        assert!(keys.iter().all(|key| !key.is_in(page.as_bytes())), "{page}");
+    }
+    let of_node = PathBuf::from(format!("/proc/{agent}/root/run/justmtls"));
+    let files: Vec<_> = [cluster.state(), of_node].iter().flat_map(|folder| secret::files_below(folder)).collect();
+    let logs = files.iter().filter(|(path, text)| path.extension().is_some_and(|it| it == "log") && !text.is_empty());
+    assert!(logs.count() > 3, "the logs are among them: {:?}", files.iter().map(|(path, _)| path).collect::<Vec<_>>());
+    for (path, text) in &files {
+        assert!(keys.iter().all(|key| !key.is_in(text)), "{} has a key of node-a's proxy", path.display());
+    }
 }
 
 #[test]
