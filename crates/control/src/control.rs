@@ -39,6 +39,7 @@ use crate::nodes::Nodes;
 use crate::probes::Probes;
 use crate::problem::Problem;
 use crate::publication::Publication;
+use crate::server::Crowd;
 use crate::watch::Batch;
 
 /// Threads: one for the index, and one for streams beside it.
@@ -145,6 +146,7 @@ pub(crate) struct Control {
     /// Whether nodes may know more than this process was started with.
     follows: bool,
     tokens: Arc<Tokens>,
+    crowd: Arc<Crowd>,
     metrics: Arc<Metrics>,
     clock: Clock,
     /// What is wrong with the source of objects.
@@ -380,7 +382,7 @@ impl Control {
         let elsewhere = elsewhere.chain(self.record.problems());
         let elsewhere = elsewhere.chain(self.replica.iter().flat_map(Replica::problems));
         let withheld = self.publication.withheld().map(|because| Problem::error("the control plane", because));
-        let elsewhere = elsewhere.chain(withheld);
+        let elsewhere = elsewhere.chain(withheld).chain(self.crowd.problem(self.clock.monotonic()));
         self.index.problems().into_iter().chain(&self.source_problems).cloned().chain(elsewhere).collect()
     }
 

@@ -76,7 +76,7 @@ impl Metrics {
         let refused_calls = Family::<Outcome, Counter>::default();
         registry.counter("refused_calls", "Calls and streams that were refused, by reason", refused_calls.clone());
         let refused_connections = Family::<Outcome, Counter>::default();
-        let help = "Connections that did not come to TLS, by reason";
+        let help = "Connections that ended before a token was accepted, by reason";
         registry.counter("refused_connections", help, refused_connections.clone());
         let token_reviews = Family::<Outcome, Counter>::default();
         registry.counter(
@@ -147,7 +147,7 @@ impl Metrics {
         self.refused_calls.get_or_create(&Outcome { outcome: reason.to_owned() }).inc();
     }
 
-    /// Counts a connection that did not come to TLS.
+    /// Counts a connection that ended before a token was accepted.
     pub(crate) fn refused_connection(&self, reason: &str) {
         self.refused_connections.get_or_create(&Outcome { outcome: reason.to_owned() }).inc();
     }

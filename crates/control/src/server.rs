@@ -1,11 +1,14 @@
 //! What nodes may call. A caller is nobody until its token was looked up.
 
+mod crowd;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
-use wire::server::{self, CaptureStream, CertificateRequest, DiscoveryStream, Handler, NoTls, Refused};
+use wire::server::{self, Bounds, CaptureStream, CertificateRequest, DiscoveryStream, Handler, Refused, TurnedAway};
 
 use crate::ca::token::{Caller, Tokens, Unknown};
 use crate::ca::{self, Certifier};
@@ -18,6 +21,8 @@ use crate::publication::Publication;
 use crate::refusals::Refusals;
 use crate::{discovery, report};
 
+pub(crate) use crowd::Crowd;
+
 /// What calls are answered from.
 pub(crate) struct Served {
     pub(crate) publication: Arc<Publication>,
@@ -26,27 +31,24 @@ pub(crate) struct Served {
     pub(crate) nodes: Nodes,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) refusals: Refusals,
+    pub(crate) crowd: Arc<Crowd>,
     pub(crate) history: Option<History>,
     pub(crate) clock: Clock,
     pub(crate) events: mpsc::Sender<Event>,
 }
 
-impl Served {
-    async fn authenticate(&self, caller: &server::Caller) -> Result<Caller, Refused> {
-        self.tokens.authenticate(&caller.token, caller.address.ip()).await.map_err(|unknown| {
-            if let Some(unsaid) = self.refusals.one_more(unknown.as_str()) {
-                warn!(address = %caller.address, reason = unknown.as_str(), unsaid, "a caller is refused: {unknown}");
-            }
-            self.metrics.refused_call(unknown.as_str());
-            let sentence = unknown.to_string();
-            match unknown {
-                Unknown::TooMany => Refused::TooMany(sentence),
-                Unknown::CannotAsk => Refused::Unavailable(sentence),
-                _ => Refused::UnknownCaller(sentence),
-            }
-        })
-    }
+/// How many connections this process can serve. Its limit of descriptors is raised to what its starter allows, as the usual one
+/// (1,024) is that of programs that use select(2); where that fails, what is there has to do.
+pub(crate) fn bounds() -> Bounds {
+    let raise = |(soft, hard)| if setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() { hard } else { soft };
+    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, raise);
+    let bounds = Bounds::within(descriptors);
+    let Bounds { nodes, strangers, strangers_of_source, .. } = bounds;
+    info!(descriptors, nodes, strangers, strangers_of_source, "connections that there may be");
+    bounds
+}
 
+impl Served {
     async fn certificate(&self, caller: &Caller, request: &CertificateRequest) -> Result<Vec<String>, Failed> {
         let CertificateRequest { csr, identity, validity_seconds } = request;
         let application = self.certifier.examine(caller, identity, csr, *validity_seconds)?;
@@ -97,13 +99,28 @@ impl From<ca::Refused> for Refused {
 }
 
 impl Handler for Served {
-    async fn discovery(&self, caller: server::Caller, stream: DiscoveryStream) -> Result<(), Refused> {
-        let caller = self.authenticate(&caller).await?;
+    type Known = Caller;
+
+    async fn authenticate(&self, caller: server::Caller) -> Result<Caller, Refused> {
+        self.tokens.authenticate(&caller.token, caller.address.ip()).await.map_err(|unknown| {
+            if let Some(unsaid) = self.refusals.one_more(unknown.as_str()) {
+                warn!(address = %caller.address, reason = unknown.as_str(), unsaid, "a caller is refused: {unknown}");
+            }
+            self.metrics.refused_call(unknown.as_str());
+            let sentence = unknown.to_string();
+            match unknown {
+                Unknown::TooMany => Refused::TooMany(sentence),
+                Unknown::CannotAsk => Refused::Unavailable(sentence),
+                _ => Refused::UnknownCaller(sentence),
+            }
+        })
+    }
+
+    async fn discovery(&self, caller: Caller, stream: DiscoveryStream) -> Result<(), Refused> {
         self.count(discovery::serve(self, caller, stream).await)
     }
 
-    async fn certify(&self, caller: server::Caller, request: CertificateRequest) -> Result<Vec<String>, Refused> {
-        let caller = self.authenticate(&caller).await?;
+    async fn certify(&self, caller: Caller, request: CertificateRequest) -> Result<Vec<String>, Refused> {
         match self.certificate(&caller, &request).await {
             Ok(chain) => {
                 // Only what was checked is logged: until then the identity is a stranger's text.
@@ -120,15 +137,22 @@ impl Handler for Served {
         }
     }
 
-    async fn captures(&self, caller: server::Caller, stream: CaptureStream) -> Result<(), Refused> {
-        let caller = self.authenticate(&caller).await?;
+    async fn captures(&self, caller: Caller, stream: CaptureStream) -> Result<(), Refused> {
         self.count(report::serve(&self.events, caller, stream).await)
     }
 
-    fn stranger(&self, address: SocketAddr, because: NoTls) {
-        if let Some(unsaid) = self.refusals.one_more(because.as_str()) {
-            info!(%address, reason = because.as_str(), unsaid, "a connection did not come to TLS");
+    fn turned_away(&self, address: SocketAddr, because: TurnedAway) {
+        let reason = because.as_str();
+        if let Some(unsaid) = self.refusals.one_more(reason) {
+            if because.is_crowding() {
+                warn!(%address, reason, unsaid, "there are too many connections, and one is ended");
+            } else {
+                info!(%address, reason, unsaid, "a connection ended before a token was accepted");
+            }
         }
-        self.metrics.refused_connection(because.as_str());
+        if because.is_crowding() {
+            self.crowd.ended(address.ip(), self.clock.monotonic());
+        }
+        self.metrics.refused_connection(reason);
     }
 }

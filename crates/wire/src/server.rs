@@ -1,11 +1,12 @@
 //! The control plane's end: accepts TLS connections and gives each call to a [`Handler`].
 //!
 //! A caller is a stranger until the handler has looked up its token: until then it costs one bounded connection, and no
-//! message of a stream is read.
+//! message of a stream is read. Places of strangers and of nodes are counted apart ([`Bounds`]).
 
 mod accept;
 mod captures;
 mod discovery;
+mod strangers;
 
 use std::fmt;
 use std::future::Future;
@@ -31,9 +32,10 @@ use crate::proto::istio::ca::istio_certificate_service_server::{
 use crate::proto::v1::reports_server::{Reports, ReportsServer};
 use crate::proto::v1::{CaptureConfirmed, CaptureReport};
 
-pub use accept::NoTls;
+pub use accept::TurnedAway;
 pub use captures::CaptureStream;
 pub use discovery::DiscoveryStream;
+pub use strangers::Bounds;
 
 /// Calls at a time on one connection: discovery, report, and some certificates.
 const MAX_CALLS: u32 = 64;
@@ -54,21 +56,31 @@ const WAITING: usize = 4;
 
 /// What the control plane does for nodes. Each call has a task of its own, which ends with the call.
 pub trait Handler: Send + Sync + 'static {
+    /// Whom an accepted token stands for.
+    type Known: Send;
+
+    /// Looks up a token, before anything else of its call is looked at. Whoever it accepts is no stranger any more.
+    fn authenticate(&self, caller: Caller) -> impl Future<Output = Result<Self::Known, Refused>> + Send;
+
     /// Serves a discovery stream until it ends.
-    fn discovery(&self, caller: Caller, stream: DiscoveryStream) -> impl Future<Output = Result<(), Refused>> + Send;
+    fn discovery(
+        &self,
+        caller: Self::Known,
+        stream: DiscoveryStream,
+    ) -> impl Future<Output = Result<(), Refused>> + Send;
 
     /// Answers a request for a certificate with PEM texts: the leaf, the intermediates, and last the roots.
     fn certify(
         &self,
-        caller: Caller,
+        caller: Self::Known,
         request: CertificateRequest,
     ) -> impl Future<Output = Result<Vec<String>, Refused>> + Send;
 
     /// Takes the reports of a node until they end.
-    fn captures(&self, caller: Caller, stream: CaptureStream) -> impl Future<Output = Result<(), Refused>> + Send;
+    fn captures(&self, caller: Self::Known, stream: CaptureStream) -> impl Future<Output = Result<(), Refused>> + Send;
 
-    /// Takes note of a connection that did not come to TLS, and so not to a call.
-    fn stranger(&self, address: SocketAddr, because: NoTls);
+    /// Takes note of a connection that had to go before it was a node's.
+    fn turned_away(&self, address: SocketAddr, because: TurnedAway);
 }
 
 /// Who calls, as far as the call shows.
@@ -142,11 +154,12 @@ pub async fn serve<H: Handler>(
     handler: Arc<H>,
     shutdown: impl Future<Output = ()> + Send,
     spread: Duration,
+    bounds: Bounds,
 ) -> Result<(), tonic::transport::Error> {
     let (close, closing) = watch::channel(false);
     let service = Service { handler: handler.clone(), closing: closing.clone(), spread };
-    let stranger = move |address, because| handler.stranger(address, because);
-    let incoming = accept::incoming(listener, config, stranger, closing.clone());
+    let turned_away = move |address, because| handler.turned_away(address, because);
+    let incoming = accept::incoming(listener, config, bounds, turned_away, closing.clone());
     let mut stopped = closing.clone();
     let router = tonic::transport::Server::builder()
         .max_concurrent_streams(MAX_CALLS)
@@ -219,16 +232,28 @@ impl<H: Handler> Service<H> {
     }
 }
 
-fn caller<T>(request: &Request<T>) -> Caller {
-    let token = request
-        .metadata()
-        .get("authorization")
-        .and_then(|value| value.to_str().ok())
-        .and_then(|value| value.strip_prefix("Bearer "))
-        .unwrap_or_default();
-    let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
-    let address = request.extensions().get::<accept::Peer>().map_or(unknown, |peer| peer.0);
-    Caller { token: token.to_owned(), address }
+/// A call's token, and its connection.
+struct Presented {
+    caller: Caller,
+    peer: accept::Peer,
+}
+
+impl Presented {
+    fn of<T>(request: &Request<T>) -> Result<Self, Status> {
+        let token = request
+            .metadata()
+            .get("authorization")
+            .and_then(|value| value.to_str().ok())
+            .and_then(|value| value.strip_prefix("Bearer "))
+            .unwrap_or_default();
+        let peer = request.extensions().get::<accept::Peer>();
+        let peer = peer.ok_or_else(|| Status::internal("a call without a connection"))?.clone();
+        Ok(Self { caller: Caller { token: token.to_owned(), address: peer.address }, peer })
+    }
+
+    async fn authenticate<H: Handler>(self, handler: &H) -> Result<H::Known, Refused> {
+        self.peer.review(handler.authenticate(self.caller)).await
+    }
 }
 
 #[tonic::async_trait]
@@ -239,11 +264,14 @@ impl<H: Handler> AggregatedDiscoveryService for Service<H> {
         &self,
         request: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
-        let caller = caller(&request);
+        let presented = Presented::of(&request)?;
         let (answers, outgoing) = mpsc::channel(WAITING);
         let stream = DiscoveryStream::new(request.into_inner(), answers.clone());
         let handler = self.handler.clone();
-        self.run(answers, async move { handler.discovery(caller, stream).await });
+        self.run(answers, async move {
+            let caller = presented.authenticate(&*handler).await?;
+            handler.discovery(caller, stream).await
+        });
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }
 }
@@ -254,7 +282,7 @@ impl<H: Handler> IstioCertificateService for Service<H> {
         &self,
         request: Request<ca::IstioCertificateRequest>,
     ) -> Result<Response<ca::IstioCertificateResponse>, Status> {
-        let caller = caller(&request);
+        let presented = Presented::of(&request)?;
         let message = request.into_inner();
         let identity = message.metadata.and_then(|metadata| metadata.fields.get(crate::IMPERSONATED).cloned());
         let identity = match identity.and_then(|value| value.kind) {
@@ -262,6 +290,7 @@ impl<H: Handler> IstioCertificateService for Service<H> {
             _ => String::new(),
         };
         let request = CertificateRequest { csr: message.csr, identity, validity_seconds: message.validity_duration };
+        let caller = presented.authenticate(&*self.handler).await?;
         let cert_chain = self.handler.certify(caller, request).await?;
         Ok(Response::new(ca::IstioCertificateResponse { cert_chain }))
     }
@@ -275,11 +304,14 @@ impl<H: Handler> Reports for Service<H> {
         &self,
         request: Request<Streaming<CaptureReport>>,
     ) -> Result<Response<Self::CaptureStream>, Status> {
-        let caller = caller(&request);
+        let presented = Presented::of(&request)?;
         let (answers, outgoing) = mpsc::channel(WAITING);
         let stream = CaptureStream::new(request.into_inner(), answers.clone());
         let handler = self.handler.clone();
-        self.run(answers, async move { handler.captures(caller, stream).await });
+        self.run(answers, async move {
+            let caller = presented.authenticate(&*handler).await?;
+            handler.captures(caller, stream).await
+        });
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }
 }

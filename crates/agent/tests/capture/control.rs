@@ -15,7 +15,7 @@ use rustls::time_provider::DefaultTimeProvider;
 use tokio::sync::watch;
 use wire::discovery::{Asked, Kind, NodePod, Published, Resource};
 use wire::report::{CaptureFailure, Report};
-use wire::server::{self, Caller, CaptureStream, DiscoveryStream, Handler, Refused, serve};
+use wire::server::{self, Bounds, Caller, CaptureStream, DiscoveryStream, Handler, Refused, serve};
 
 const CONTROL: &str = "spiffe://cluster.local/ns/justmtls-system/sa/justmtls-control";
 const TOKEN: &str = "the token of this node's agent";
@@ -58,9 +58,8 @@ impl Control {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async move {
                 let listener = tokio::net::TcpListener::from_std(listener).unwrap();
-                serve(listener, move || config.clone(), handler, std::future::pending(), std::time::Duration::ZERO)
-                    .await
-                    .unwrap();
+                let (config, never) = (move || config.clone(), std::future::pending());
+                serve(listener, config, handler, never, Duration::ZERO, Bounds::within(1024)).await.unwrap();
             });
         });
         control
@@ -84,15 +83,17 @@ impl Control {
     pub(crate) fn reports(&self) -> usize {
         self.reports.load(Ordering::Relaxed)
     }
-
-    fn admit(caller: &Caller) {
-        assert_eq!(caller.token, TOKEN);
-    }
 }
 
 impl Handler for Control {
-    async fn discovery(&self, caller: Caller, mut stream: DiscoveryStream) -> Result<(), Refused> {
-        Self::admit(&caller);
+    type Known = ();
+
+    async fn authenticate(&self, caller: Caller) -> Result<(), Refused> {
+        assert_eq!(caller.token, TOKEN);
+        Ok(())
+    }
+
+    async fn discovery(&self, (): (), mut stream: DiscoveryStream) -> Result<(), Refused> {
         let mut changes = self.pods.subscribe();
         let mut subscribed = false;
         loop {
@@ -114,12 +115,11 @@ impl Handler for Control {
         }
     }
 
-    async fn certify(&self, _: Caller, _: server::CertificateRequest) -> Result<Vec<String>, Refused> {
+    async fn certify(&self, (): (), _: server::CertificateRequest) -> Result<Vec<String>, Refused> {
         Err(Refused::NotAllowed("an agent asks for no certificate".into()))
     }
 
-    async fn captures(&self, caller: Caller, mut stream: CaptureStream) -> Result<(), Refused> {
-        Self::admit(&caller);
+    async fn captures(&self, (): (), mut stream: CaptureStream) -> Result<(), Refused> {
         while let Some(report) = stream.next().await {
             self.reported.send_replace(report);
             self.reports.fetch_add(1, Ordering::Relaxed);
@@ -128,7 +128,7 @@ impl Handler for Control {
         Ok(())
     }
 
-    fn stranger(&self, address: SocketAddr, because: server::NoTls) {
-        panic!("{address} did not come to TLS: {because:?}");
+    fn turned_away(&self, address: SocketAddr, because: server::TurnedAway) {
+        panic!("{address} was turned away: {because:?}");
     }
 }

@@ -36,7 +36,7 @@ use crate::probes::Probes;
 use crate::problem::Problem;
 use crate::publication::Publication;
 use crate::refusals::Refusals;
-use crate::server::Served;
+use crate::server::{self, Crowd, Served};
 use crate::uncaptured::{Failures, Uncapturables};
 use crate::watch::{Batch, Folder, Kubernetes, Source};
 use crate::{Args, Files, ROOT_NAMESPACE, SETTINGS_NAME};
@@ -165,8 +165,10 @@ impl Control {
         let listener = TcpListener::bind(args.listen).await;
         let listener = listener.with_context(|| format!("cannot listen on {} (--listen)", args.listen))?;
         let address = listener.local_addr().context("cannot read the address that is listened on")?;
+        let crowd = Arc::new(Crowd::default());
         let served = Served {
             refusals: Refusals::default(),
+            crowd: crowd.clone(),
             history,
             publication: publication.clone(),
             certifier: certifier.clone(),
@@ -183,7 +185,8 @@ impl Control {
             while ending.changed().await.is_ok() {}
         };
         let spread = if replica.is_some() { SPREAD } else { Duration::ZERO };
-        let served = wire::server::serve(listener, move || config.borrow().clone(), Arc::new(served), shutdown, spread);
+        let (served, config) = (Arc::new(served), move || config.borrow().clone());
+        let served = wire::server::serve(listener, config, served, shutdown, spread, server::bounds());
         let serving = tokio::spawn(served);
         let shown = Arc::new(Shown {
             events: sender.clone(),
@@ -210,6 +213,7 @@ impl Control {
             probes,
             follows,
             tokens,
+            crowd,
             metrics,
             clock,
             source_problems: first.problems,

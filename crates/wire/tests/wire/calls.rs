@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use wire::client::{ClientError, Connected};
 use wire::discovery::{Asked, Change, Kind, Known, Published, Resource};
 use wire::report::{CaptureFailure, Report};
-use wire::server::NoTls;
+use wire::server::TurnedAway;
 
 use crate::control::{CONTROL, KINDS, Running};
 use crate::files::Files;
@@ -223,7 +223,7 @@ async fn what_is_wrong_with_files_and_addresses_is_one_sentence() {
 async fn a_stranger_without_tls_harms_nobody_and_is_noted() {
     let authority = Authority::new("cluster.local");
     let (running, files, connected) = connected(&authority).await;
-    let mut strangers = running.control.strangers.subscribe();
+    let mut strangers = running.control.turned_away.subscribe();
     let mut stranger = TcpStream::connect(running.address).await.unwrap();
     let address = stranger.local_addr().unwrap();
     tokio::io::AsyncWriteExt::write_all(&mut stranger, b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
@@ -231,13 +231,13 @@ async fn a_stranger_without_tls_harms_nobody_and_is_noted() {
     // An alert or a reset: the connection has ended.
     let _ = stranger.read_to_end(&mut answer).await;
     assert!(answer.len() < 100);
-    assert_eq!(*strangers.wait_for(|noted| noted.len() == 1).await.unwrap(), [(address, NoTls::NotTls)]);
+    assert_eq!(*strangers.wait_for(|noted| noted.len() == 1).await.unwrap(), [(address, TurnedAway::NotTls)]);
     // One that says nothing and goes, and one that does not believe the certificate.
     drop(TcpStream::connect(running.address).await.unwrap());
-    strangers.wait_for(|noted| noted.len() == 2 && noted[1].1 == NoTls::Ended).await.unwrap();
+    strangers.wait_for(|noted| noted.len() == 2 && noted[1].1 == TurnedAway::Ended).await.unwrap();
     files.write("bundle.pem", &Authority::new("cluster.local").bundle.to_pem());
     assert!(files.control_plane(running.address).connect().await.is_err());
-    strangers.wait_for(|noted| noted.len() == 3 && noted[2].1 == NoTls::Handshake).await.unwrap();
+    strangers.wait_for(|noted| noted.len() == 3 && noted[2].1 == TurnedAway::Handshake).await.unwrap();
     assert!(connected.discover(KINDS, Known::default()).await.unwrap().next().await.is_ok());
     running.stop().await;
 }

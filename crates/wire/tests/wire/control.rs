@@ -11,7 +11,9 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use wire::discovery::{Asked, Kind, Published};
 use wire::report::Report;
-use wire::server::{Caller, CaptureStream, CertificateRequest, DiscoveryStream, Handler, NoTls, Refused, serve};
+use wire::server::{
+    Bounds, Caller, CaptureStream, CertificateRequest, DiscoveryStream, Handler, Refused, TurnedAway, serve,
+};
 
 use crate::pki::{Authority, clock};
 
@@ -24,22 +26,24 @@ pub(crate) struct Control {
     pub(crate) heard: watch::Sender<Vec<Asked>>,
     pub(crate) reported: watch::Sender<Report>,
     pub(crate) asked_for: Mutex<Option<CertificateRequest>>,
-    pub(crate) strangers: watch::Sender<Vec<(SocketAddr, NoTls)>>,
+    pub(crate) turned_away: watch::Sender<Vec<(SocketAddr, TurnedAway)>>,
+    /// Tokens are looked up only while this is so: whoever knows may be away.
+    pub(crate) reviews: watch::Sender<bool>,
 }
 
-impl Control {
-    fn admit(caller: &Caller) -> Result<(), Refused> {
+impl Handler for Control {
+    type Known = ();
+
+    async fn authenticate(&self, caller: Caller) -> Result<(), Refused> {
         assert_ne!(caller.address.port(), 0, "the caller's address is known");
+        self.reviews.subscribe().wait_for(|reviews| *reviews).await.unwrap();
         match caller.token == TOKEN {
             true => Ok(()),
             false => Err(Refused::UnknownCaller("this token is nobody's".to_owned())),
         }
     }
-}
 
-impl Handler for Control {
-    async fn discovery(&self, caller: Caller, mut stream: DiscoveryStream) -> Result<(), Refused> {
-        Self::admit(&caller)?;
+    async fn discovery(&self, (): (), mut stream: DiscoveryStream) -> Result<(), Refused> {
         let mut changes = self.resources.subscribe();
         let mut kinds = BTreeSet::new();
         loop {
@@ -64,8 +68,7 @@ impl Handler for Control {
         }
     }
 
-    async fn certify(&self, caller: Caller, request: CertificateRequest) -> Result<Vec<String>, Refused> {
-        Self::admit(&caller)?;
+    async fn certify(&self, (): (), request: CertificateRequest) -> Result<Vec<String>, Refused> {
         let allowed = request.identity.ends_with("/sa/web");
         *self.asked_for.lock().unwrap() = Some(request);
         match allowed {
@@ -74,8 +77,7 @@ impl Handler for Control {
         }
     }
 
-    async fn captures(&self, caller: Caller, mut stream: CaptureStream) -> Result<(), Refused> {
-        Self::admit(&caller)?;
+    async fn captures(&self, (): (), mut stream: CaptureStream) -> Result<(), Refused> {
         while let Some(report) = stream.next().await {
             self.reported.send_replace(report);
             stream.confirm().await;
@@ -83,8 +85,8 @@ impl Handler for Control {
         Ok(())
     }
 
-    fn stranger(&self, address: SocketAddr, because: NoTls) {
-        self.strangers.send_modify(|strangers| strangers.push((address, because)));
+    fn turned_away(&self, address: SocketAddr, because: TurnedAway) {
+        self.turned_away.send_modify(|turned_away| turned_away.push((address, because)));
     }
 }
 
@@ -102,12 +104,17 @@ impl Running {
     }
 
     pub(crate) async fn start_as(authority: &Authority, id: &str) -> Self {
+        Self::start_with(authority, id, Bounds::within(1024)).await
+    }
+
+    pub(crate) async fn start_with(authority: &Authority, id: &str, bounds: Bounds) -> Self {
         let control = Arc::new(Control {
             resources: watch::Sender::new(Vec::new()),
             heard: watch::Sender::new(Vec::new()),
             reported: watch::Sender::new(Report::default()),
             asked_for: Mutex::new(None),
-            strangers: watch::Sender::new(Vec::new()),
+            turned_away: watch::Sender::new(Vec::new()),
+            reviews: watch::Sender::new(true),
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -118,7 +125,7 @@ impl Running {
             let shutdown = async {
                 let _ = stopped.await;
             };
-            serve(listener, move || config.clone(), handler, shutdown, Duration::ZERO).await
+            serve(listener, move || config.clone(), handler, shutdown, Duration::ZERO, bounds).await
         });
         Self { control, address, stop, task }
     }
@@ -127,6 +134,13 @@ impl Running {
     pub(crate) async fn heard(&self, count: usize) -> Vec<Asked> {
         let mut heard = self.control.heard.subscribe();
         heard.wait_for(|heard| heard.len() >= count).await.unwrap().clone()
+    }
+
+    /// Waits until somebody was turned away, of whom something holds.
+    pub(crate) async fn turned_away(&self, holds: impl Fn(&(SocketAddr, TurnedAway)) -> bool) {
+        let mut turned_away = self.control.turned_away.subscribe();
+        let holds = turned_away.wait_for(|all| all.iter().any(&holds));
+        tokio::time::timeout(Duration::from_secs(20), holds).await.expect("nobody is turned away like that").unwrap();
     }
 
     pub(crate) fn publish(&self, resources: Vec<Published>) {

@@ -3,6 +3,7 @@
 mod calls;
 mod control;
 mod files;
+mod flood;
 mod hello;
 mod pki;
 mod tunnel;

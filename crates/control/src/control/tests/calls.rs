@@ -101,6 +101,25 @@ async fn a_token_that_is_nobodys_may_call_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_flood_of_strangers_is_counted_and_said_and_a_node_of_the_same_address_is_served() {
+    const MORE_THAN_A_FEW: usize = 300;
+    let bed = Bed::start().await;
+    assert!(!bed.admin("/problems").await.contains("connections of strangers"));
+    let mut flood = Vec::new();
+    for _ in 0..crate::server::bounds().strangers_of_source + MORE_THAN_A_FEW {
+        flood.push(tokio::net::TcpStream::connect(bed.address).await.unwrap());
+    }
+    let said = "more than 100 in the last minute, most from 127.0.0.1";
+    bed.admin_until("/problems", |problems| problems.contains(said)).await;
+    let counted = "justmtls_control_refused_connections_total{outcome=\"too-many-of-source\"}";
+    assert!(bed.admin("/metrics").await.contains(counted));
+    // Whoever came first has gone; the newest are still waited for.
+    use tokio::io::AsyncReadExt;
+    assert!(!matches!(timeout(LONG, flood[0].read(&mut [0])).await.unwrap(), Ok(1..)));
+    assert!(bed.proxy("node-a").await.workload("web").is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_token_that_was_taken_out_of_the_file_stops_counting() {
     let bed = Bed::start().await;
     let proxy = bed.connect(Role::Proxy, "node-a").await;
