@@ -18,6 +18,7 @@ mod leaving;
 mod modes;
 mod network_rules;
 mod policy;
+mod root;
 mod settings;
 
 #[cfg(test)]
@@ -223,24 +224,25 @@ impl Index {
         all
     }
 
-    /// Takes in which objects are there in a form that cannot be read, and were never there in another. A policy among
-    /// them refuses all that it may be about (D13).
-    pub(crate) fn unreadable(&mut self, keys: &BTreeSet<ObjectKey>) -> Touched {
+    /// Takes in which objects are there in a form that cannot be read, and were never there in another, each with the labels of
+    /// those that it selects where at least these can be read. A policy among them refuses all that it may be about (D13).
+    pub(crate) fn unreadable(&mut self, objects: &BTreeMap<ObjectKey, BTreeMap<String, String>>) -> Touched {
         let mut dirty = Dirty::default();
-        let names: BTreeSet<_> =
-            keys.iter().filter(|key| key.kind == Kind::AuthorizationPolicy).map(Name::of).collect();
+        let policies = objects.iter().filter(|(key, _)| key.kind == Kind::AuthorizationPolicy);
+        let policies: BTreeMap<_, _> = policies.map(|(key, selector)| (Name::of(key), selector)).collect();
         let stand_ins = self.cluster.authorization_policies.iter().filter(|(_, policy)| policy.stands_in);
-        let settled: Vec<_> = stand_ins.map(|(name, _)| name).filter(|name| !names.contains(name)).cloned().collect();
+        let settled: Vec<_> =
+            stand_ins.map(|(name, _)| name).filter(|name| !policies.contains_key(name)).cloned().collect();
         for name in settled {
             self.set_authorization_policy(&name, None, &mut dirty);
             self.note(Origin::Object(name.key(Kind::AuthorizationPolicy)), Vec::new());
         }
-        for name in names {
-            if self.cluster.authorization_policies.contains_key(&name) {
+        for (name, selector) in policies {
+            if self.cluster.authorization_policies.get(&name).is_some_and(|policy| !policy.stands_in) {
                 continue;
             }
             let mut problems = Vec::new();
-            let policy = policy::AuthorizationPolicy::unreadable(&name, &mut problems);
+            let policy = policy::AuthorizationPolicy::unreadable(&name, selector, &mut problems);
             self.set_authorization_policy(&name, Some(policy), &mut dirty);
             self.note(Origin::Object(name.key(Kind::AuthorizationPolicy)), problems);
         }
@@ -325,7 +327,7 @@ impl Index {
             }
             Object::AuthorizationPolicy(policy) => {
                 let facts = policy::AuthorizationPolicy::read(policy, &mut problems);
-                self.set_authorization_policy(&name, Some(facts), dirty);
+                self.set_authorization_policy(&name, facts, dirty);
             }
             Object::ValidatingWebhookConfiguration(_)
             | Object::MutatingWebhookConfiguration(_)

@@ -23,8 +23,9 @@ use crate::problem::Problem;
 pub(crate) struct Batch {
     /// What is different since the last batch.
     pub(crate) changes: Vec<Change>,
-    /// Everything that is there, cannot be read and was never read: the whole list.
-    pub(crate) unreadable: BTreeSet<ObjectKey>,
+    /// Everything that is there, cannot be read and was never read: the whole list. Each with the labels of the pods that it is
+    /// about, where at least these can be read; without, it may be about anybody in its scope.
+    pub(crate) unreadable: BTreeMap<ObjectKey, BTreeMap<String, String>>,
     /// What was there at the start, could not be read wholly, and still cannot: the whole list, by name.
     pub(crate) unlisted: BTreeSet<String>,
     /// Everything that is wrong: the whole list.

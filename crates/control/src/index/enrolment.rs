@@ -53,13 +53,13 @@ pub(crate) fn exemption(
             problems.push(Problem::warning(object(), message));
             None
         }
-        Uncaptured::SystemNamespace if is_strict && captured => {
+        Uncaptured::SystemNamespace if is_strict && captured && !is_own(pod) => {
             let message = "is STRICT by a PeerAuthentication and captured, and stays so although it is in a system \
                            namespace and no label justmtls.dev/mode: on says so any more; make its ports PERMISSIVE to let it go";
             problems.push(Problem::warning(object(), message));
             None
         }
-        Uncaptured::SystemNamespace if is_strict && pod.name.namespace != ROOT_NAMESPACE => {
+        Uncaptured::SystemNamespace if is_strict && !is_own(pod) => {
             let message = "is STRICT by a PeerAuthentication, which nothing enforces: pods of system namespaces are \
                            captured only with the label justmtls.dev/mode: on";
             problems.push(Problem::warning(object(), message));
@@ -74,8 +74,21 @@ pub(crate) fn is_enrolled(pod: &Pod, namespace: &Namespace) -> bool {
     !pod.host_network && wanted_exemption(pod, namespace, &mut Vec::new()).is_none()
 }
 
+/// Whether a pod is of the product, or beside it: what captures needs no capture to come about (T48).
+fn is_own(pod: &Pod) -> bool {
+    pod.name.namespace == ROOT_NAMESPACE
+}
+
 /// What labels and namespaces say.
 fn wanted_exemption(pod: &Pod, namespace: &Namespace, problems: &mut Vec<Problem>) -> Option<Uncaptured> {
+    if is_own(pod) {
+        if [namespace.mode, pod.mode].contains(&Some(ModeLabel::On)) {
+            let message = "has the label justmtls.dev/mode: on, or its namespace has, which counts for no pod of justmtls: a node \
+                           whose agent or proxy is gone would have no way to the control plane; remove the label";
+            problems.push(Problem::warning(pod.name.as_kind(Kind::Pod), message));
+        }
+        return Some(Uncaptured::SystemNamespace);
+    }
     let is_system = SYSTEM_NAMESPACES.contains(&pod.name.namespace.as_str());
     let by_namespace = match namespace.mode {
         Some(ModeLabel::On) => None,

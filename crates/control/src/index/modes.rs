@@ -11,6 +11,7 @@ use manifests::istio::{MtlsMode, PeerAuthentication as Object};
 use mesh::{Mode, Modes};
 
 use super::facts::{Age, Name};
+use super::root;
 use crate::ROOT_NAMESPACE;
 use crate::problem::Problem;
 
@@ -43,6 +44,9 @@ impl PeerAuthentication {
                 "has a selector in {ROOT_NAMESPACE}, where policies speak for the whole mesh, and selects nothing, as \
                  in Istio; move it to the namespace of its pods"
             );
+            problems.push(Problem::warning(&object, message));
+        }
+        if let Some(message) = root::elsewhere(&name.namespace).filter(|_| selector.is_empty()) {
             problems.push(Problem::warning(&object, message));
         }
         let mtls = policy.spec.mtls.iter().chain(policy.spec.port_level_mtls.values());

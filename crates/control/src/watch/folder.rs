@@ -205,7 +205,7 @@ impl Folder {
         let applied = applied.iter().filter_map(|key| self.set.get(key)).cloned().map(Change::Applied);
         Batch {
             changes: applied.chain(deleted.into_iter().map(Change::Deleted)).collect(),
-            unreadable: self.set.unreadable().cloned().collect(),
+            unreadable: self.set.unreadable().map(|key| (key.clone(), BTreeMap::new())).collect(),
             unlisted: self.unlisted.clone(),
             problems: self.own_problem.iter().chain(self.problems.values().flatten()).cloned().collect(),
             ..Batch::default()
@@ -375,7 +375,7 @@ mod tests {
                     spec: {action: MAYBE}\n";
         fs::write(directory.path().join("p.yaml"), text).unwrap();
         let (_, first) = Folder::open(directory.path()).unwrap();
-        let keys: Vec<_> = first.unreadable.iter().map(|key| (key.kind, key.name.as_str())).collect();
+        let keys: Vec<_> = first.unreadable.keys().map(|key| (key.kind, key.name.as_str())).collect();
         assert_eq!(keys, [(Kind::AuthorizationPolicy, "p")]);
     }
 

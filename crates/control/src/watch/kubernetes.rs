@@ -91,7 +91,8 @@ pub(crate) struct Kubernetes {
     kinds: BTreeMap<Kind, Followed>,
     /// Policies of which a readable state was passed on.
     taken: BTreeSet<ObjectKey>,
-    unreadable: BTreeSet<ObjectKey>,
+    /// With the labels of the pods that they are about, as far as these can be read.
+    unreadable: BTreeMap<ObjectKey, BTreeMap<String, String>>,
     problems: BTreeMap<ObjectKey, Vec<Problem>>,
     conditions: Conditions,
     positions: Positions,
@@ -128,7 +129,7 @@ impl Kubernetes {
             said,
             kinds,
             taken: BTreeSet::new(),
-            unreadable: BTreeSet::new(),
+            unreadable: BTreeMap::new(),
             problems: BTreeMap::new(),
             conditions: Conditions::new(),
             positions: Positions::default(),
@@ -218,7 +219,7 @@ impl Kubernetes {
     }
 
     fn read(&mut self, reading: Reading, changes: &mut Vec<Change>) {
-        let Reading { key, object, stand_in, problems, condition, version: _ } = reading;
+        let Reading { key, object, stand_in, concerns, problems, condition, version: _ } = reading;
         let is_policy = crate::kubernetes::status::concerns(key.kind);
         match condition {
             Some(condition) => drop(self.conditions.insert(key.clone(), condition)),
@@ -235,7 +236,10 @@ impl Kubernetes {
             // The last good state stays, if there is one.
             None if self.taken.contains(&key) => {}
             None => {
-                self.unreadable.insert(key.clone());
+                match concerns {
+                    Some(labels) => drop(self.unreadable.insert(key.clone(), labels)),
+                    None => drop(self.unreadable.remove(&key)),
+                }
                 changes.extend(stand_in.map(Change::Applied));
             }
         }

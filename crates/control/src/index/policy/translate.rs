@@ -27,19 +27,23 @@ pub(super) enum Unsupported {
     Value { text: String, what: &'static str },
 }
 
-/// The policy's action and rules, exactly as they are meant.
-pub(super) fn rules(spec: &AuthorizationPolicySpec, namespace: &str) -> Result<(Action, Vec<Rule>), Unsupported> {
-    if spec.target_ref.is_some() || !spec.target_refs.is_empty() {
-        return Err(Unsupported::TargetRefs);
-    }
+/// The policy's action and rules, exactly as they are meant; `None` where nobody is kept out by it, whatever its rules say.
+pub(super) fn rules(
+    spec: &AuthorizationPolicySpec,
+    namespace: &str,
+) -> Result<Option<(Action, Vec<Rule>)>, Unsupported> {
     let action = match spec.action {
         IstioAction::Allow => Action::Allow,
         IstioAction::Deny => Action::Deny,
-        IstioAction::Audit => return Err(Unsupported::Action("AUDIT")),
+        // It neither refuses, nor makes what no rule allows refused, as an ALLOW does: to pass it over weakens nothing.
+        IstioAction::Audit => return Ok(None),
         IstioAction::Custom => return Err(Unsupported::Action("CUSTOM")),
     };
+    if spec.target_ref.is_some() || !spec.target_refs.is_empty() {
+        return Err(Unsupported::TargetRefs);
+    }
     let rules = spec.rules.iter().map(|written| rule(written, namespace)).collect::<Result<_, _>>()?;
-    Ok((action, rules))
+    Ok(Some((action, rules)))
 }
 
 /// Sources are alternatives, operations are alternatives, conditions must all hold.

@@ -28,6 +28,8 @@ fn labels_and_namespaces_decide_who_is_captured() {
         ("kube-public", "", "", "", SystemNamespace),
         ("kube-node-lease", "", "", "", SystemNamespace),
         ("justmtls-system", "", "", "", SystemNamespace),
+        ("justmtls-system", NS_ON, "", "", SystemNamespace),
+        ("justmtls-system", "", ON, "", SystemNamespace),
         ("kube-system", NS_ON, "", "", Pending),
         ("kube-system", "", ON, "", Pending),
         ("kube-system", "", ON, host, HostNetwork),
@@ -147,6 +149,20 @@ fn strict_beats_an_opt_out_at_every_scope() {
         delete(&mut index, "PeerAuthentication", policy_namespace, "default");
         assert_eq!(workload(&index, "shop", "web").uncaptured, Some(Uncaptured::OptedOut));
         assert_no_problems(&index);
+    }
+}
+
+#[test]
+fn what_captures_is_not_captured_and_a_label_that_says_so_is_a_problem() {
+    for (labels, metadata) in [(NS_ON, ""), ("", ON)] {
+        let text = namespace("justmtls-system", labels) + &pod("justmtls-system", "node", "10.88.16.5", metadata, "");
+        let strict = peer_authentication("justmtls-system", "default", "{mtls: {mode: STRICT}}");
+        let mut index = index(&(text + &strict));
+        assert_problem(&index, "Pod justmtls-system/node", "counts for no pod of justmtls");
+        // Also where a version before this one has captured it.
+        captured(&mut index, "node-a", &["uid-justmtls-system-node"]);
+        let expected = Some(Uncaptured::SystemNamespace);
+        assert_eq!(workload(&index, "justmtls-system", "node").uncaptured, expected);
     }
 }
 

@@ -101,6 +101,21 @@ fn a_selector_in_the_root_namespace_selects_nothing_and_says_so() {
 }
 
 #[test]
+fn strict_for_the_whole_mesh_under_istio_is_for_one_namespace_here_and_says_so() {
+    let strict = "{mtls: {mode: STRICT}}";
+    let text = shop() + &pod("istio-system", "istiod", "10.88.16.6", "", "");
+    let elsewhere = index(&(text.clone() + &peer_authentication("istio-system", "default", strict)));
+    assert_eq!(workload(&elsewhere, "shop", "web").modes.at(80), Permissive);
+    assert_eq!(workload(&elsewhere, "istio-system", "istiod").modes.at(80), Strict);
+    assert_problem(&elsewhere, "PeerAuthentication istio-system/default", "put it into justmtls-system");
+    let ours = index(&(text.clone() + &peer_authentication("justmtls-system", "default", strict)));
+    assert_eq!(workload(&ours, "shop", "web").modes.at(80), Strict);
+    assert_no_problems(&ours);
+    let selects = "{selector: {matchLabels: {app: istiod}}, mtls: {mode: STRICT}}";
+    assert_no_problems(&index(&(text + &peer_authentication("istio-system", "istiod", selects))));
+}
+
+#[test]
 fn disable_is_permissive_and_says_so() {
     let index = index(&(shop() + &peer_authentication("shop", "default", "{mtls: {mode: DISABLE}}")));
     assert_eq!(workload(&index, "shop", "web").modes.at(80), Permissive);

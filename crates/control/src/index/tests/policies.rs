@@ -1,12 +1,13 @@
 //! AuthorizationPolicy: exactly, or refusing (D13).
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use manifests::{Kind, ObjectKey};
 use mesh::{Action, Clause, Match, Policy, Rule, Scope, ServiceAccountMatch, StringMatch};
 
 use super::super::Index;
 use super::{apply, assert_no_problems, assert_problem, delete, index, pod, workload};
+use crate::problem::Severity;
 
 fn policy(namespace: &str, spec: &str) -> String {
     format!(
@@ -104,7 +105,6 @@ fn what_cannot_be_enforced_denies_everything_and_says_why() {
     let operation = |field: &str| format!("rules: [{{to: [{{operation: {{ports: [\"80\"], {field}}}}}]}}]");
     let condition = |key: &str| format!("rules: [{{when: [{{key: \"{key}\", values: [a]}}]}}]");
     let cases = [
-        ("action: AUDIT, rules: [{}]".to_owned(), "action AUDIT"),
         ("action: CUSTOM, provider: {name: x}, rules: [{}]".to_owned(), "action CUSTOM"),
         ("targetRefs: [{kind: Service, group: \"\", name: web}], rules: [{}]".to_owned(), "targetRefs"),
         (source("requestPrincipals: [\"*\"]"), "requestPrincipals"),
@@ -154,16 +154,15 @@ fn a_policy_reaches_its_scope_and_a_selected_pod_names_it() {
     }
 }
 
+fn key(namespace: &str) -> ObjectKey {
+    ObjectKey { kind: Kind::AuthorizationPolicy, namespace: Some(namespace.to_owned()), name: "p".to_owned() }
+}
+
 #[test]
 fn a_policy_that_was_never_readable_refuses_all_of_its_scope_until_it_is() {
-    let key = |namespace: &str| ObjectKey {
-        kind: Kind::AuthorizationPolicy,
-        namespace: Some(namespace.to_owned()),
-        name: "p".to_owned(),
-    };
     for (namespace, scope) in [("shop", Scope::Namespace), ("justmtls-system", Scope::Mesh)] {
         let mut index = index("");
-        let unreadable = BTreeSet::from([key(namespace)]);
+        let unreadable = BTreeMap::from([(key(namespace), BTreeMap::new())]);
         assert_eq!(index.unreadable(&unreadable).len(), 1);
         assert!(index.unreadable(&unreadable).is_empty());
         let expected = (scope, Action::Deny, vec![Rule::default()]);
@@ -173,12 +172,12 @@ fn a_policy_that_was_never_readable_refuses_all_of_its_scope_until_it_is() {
 
         let mut gone = self::index("");
         gone.unreadable(&unreadable);
-        gone.unreadable(&BTreeSet::new());
+        gone.unreadable(&BTreeMap::new());
         assert!(gone.views().policies.is_empty());
         assert_no_problems(&gone);
 
         apply(&mut index, &policy(namespace, "rules: [{}]"));
-        index.unreadable(&BTreeSet::new());
+        index.unreadable(&BTreeMap::new());
         assert_eq!(only(&index).action, Action::Allow);
         assert_no_problems(&index);
     }
@@ -188,4 +187,73 @@ fn a_policy_that_was_never_readable_refuses_all_of_its_scope_until_it_is() {
 fn a_dry_run_is_enforced_and_says_so() {
     let text = policy("shop", "rules: [{}]").replace("name: p}", "name: p, annotations: {istio.io/dry-run: \"true\"}}");
     assert_problem(&index(&text), "AuthorizationPolicy shop/p", "istio.io/dry-run is not supported");
+}
+
+#[test]
+fn of_a_policy_that_selects_and_was_never_readable_the_pods_beside_know_nothing() {
+    let app = |app: &str| BTreeMap::from([("app".to_owned(), app.to_owned())]);
+    for (namespace, in_bank) in [("shop", 0), ("justmtls-system", 1)] {
+        let mut index = index(
+            &(pod("shop", "redis", "10.88.16.5", "  labels: {app: redis}", "")
+                + &pod("shop", "web", "10.88.16.6", "  labels: {app: web}", "")
+                + &pod("bank", "redis", "10.88.16.7", "  labels: {app: redis}", "")),
+        );
+        let named = |index: &Index| {
+            [("shop", "redis"), ("shop", "web"), ("bank", "redis")]
+                .map(|(namespace, name)| workload(index, namespace, name).policies.len())
+        };
+        index.unreadable(&BTreeMap::from([(key(namespace), app("redis"))]));
+        let policy_now = only(&index);
+        assert_eq!((policy_now.scope, policy_now.action), (Scope::Selected, Action::Deny));
+        assert_eq!(policy_now.rules, [Rule::default()]);
+        assert_eq!(named(&index), [1, 0, in_bank]);
+        assert_problem(&index, &key(namespace).to_string(), "every connection to pods that it selects is refused");
+        // Written anew, and still not to be read: it is the last that counts.
+        index.unreadable(&BTreeMap::from([(key(namespace), app("web"))]));
+        assert_eq!(named(&index), [0, 1, 0]);
+        index.unreadable(&BTreeMap::from([(key(namespace), BTreeMap::new())]));
+        assert_ne!(only(&index).scope, Scope::Selected);
+        index.unreadable(&BTreeMap::new());
+        assert_eq!(named(&index), [0, 0, 0]);
+        assert_no_problems(&index);
+    }
+}
+
+#[test]
+fn a_policy_that_audits_decides_nothing_and_says_so() {
+    let nobody = "from: [{source: {principals: [cluster.local/ns/no/sa/body]}}]";
+    for spec in [
+        format!("action: AUDIT, rules: [{{{nobody}}}]"),
+        format!("selector: {{matchLabels: {{app: web}}}}, action: AUDIT, rules: [{{{nobody}}}]"),
+        "action: AUDIT, rules: [{to: [{operation: {methods: [GET]}}]}]".to_owned(),
+        "action: AUDIT".to_owned(),
+    ] {
+        let web = pod("shop", "web", "10.88.16.5", "  labels: {app: web}", "");
+        let mut index = index(&(web + &policy("shop", &spec)));
+        assert!(index.views().policies.is_empty(), "{spec}");
+        assert!(workload(&index, "shop", "web").policies.is_empty(), "{spec}");
+        assert_problem(&index, "AuthorizationPolicy shop/p", "nothing is audited");
+        assert!(index.problems().iter().all(|problem| problem.severity == Severity::Warning));
+        // The same with another action counts, and stops to.
+        apply(&mut index, &policy("shop", &spec.replace("AUDIT", "DENY")));
+        assert_eq!(only(&index).action, Action::Deny);
+        apply(&mut index, &policy("shop", &spec));
+        assert!(index.views().policies.is_empty(), "{spec}");
+    }
+}
+
+#[test]
+fn for_the_whole_mesh_under_istio_is_for_one_namespace_here_and_says_so() {
+    let deny = "action: DENY, rules: [{}]";
+    let index_of = |namespace: &str, spec: &str| index(&policy(namespace, spec));
+    let elsewhere = index_of("istio-system", deny);
+    assert_eq!(only(&elsewhere).scope, Scope::Namespace);
+    assert_problem(&elsewhere, "AuthorizationPolicy istio-system/p", "put it into justmtls-system");
+    for (namespace, spec) in [
+        ("justmtls-system", deny.to_owned()),
+        ("shop", deny.to_owned()),
+        ("istio-system", format!("selector: {{matchLabels: {{app: web}}}}, {deny}")),
+    ] {
+        assert_no_problems(&index_of(namespace, &spec));
+    }
 }

@@ -3,6 +3,8 @@
 //! Core kinds are read as they are: the API server has checked them. Istio's are read as files are, so that the same text means
 //! the same from both sources, and what was written into them and cannot be understood has a name.
 
+use std::collections::BTreeMap;
+
 use kube::api::{DynamicObject, ObjectMeta};
 use manifests::istio::{Mtls, MtlsMode, PeerAuthentication, PeerAuthenticationSpec};
 use manifests::{Kind, Object, ObjectKey, Severity};
@@ -25,6 +27,9 @@ pub(super) struct Reading {
     pub(super) object: Option<Object>,
     /// What then stands in for it, where no earlier state is known.
     pub(super) stand_in: Option<Object>,
+    /// The labels of the pods that an object that cannot be read is about, none if that may be anybody; `None`: nothing depends on
+    /// what it says.
+    pub(super) concerns: Option<BTreeMap<String, String>>,
     pub(super) problems: Vec<Problem>,
     /// What we told it about itself before.
     pub(super) condition: Option<Condition>,
@@ -35,7 +40,8 @@ pub(super) fn plain<K: DeserializeOwned + Into<Object>>(json: &str) -> serde_jso
     let object: Object = serde_json::from_str::<K>(json)?.into();
     let version = object.metadata().resource_version.clone();
     let key = object.key();
-    Ok(Reading { key, version, object: Some(object), stand_in: None, problems: Vec::new(), condition: None })
+    let (stand_in, concerns, problems, condition) = (None, None, Vec::new(), None);
+    Ok(Reading { key, version, object: Some(object), stand_in, concerns, problems, condition })
 }
 
 /// One of Istio's kinds.
@@ -46,14 +52,37 @@ pub(super) fn policy(kind: Kind, json: &str) -> serde_json::Result<Reading> {
         ObjectKey { kind, namespace: metadata.namespace.clone(), name: metadata.name.clone().unwrap_or_default() };
     let condition = Condition::in_status(&data["status"]);
     let stand_in = (kind == Kind::PeerAuthentication).then(|| stand_in(&metadata, &data["spec"]));
-    let mut parsed = manifests::parse_policy(&key.to_string(), kind, metadata, &data["spec"]);
+    let mut parsed = manifests::parse_policy(&key.to_string(), kind, metadata.clone(), &data["spec"]);
     let object = parsed.objects.pop().map(|(object, _)| object);
+    let concerns = match kind {
+        Kind::AuthorizationPolicy if object.is_none() => concerns(metadata, &data["spec"]),
+        _ => Some(BTreeMap::new()),
+    };
     let problem = |problem: &manifests::Problem| match problem.severity {
         Severity::Error => Problem::error(&key, problem.finding()),
         Severity::Warning => Problem::warning(&key, problem.finding()),
     };
     let problems = parsed.problems.iter().map(problem).collect();
-    Ok(Reading { key, version, object, stand_in, problems, condition })
+    Ok(Reading { key, version, object, stand_in, concerns, problems, condition })
+}
+
+/// Whom an AuthorizationPolicy may keep out of something if what it says of connections cannot be read: what is left without that
+/// says whom it selects, and one bad address must not close the pods beside them. A field that is not known may select, too, so
+/// that nothing of the rest may be left out. Who only audits keeps nobody out.
+fn concerns(metadata: ObjectMeta, spec: &Value) -> Option<BTreeMap<String, String>> {
+    if spec["action"] == "AUDIT" {
+        return None;
+    }
+    let mut whom = spec.clone();
+    if let Some(fields) = whom.as_object_mut() {
+        fields.retain(|field, _| !["action", "provider", "rules"].contains(&field.as_str()));
+    }
+    let parsed = manifests::parse_policy("", Kind::AuthorizationPolicy, metadata, &whom);
+    let selector = parsed.objects.into_iter().find_map(|(object, _)| match object {
+        Object::AuthorizationPolicy(policy) => policy.spec.selector,
+        _ => None,
+    });
+    Some(selector.map(|selector| selector.match_labels).unwrap_or_default())
 }
 
 /// What stands in for a PeerAuthentication that cannot be read and of which no earlier state is known. (The index makes what stands

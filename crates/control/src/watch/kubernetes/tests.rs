@@ -215,7 +215,7 @@ async fn a_policy_that_cannot_be_read_keeps_its_last_state_or_closes_its_namespa
     use manifests::istio::MtlsMode::{Permissive, Strict};
     assert_eq!(modes(&heard), [Permissive, Strict]);
     assert!(heard.problem("MAYBE is not a known value"), "{:?}", heard.last.problems);
-    let unreadable: Vec<_> = heard.last.unreadable.iter().map(|key| key.kind).collect();
+    let unreadable: Vec<_> = heard.last.unreadable.keys().map(|key| key.kind).collect();
     assert_eq!(unreadable, [Kind::PeerAuthentication, Kind::AuthorizationPolicy]);
     fake.change(&path, |policy| policy["spec"]["mtls"]["mode"] = json!("NEVER"));
     heard.until(|heard| heard.problem("NEVER")).await;
@@ -258,4 +258,54 @@ async fn what_policies_say_of_themselves_is_passed_on() {
     let heard = Heard::whole(&fake.client()).await;
     let conditions: Vec<_> = heard.last.conditions.values().map(|it| (it.enforced, it.message.as_str())).collect();
     assert_eq!(conditions, [(false, "because")]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_policy_with_one_bad_element_is_about_those_that_it_selects() {
+    let fake = Fake::default();
+    let bad = json!([{ "from": [{ "source": { "ipBlocks": ["10.0.0.0/33"] } }] }]);
+    let redis = json!({ "matchLabels": { "app": "redis" } });
+    let put = |name: &str, spec: Value| {
+        fake.put(
+            &format!("{POLICIES}/authorizationpolicies/{name}"),
+            json!({ "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {}, "spec": spec }),
+        );
+    };
+    put("selects", json!({ "selector": redis, "action": "DENY", "rules": bad }));
+    put("action", json!({ "selector": redis, "action": "MAYBE", "rules": [] }));
+    put("rule", json!({ "selector": redis, "action": "DENY", "rules": [{ "someday": [] }] }));
+    // Of these it is not known whom they are about.
+    put("all", json!({ "action": "DENY", "rules": bad }));
+    put("label", json!({ "selector": { "matchLabels": { "app": "no label" } }, "rules": [{}] }));
+    put("expression", json!({ "selector": { "matchExpressions": [] }, "rules": [{}] }));
+    put("field", json!({ "selector": redis, "selectsToo": {}, "rules": [{}] }));
+    put("targets", json!({ "selector": redis, "targetRefs": [{ "kind": "Service", "name": "web" }], "rules": [{}] }));
+    put("audits", json!({ "selector": redis, "action": "AUDIT", "rules": bad }));
+    let mut heard = Heard::whole(&fake.client()).await;
+    let unreadable = |heard: &Heard| -> Vec<(String, bool)> {
+        let all = heard.last.unreadable.iter();
+        all.map(|(key, labels)| (key.name.clone(), labels.get("app").is_some_and(|app| app == "redis"))).collect()
+    };
+    let expected = [
+        ("action", true),
+        ("all", false),
+        ("expression", false),
+        ("field", false),
+        ("label", false),
+        ("rule", true),
+        ("selects", true),
+        ("targets", false),
+    ];
+    assert_eq!(unreadable(&heard), expected.map(|(name, selects)| (name.to_owned(), selects)));
+    for (key, problems) in &heard.last.of_policies {
+        assert!(
+            ["selects", "all", "audits"].contains(&&*key.name) == problems[0].message.contains("10.0.0.0/33"),
+            "{key}"
+        );
+    }
+    // One that comes to audit alone refuses nobody any more.
+    let path = format!("{POLICIES}/authorizationpolicies/selects");
+    fake.change(&path, |policy| policy["spec"]["action"] = json!("AUDIT"));
+    heard.until(|heard| heard.last.unreadable.len() == expected.len() - 1).await;
+    assert!(unreadable(&heard).iter().all(|(name, _)| name != "selects"));
 }
