@@ -186,7 +186,7 @@ async fn ready(State(shown): Shared) -> impl IntoResponse {
         let pods = shown.pods.lock().unwrap_or_else(PoisonError::into_inner);
         pods.iter().filter(|pod| states.contains(&pod.state)).map(|pod| pod.name.clone()).collect()
     };
-    let pending = of_state(&["waiting", "preparing", "offered", "beginning"]);
+    let pending = of_state(&["waiting", "looking", "preparing", "offered", "beginning"]);
     let known = named || inherited;
     if known && proxy && pending.is_empty() {
         shown.settled.store(true, Ordering::Relaxed);

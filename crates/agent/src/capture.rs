@@ -144,6 +144,8 @@ pub struct Capture {
     standing: Option<Expected>,
     /// The guard that must stand.
     guard: Option<Guard>,
+    /// A guard of an agent that is gone stood when this began.
+    armed_before: bool,
     /// Told by the kernel, until somebody takes them.
     changes: Option<[Changes; 2]>,
     /// Packets that the guard had dropped when it was last asked.
@@ -282,6 +284,7 @@ impl Capture {
             families.push(IpFamily::V6);
         }
         let gateways = links::gateways(&mut route)?;
+        let armed_before = is_armed(&mut route)?;
         let delivery = rules::delivery(plan.marks);
         for family in &families {
             delivery.add(&mut route, *family)?;
@@ -297,6 +300,7 @@ impl Capture {
             route,
             standing: None,
             guard: None,
+            armed_before,
             changes: Some(changes),
             dropped: 0,
             uncaptured: 0,
@@ -535,6 +539,18 @@ impl Capture {
             Standing::Broken(difference) => Err(CaptureError::DoesNotStand(difference)),
         }
     }
+}
+
+/// Whether rules or a guard of an agent stand in a namespace.
+pub(crate) fn stands_in(namespace: &NetNs) -> Result<bool, CaptureError> {
+    let open = || Ok::<_, CaptureError>((Socket::open(Protocol::Netfilter)?, Socket::open(Protocol::Route)?));
+    let (mut netfilter, mut route) = namespace.enter(open)??;
+    Ok(nft::read(&mut netfilter, rules::TABLE)?.is_some() || is_armed(&mut route)?)
+}
+
+/// Whether a guard stands. Nobody else has a filter on what a pod says to itself.
+fn is_armed(route: &mut Socket) -> Result<bool, CaptureError> {
+    Ok(tc::has_filters(route, LOOPBACK)?)
 }
 
 /// By how much a counter has grown since it was last asked. One that was taken away and made anew counts from 0 again.

@@ -107,14 +107,23 @@ impl Args {
         }
     }
 
+    /// Whether the DaemonSet is being deleted, as far as the API server says: no agent comes after this one.
+    pub(crate) async fn goes(&self) -> bool {
+        self.fate().await == Fate::Goes
+    }
+
+    async fn fate(&self) -> Fate {
+        let Some(daemonset) = &self.daemonset else { return Fate::Stays };
+        match ApiServer::of_pod() {
+            Ok(server) => server.fate(&daemonset.namespace, &daemonset.name).await,
+            Err(why) => Fate::Unknown(why),
+        }
+    }
+
     /// The agent ends. Where nobody comes after it the plugin is taken out, as it would keep every pod of the node waiting.
     /// Whether nobody comes.
     pub(crate) async fn leave(&self, keeper: &Keeper, sockets: [&PathBuf; 3]) -> bool {
-        let Some(daemonset) = &self.daemonset else { return false };
-        let fate = match ApiServer::of_pod() {
-            Ok(server) => server.fate(&daemonset.namespace, &daemonset.name).await,
-            Err(why) => Fate::Unknown(why),
-        };
+        let fate = self.fate().await;
         let goes = fate == Fate::Goes;
         match fate {
             Fate::Stays => tracing::info!("the plugin stays for the next agent"),

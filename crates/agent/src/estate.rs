@@ -146,6 +146,12 @@ impl Predecessor {
         asked.inspect_err(|error| tracing::warn!(%error, "another agent listens, and hands nothing over")).ok()
     }
 
+    /// Whether it is there still, standing by: it says nothing more, and its end of the connection is open.
+    pub(crate) fn stands_by(&self) -> bool {
+        let heard = self.0.get_ref().recv(&mut [0; 1]);
+        heard.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+    }
+
     /// All of it is taken, and whoever asks finds this agent: the other one may go.
     pub(crate) fn taken(&self) {
         let message = CniRequest::Taken.encode();

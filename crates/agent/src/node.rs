@@ -381,6 +381,11 @@ impl Node {
         self.act(actions);
     }
 
+    /// Whether rules lead to listeners that are held here.
+    pub(crate) fn has_standing(&self) -> bool {
+        self.pods.standing().next().is_some()
+    }
+
     /// Looks at all captures, and sends what was found.
     pub(crate) fn look(&mut self) {
         self.looks += 1;
@@ -409,6 +414,7 @@ impl Node {
         for action in actions {
             match action {
                 Action::Prepare { pod, namespace, attempt } => self.prepare(&pod, namespace, attempt),
+                Action::Look { pod, namespace, attempt } => self.look_for_rules(pod, namespace, attempt),
                 Action::Offer(pod) => self.offer(&pod, None),
                 Action::Begin { pod, attempt } => self.begin(pod, attempt),
                 Action::Leave { pod, attempt } => self.leave(pod, attempt),

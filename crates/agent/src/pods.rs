@@ -8,8 +8,10 @@ mod answers;
 mod failing;
 mod inherited;
 mod leaving;
+mod looking;
 mod running;
 mod shown;
+mod stage;
 
 #[cfg(test)]
 mod tests;
@@ -18,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
 use std::net::IpAddr;
 
-use mesh::{PodUid, Uncaptured};
+use mesh::PodUid;
 use wire::discovery::NodePod;
 use wire::pods::{CniAdd, CniResult};
 
@@ -27,8 +29,11 @@ use crate::failure::Failure;
 pub(crate) use answers::failed;
 use answers::{answer_all, note};
 use leaving::Leaving;
+use looking::{Decision, decide};
 pub(crate) use running::Running;
 pub(crate) use shown::Shown;
+pub(crate) use stage::Prepared;
+use stage::{Stage, Work, stands, unready};
 
 /// The number of a request of the runtime.
 pub(crate) type Request = u64;
@@ -40,6 +45,15 @@ pub(crate) enum Action {
     Prepare {
         /// For whom.
         pod: NodePod,
+        /// In which namespace.
+        namespace: u64,
+        /// What the answer must carry.
+        attempt: u64,
+    },
+    /// Look whether rules stand in the namespace, then say so by [`Pods::looked`].
+    Look {
+        /// Of which pod.
+        pod: PodUid,
         /// In which namespace.
         namespace: u64,
         /// What the answer must carry.
@@ -112,6 +126,8 @@ struct Sandbox {
     stage: Stage,
     /// An agent before this one has captured it, or begun to.
     inherited: bool,
+    /// Whether rules stand in it of an agent that is gone, by a look; `None` before one.
+    found: Option<bool>,
     /// It failed, and is left alone until something changes or [`Pods::retry`].
     stuck: bool,
 }
@@ -128,8 +144,14 @@ impl Sandbox {
             starting: false,
             stage: Stage::Bare,
             inherited: false,
+            found: None,
             stuck: false,
         }
+    }
+
+    /// Whether an agent before this one has captured it, or may have.
+    fn was_captured(&self) -> bool {
+        self.inherited || self.found == Some(true)
     }
 
     /// What the runtime said of its addresses goes before the control plane's word: that comes later, and after a reboot it is
@@ -145,49 +167,6 @@ impl Sandbox {
 struct Waiting {
     request: Request,
     overdue: bool,
-}
-
-/// What was there when listeners and routing were.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Prepared {
-    /// No rules yet.
-    Bare,
-    /// Those of the agent before, which were read and are right.
-    Captured,
-    /// Those that capture nothing new: the agent before was letting the pod go.
-    Leaving,
-}
-
-#[derive(Debug)]
-enum Stage {
-    /// Nothing is made.
-    Bare,
-    /// Listeners are being made.
-    Preparing(Work),
-    /// The proxy may have the listeners. `ready`: it has, and can prove who the pod is.
-    Offered { ready: bool },
-    /// Rules are being loaded.
-    Beginning(Work),
-    /// The rules were read back.
-    Captured,
-    /// Nothing new is captured; what was goes on.
-    Leaving(Leaving),
-}
-
-/// Something that another thread does meanwhile.
-#[derive(Debug)]
-struct Work {
-    attempt: u64,
-    /// Its result is not wanted any more. Nothing new begins in the same namespace before it has ended.
-    cancelled: bool,
-    /// What stands, should it fail, are the rules of a pod that leaves.
-    leaving: bool,
-}
-
-impl Work {
-    fn new(attempt: u64) -> Self {
-        Self { attempt, cancelled: false, leaving: false }
-    }
 }
 
 impl Pods {
@@ -215,12 +194,12 @@ impl Pods {
             sandbox.stuck = false;
             let same = before.identity == known.identity && same_addresses(&before.addresses, &known.addresses);
             // What is captured, or is about to be, stays so until it is released: peers may go on tunnelling to it (T47).
-            let given_up = known.capture.is_err() && !sandbox.inherited && !stands(&sandbox.stage);
+            let given_up = known.capture.is_err() && !sandbox.was_captured() && !stands(&sandbox.stage);
             if !same || given_up {
                 withdraw(sandbox, &uid, &mut actions);
             } else if before.excluded_ports != known.excluded_ports || before.probes != known.probes {
                 match &mut sandbox.stage {
-                    Stage::Bare => {}
+                    Stage::Bare | Stage::Looking(_) => {}
                     Stage::Preparing(work) => work.cancelled = true,
                     Stage::Beginning(work) if work.cancelled => {}
                     Stage::Offered { .. } | Stage::Beginning(_) | Stage::Captured | Stage::Leaving(_) => {
@@ -450,6 +429,12 @@ impl Pods {
             match (&pod.known, &sandbox.stage) {
                 (Some(known), Stage::Bare) => match decide(known, sandbox) {
                     Decision::Wait => {}
+                    Decision::Look => {
+                        self.attempts += 1;
+                        let (pod, namespace, attempt) = (uid.clone(), sandbox.namespace, self.attempts);
+                        sandbox.stage = Stage::Looking(Work::new(attempt));
+                        actions.push(Action::Look { pod, namespace, attempt });
+                    }
                     Decision::Leave(why) => {
                         pod.failure = None;
                         answer_all(pod, actions, |_| CniResult::NotCaptured(why.in_clear().to_string()));
@@ -472,7 +457,8 @@ impl Pods {
                     self.may_leave(uid, actions);
                 }
                 (_, Stage::Leaving(_)) => self.leaves(uid, actions),
-                (None, Stage::Bare) | (_, Stage::Preparing(_) | Stage::Offered { .. } | Stage::Beginning(_)) => {}
+                (None, Stage::Bare)
+                | (_, Stage::Looking(_) | Stage::Preparing(_) | Stage::Offered { .. } | Stage::Beginning(_)) => {}
             }
         }
         self.answer_overdue(uid, actions);
@@ -484,7 +470,7 @@ impl Pods {
         let Some(pod) = self.pods.get_mut(uid) else { return };
         let Some(sandbox) = &mut pod.sandbox else { return };
         let failure = match (&pod.known, &sandbox.stage) {
-            (_, Stage::Preparing(_) | Stage::Beginning(_) | Stage::Captured) => return,
+            (_, Stage::Looking(_) | Stage::Preparing(_) | Stage::Beginning(_) | Stage::Captured) => return,
             (_, Stage::Leaving(Leaving { look: Some(_), .. })) => return,
             (_, Stage::Offered { .. } | Stage::Leaving(Leaving { back: Some(_), .. })) if !proxy => Failure::NoProxy,
             (_, Stage::Offered { .. } | Stage::Leaving(Leaving { back: Some(_), .. })) => Failure::NotReady,
@@ -541,43 +527,11 @@ fn same_addresses(one: &[IpAddr], other: &[IpAddr]) -> bool {
     one.iter().collect::<BTreeSet<_>>() == other.iter().collect::<BTreeSet<_>>()
 }
 
-/// Whether there are rules that lead to the proxy, or may be.
-fn stands(stage: &Stage) -> bool {
-    matches!(stage, Stage::Beginning(_) | Stage::Captured | Stage::Leaving(_))
-}
-
-/// There is no proxy, or a new one: it has to say that it is ready.
-fn unready(stage: &mut Stage) {
-    if let Stage::Offered { ready } | Stage::Leaving(Leaving { back: Some(ready), .. }) = stage {
-        *ready = false;
-    }
-}
-
-enum Decision {
-    Wait,
-    Leave(Uncaptured),
-    Refuse(Failure),
-    Capture,
-}
-
-fn decide(known: &NodePod, sandbox: &Sandbox) -> Decision {
-    let name = format!("{}/{}", known.namespace, known.name);
-    if name != sandbox.name {
-        return Decision::Refuse(Failure::OtherName { runtime: sandbox.name.clone(), control: name });
-    }
-    match known.capture {
-        // Once captured a pod stays so until it is released, also from agent to agent (T47).
-        Err(why) if !sandbox.inherited => Decision::Leave(why),
-        _ if known.addresses.is_empty() => Decision::Wait,
-        _ => Decision::Capture,
-    }
-}
-
 /// Takes back what was made for a sandbox. What is being made is taken back when it is there.
 fn withdraw(sandbox: &mut Sandbox, uid: &PodUid, actions: &mut Vec<Action>) {
     let told = match &mut sandbox.stage {
         // Whoever has its listeners from before is to let go of them, too.
-        Stage::Bare => sandbox.inherited,
+        Stage::Bare | Stage::Looking(_) => sandbox.inherited,
         Stage::Preparing(work) => {
             work.cancelled = true;
             sandbox.inherited

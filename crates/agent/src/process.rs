@@ -90,6 +90,8 @@ const BLOCKING_THREADS: usize = 4;
 const MOST_EVENTS: usize = 256;
 /// The pause between two looks whether anybody has the place that was given away.
 const STAND_BY: Duration = Duration::from_secs(1);
+/// So long the next agent may take to come. A node's pod that is deleted has its next one at once, with the same image.
+const NEXT_COMES: Duration = Duration::from_secs(30);
 /// The pause before what failed is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -116,6 +118,8 @@ pub(crate) enum Event {
     Begun(PodUid, u64, Result<(), Failure>),
     /// A pod that leaves was looked at. `true`: nothing of it is left.
     Left(PodUid, u64, Result<bool, Failure>),
+    /// A pod that is not to be captured was looked into: whether rules stand in it.
+    LookedInto(PodUid, u64, Result<bool, String>),
     /// The connections of a pod that the runtime deletes have ended, or were waited for long enough.
     Ended {
         /// The runtime's request.
@@ -145,14 +149,17 @@ struct Events<'a> {
     retry: Interval,
     /// `None` while a look is under way.
     look: Option<Instant>,
+    /// It was told to end, and waits until then for the next agent.
+    ends: Option<Instant>,
 }
 
 impl Events<'_> {
     async fn next(&mut self) -> Event {
-        let look = self.look.unwrap_or_else(Instant::now);
+        let [look, ends] = [self.look, self.ends].map(|at| at.unwrap_or_else(Instant::now));
         let event = tokio::select! {
             biased;
             _ = self.terminate.recv() => Event::Terminate,
+            () = sleep_until(ends), if self.ends.is_some() => Event::Terminate,
             () = sleep_until(look), if self.look.is_some() => Event::Look,
             _ = self.retry.tick() => Event::Retry,
             // The node holds a sender of its own.
@@ -295,7 +302,7 @@ async fn hold(args: &Args, estate: Option<Vec<Said>>, terminate: &mut Signal) ->
     };
     let mut retry = interval(RETRY);
     retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut wake = Events { inbox, terminate, retry, look: Some(Instant::now()) };
+    let mut wake = Events { inbox, terminate, retry, look: Some(Instant::now()), ends: None };
 
     // They end with this set.
     let mut tasks = JoinSet::new();
@@ -332,11 +339,23 @@ async fn hold(args: &Args, estate: Option<Vec<Said>>, terminate: &mut Signal) ->
             Event::Prepared(pod, attempt, outcome) => node.prepared(&pod, attempt, outcome),
             Event::Begun(pod, attempt, outcome) => node.begun(&pod, attempt, outcome),
             Event::Left(pod, attempt, outcome) => node.left(&pod, attempt, outcome),
+            Event::LookedInto(pod, attempt, found) => node.looked_into(&pod, attempt, found),
             Event::Ended { request, pod, ended } => node.ended(request, &pod, ended),
             Event::Found(found) | Event::Looked(found) => node.found(found),
             Event::Look => node.look(),
             Event::Retry => node.retry(),
             Event::Succeeded(taken) => break Some(taken),
+            // Whoever connects to a captured pod meanwhile waits in its listener, which is held here and goes to the next agent.
+            Event::Terminate
+                if on_kubernetes
+                    && wake.ends.is_none()
+                    && node.has_standing()
+                    && !predecessor.as_ref().is_some_and(Predecessor::stands_by)
+                    && !args.cluster.goes().await =>
+            {
+                tracing::info!(seconds = NEXT_COMES.as_secs(), "told to end: the next agent is waited for");
+                wake.ends = Some(Instant::now() + NEXT_COMES);
+            }
             Event::Terminate => break None,
         }
     };
@@ -346,6 +365,9 @@ async fn hold(args: &Args, estate: Option<Vec<Said>>, terminate: &mut Signal) ->
             keeper.let_go();
         }
         tasks.shutdown().await;
+        if wake.ends.is_some() {
+            return Ok(None);
+        }
         shown.stand_by();
         let estate = node.hand_over().and_then(estate::kept).context("cannot keep what was handed over")?;
         return Ok(Some(Place { taken, estate, pages }));

@@ -57,6 +57,8 @@ fn nobody_notices_installation_restarts_kills_and_rollouts() {
 
     everything_is_upgraded(&cluster);
     processes_are_killed(&cluster);
+    pod_of_a_node_is_deleted(&cluster);
+    pods_are_let_go_without_an_agent(&cluster);
     nothing_in_clear_without_a_proxy(&cluster);
     api_server_is_away(&cluster);
     agent_is_away(&cluster);
@@ -116,6 +118,59 @@ fn processes_are_killed(cluster: &Kubernetes) {
     report.assert_nothing_failed();
 }
 
+/// What an administrator does first. Until the next proxy is there whoever connects waits in a listener that the old agent holds.
+fn pod_of_a_node_is_deleted(cluster: &Kubernetes) {
+    part_needs!("nodes");
+    println!("the product's pod of a node is deleted");
+    let [_, worker] = cluster.nodes();
+    let report = meanwhile(load(cluster), |load| {
+        delete_pod_of_node(cluster, &worker, &[]);
+        load.wait_for_more(10 * ENOUGH);
+    });
+    report.assert_no_short_failed();
+}
+
+/// Agent and proxy die at once while a namespace is let go: the next agent finds the rules in its pods, which are to lead nobody
+/// to listeners that are gone.
+fn pods_are_let_go_without_an_agent(cluster: &Kubernetes) {
+    part_needs!("nodes", "nft");
+    println!("a namespace is let go while the agent of a node is replaced");
+    let [_, worker] = cluster.nodes();
+    let label = |label: &str| cluster.kubectl(&["label", "namespace", "shop", label]).run().ok();
+    delete_pod_of_node(cluster, &worker, &["--grace-period=1"]);
+    label("justmtls.dev/mode=off");
+    let tables = ["sh", "-c", "for n in /run/netns/*; do nsenter --net=$n nft list tables; done"];
+    wait_until("the rules to go", PATIENCE, || match cluster.on_node(&worker, &tables).run().ok() {
+        tables if tables.contains("inet justmtls") => Err(tables),
+        _ => Ok(()),
+    });
+    assert!(
+        cluster.ask("outside/stranger", "web.shop:80", ANSWER).success(),
+        "it has no rules, and nobody to serve it"
+    );
+    wait_until("it to be known", PATIENCE, || match cluster.capture("shop/web") {
+        Ok(state) if state == "not-captured" => Ok(()),
+        other => Err(format!("{other:?}")),
+    });
+    label("justmtls.dev/mode-");
+    cluster.wait_captured("shop/web");
+    cluster.wait_captured("shop/client");
+    wait_until("nothing to be amiss", PATIENCE, || amiss(cluster));
+}
+
+/// Deletes the product's pod of a node, and waits for the next one.
+fn delete_pod_of_node(cluster: &Kubernetes, node: &str, options: &[&str]) {
+    let pod = cluster.node_pod(node);
+    let all = cluster.pods_of_nodes().len();
+    let delete = ["-n", "justmtls-system", "delete", "pod", &pod, "--wait=false"];
+    cluster.kubectl(&[&delete, options].concat()).run().ok();
+    wait_until("the next one", PATIENCE, || match cluster.pods_of_nodes() {
+        pods if pods.contains(&pod) || pods.len() != all => Err(format!("{pods:?}")),
+        _ => Ok(()),
+    });
+    cluster.rolled_out("justmtls-system", "daemonset/justmtls-node");
+}
+
 /// A wiretap between the client's node and the server's, while proxies are killed. What a stranger says in clear it sees: so it
 /// would see ours (D26).
 fn nothing_in_clear_without_a_proxy(cluster: &Kubernetes) {
@@ -167,9 +222,14 @@ fn upgrade_is_taken_back(cluster: &Kubernetes) {
 
 #[track_caller]
 fn assert_nothing_is_amiss(cluster: &Kubernetes) {
+    amiss(cluster).unwrap();
+}
+
+/// What `check` finds that is not as it must be.
+fn amiss(cluster: &Kubernetes) -> Result<(), String> {
     let check = cluster.says(&["check"]);
     let failed: Vec<_> = check["checks"].as_array().unwrap().iter().filter(|it| it["state"] == "failed").collect();
-    assert!(failed.is_empty(), "{failed:?}");
+    if failed.is_empty() { Ok(()) } else { Err(format!("{failed:?}")) }
 }
 
 /// Nobody is refused or waits for long, also when it is not the first time: kubelet would let ten seconds pass. What the dead

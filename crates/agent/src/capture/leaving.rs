@@ -15,7 +15,7 @@ use linux::netlink::{Error, Socket};
 use linux::{nft, tc};
 
 use super::stale::{looks_open, sockets_of};
-use super::{Capture, CaptureError, LOOPBACK, Rules, Standing, interfaces};
+use super::{Capture, CaptureError, Guard, LOOPBACK, Rules, Standing, Strength, interfaces};
 use crate::rules::{self, INBOUND_PORT, Marks, OUTBOUND_PORT};
 
 impl Capture {
@@ -118,11 +118,16 @@ impl Capture {
     /// Takes the guard away, and leaves what it hung on: without that the pod would lose what it sends for a moment, now and
     /// when it is captured again.
     fn disarm(&mut self) -> Result<(), CaptureError> {
-        let Some(guard) = &self.guard else { return Ok(()) };
+        let guard = match self.guard.take() {
+            Some(guard) => guard,
+            // As long as a whole one at most.
+            None if self.armed_before => Guard::of(&self.plan, Strength::Everything)?,
+            None => return Ok(()),
+        };
         for interface in interfaces(&mut self.route, &self.plan)?.into_iter().chain([LOOPBACK]) {
             tc::clear(&mut self.route, interface, guard.on(interface).len() as u16)?;
         }
-        self.guard = None;
+        self.armed_before = false;
         Ok(())
     }
 

@@ -1,12 +1,43 @@
 //! Pods that are let go while they run, as the node does it.
 
+use linux::netns::NetNs;
 use mesh::PodUid;
 
 use super::{Node, lock};
+use crate::capture;
 use crate::failure::Failure;
 use crate::process::Event;
 
 impl Node {
+    /// Looks whether rules stand in a pod that is not to be captured; what is found is an event.
+    pub(super) fn look_for_rules(&self, pod: PodUid, namespace: u64, attempt: u64) {
+        let namespace = self.namespaces.get(&namespace).map(NetNs::try_clone);
+        self.blocking(move || {
+            let found = match namespace {
+                Some(Ok(namespace)) => capture::stands_in(&namespace).map_err(|error| error.to_string()),
+                Some(Err(error)) => Err(error.to_string()),
+                None => Err("its namespace is not held".to_owned()),
+            };
+            Event::LookedInto(pod, attempt, found)
+        });
+    }
+
+    /// A pod that is not to be captured was looked into.
+    pub(crate) fn looked_into(&mut self, pod: &PodUid, attempt: u64, found: Result<bool, String>) {
+        match &found {
+            Ok(true) => {
+                let detail =
+                    "an agent that is gone has left its rules in a pod that is not to be captured: it is let go";
+                self.shown.journal.change("rules-found", pod.as_str(), detail);
+            }
+            Ok(false) => {}
+            // Most likely the pod has gone.
+            Err(why) => self.shown.journal.problem("not-looked-into", pod.as_str(), why),
+        }
+        let actions = self.pods.looked(pod, attempt, found.unwrap_or(false));
+        self.act(actions);
+    }
+
     /// The next step of letting a pod go; its result is an event.
     pub(super) fn leave(&self, pod: PodUid, attempt: u64) {
         let Some(capture) = self.captures.get(&pod).map(|captured| captured.capture.clone()) else { return };

@@ -58,7 +58,7 @@ impl Node {
         let actions = self.pods.find(running, inode);
         if self.pods.holds(inode) {
             self.namespaces.entry(inode).or_insert(namespace);
-            if missed && self.late.insert(running.pod.clone()) {
+            if missed && self.pods.is_to_be_captured(&running.pod) && self.late.insert(running.pod.clone()) {
                 self.shown.metrics.missed.inc();
                 let sentence = format!(
                     "the runtime started {} without asking the plugin, which was in place; its open connections are ended",

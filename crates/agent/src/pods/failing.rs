@@ -39,7 +39,11 @@ impl Pods {
             Stage::Offered { ready: false } if !self.proxy => Some(CaptureFailure::NoProxy),
             Stage::Offered { ready: false } => Some(CaptureFailure::ProxyNotReady),
             // While it is tried again what went wrong before is how things are.
-            Stage::Bare | Stage::Preparing(_) | Stage::Offered { ready: true } | Stage::Beginning(_) => failure,
+            Stage::Bare
+            | Stage::Looking(_)
+            | Stage::Preparing(_)
+            | Stage::Offered { ready: true }
+            | Stage::Beginning(_) => failure,
         }
     }
 }

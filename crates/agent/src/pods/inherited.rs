@@ -63,6 +63,7 @@ impl Pods {
     pub(crate) fn served(&self) -> Vec<NodePod> {
         let served = |pod: &Pod| match &pod.sandbox.as_ref()?.stage {
             Stage::Bare
+            | Stage::Looking(_)
             | Stage::Preparing(_)
             | Stage::Beginning(Work { cancelled: true, .. })
             | Stage::Leaving(Leaving { look: Some(Work { cancelled: true, .. }), .. }) => None,

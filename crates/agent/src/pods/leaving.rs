@@ -37,6 +37,10 @@ impl Pods {
         let Some(pod) = self.pods.get_mut(uid) else { return };
         let (Some(known), Some(sandbox)) = (pod.known.as_ref().filter(|_| pod.named), &mut pod.sandbox) else { return };
         let Stage::Leaving(leaving) = &mut sandbox.stage else { return };
+        // It is withdrawn, and goes on from the beginning when the look has ended.
+        if leaving.look.as_ref().is_some_and(|look| look.cancelled) {
+            return;
+        }
         match (known.capture, &mut leaving.back) {
             (Err(why), back) => {
                 *back = None;
@@ -88,7 +92,8 @@ impl Pods {
             }
             Ok(true) => {
                 withdraw(sandbox, uid, &mut actions);
-                sandbox.inherited = false;
+                // There is nothing that could be found.
+                (sandbox.inherited, sandbox.found) = (false, Some(false));
                 pod.failure = None;
                 self.advance(uid, &mut actions);
             }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use mesh::PodUid;
+use mesh::{PodUid, Uncaptured};
 use wire::discovery::NodePod;
 use wire::pods::CniResult;
 
@@ -22,7 +22,7 @@ pub(crate) struct Running {
 }
 
 impl Pods {
-    /// The pods that are to be captured, and of whose sandbox nothing is known.
+    /// The pods of whose sandbox nothing is known. Those among them that are not to be captured are to be looked at.
     pub(crate) fn wanted(&self) -> BTreeSet<PodUid> {
         self.pods.iter().filter(|(_, pod)| is_wanted(pod)).map(|(uid, _)| uid.clone()).collect()
     }
@@ -30,6 +30,11 @@ impl Pods {
     /// Whether a pod is one of [`Pods::wanted`].
     pub(crate) fn wants(&self, uid: &PodUid) -> bool {
         self.pods.get(uid).is_some_and(is_wanted)
+    }
+
+    /// Whether a pod is to be captured.
+    pub(crate) fn is_to_be_captured(&self, uid: &PodUid) -> bool {
+        self.pods.get(uid).is_some_and(is_to_be_captured)
     }
 
     /// The runtime has a pod's sandbox, in this namespace, and nobody waits for it. The namespace is to be held open if
@@ -56,7 +61,8 @@ impl Pods {
     /// The runtime has a pod's sandbox, and its namespace cannot be found.
     pub(crate) fn unfound(&mut self, uid: &PodUid, sentence: String) -> Vec<Action> {
         let mut actions = Vec::new();
-        if let Some(pod) = self.pods.get_mut(uid).filter(|pod| pod.sandbox.is_none()) {
+        // Of a pod that is not to be captured nobody would do anything about it.
+        if let Some(pod) = self.pods.get_mut(uid).filter(|pod| pod.sandbox.is_none() && is_to_be_captured(pod)) {
             note(pod, uid, Failure::NoNamespace(sentence), &mut actions);
         }
         actions
@@ -103,5 +109,11 @@ impl Pods {
 }
 
 fn is_wanted(pod: &Pod) -> bool {
-    pod.sandbox.is_none() && pod.known.as_ref().is_some_and(|known| known.capture.is_ok())
+    // Its node's network is not a pod's own.
+    let may_be = |known: &NodePod| known.capture != Err(Uncaptured::HostNetwork);
+    pod.sandbox.is_none() && pod.known.as_ref().is_some_and(may_be)
+}
+
+fn is_to_be_captured(pod: &Pod) -> bool {
+    pod.known.as_ref().is_some_and(|known| known.capture.is_ok())
 }

@@ -19,6 +19,8 @@ pub(crate) struct Shown {
     pub(crate) state: &'static str,
     /// Why it is not to be captured.
     not_captured: Option<&'static str>,
+    /// Rules of an agent that is gone were found in it, and it is to be let go.
+    stands: bool,
     /// Inode of its network namespace.
     namespace: Option<u64>,
     /// Requests of the runtime that wait for it.
@@ -36,8 +38,9 @@ impl Shown {
             (Some(_), None) => "unknown",
             (Some(sandbox), Some(_)) => match sandbox.stage {
                 Stage::Bare if sandbox.stuck => "failed",
-                Stage::Bare if not_captured.is_some() => "not-captured",
+                Stage::Bare if not_captured.is_some() && sandbox.found == Some(false) => "not-captured",
                 Stage::Bare => "waiting",
+                Stage::Looking(_) => "looking",
                 Stage::Preparing(_) => "preparing",
                 Stage::Offered { .. } => "offered",
                 Stage::Beginning(_) => "beginning",
@@ -54,6 +57,7 @@ impl Shown {
             excluded_ports: known.map(|known| known.excluded_ports.clone()).unwrap_or_default(),
             state,
             not_captured: not_captured.map(|why| why.in_clear().as_str()),
+            stands: sandbox.is_some_and(|sandbox| sandbox.found == Some(true)),
             namespace: sandbox.map(|sandbox| sandbox.namespace),
             waiting: sandbox.map_or(0, |sandbox| sandbox.waiting.len()),
             failure: pod.failure.as_ref().map(ToString::to_string),

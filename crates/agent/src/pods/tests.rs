@@ -1,10 +1,10 @@
 mod failing;
+mod in_any_order;
 mod inherited;
 mod leaving;
+mod looking;
 
-use std::collections::{BTreeMap, BTreeSet};
-
-use proptest::prelude::*;
+use mesh::Uncaptured;
 use wire::pods::CniAdd;
 use wire::report::CaptureFailure;
 
@@ -45,6 +45,10 @@ fn failure() -> Failure {
 
 fn prepare(pod: NodePod, namespace: u64, attempt: u64) -> Action {
     Action::Prepare { pod, namespace, attempt }
+}
+
+fn look(text: &str, namespace: u64, attempt: u64) -> Action {
+    Action::Look { pod: uid(text), namespace, attempt }
 }
 
 fn begin(text: &str, attempt: u64) -> Action {
@@ -124,9 +128,11 @@ fn a_pod_that_is_not_to_be_captured_is_answered_with_its_reason() {
     let mut pods = node();
     let pod = NodePod { capture: Err(Uncaptured::OptedOut), ..known("a") };
     pods.know(pod);
-    assert_eq!(pods.add(1, &cni("a"), 7), [Action::Answer(1, CniResult::NotCaptured("opted-out".into()))]);
+    assert_eq!(pods.add(1, &cni("a"), 7), [look("a", 7, 1)]);
+    let answer = Action::Answer(1, CniResult::NotCaptured("opted-out".into()));
+    assert_eq!(pods.looked(&uid("a"), 1, false), [answer]);
     assert!(pods.holds(7), "it may be captured later, without a restart");
-    assert_eq!(pods.know(known("a")), [prepare(known("a"), 7, 1)]);
+    assert_eq!(pods.know(known("a")), [prepare(known("a"), 7, 2)]);
 }
 
 #[test]
@@ -206,18 +212,19 @@ fn a_pod_that_runs_is_captured_later_and_tried_again_without_the_runtime() {
     let mut pods = node();
     pods.know(NodePod { capture: Err(Uncaptured::OptedOut), ..known("a") });
     pods.add(1, &cni("a"), 7);
+    pods.looked(&uid("a"), 1, false);
     pods.know(known("a"));
     let report = Action::Report(uid("a"), failure());
-    assert_eq!(pods.prepared(&uid("a"), 1, Err(failure())), (false, vec![report]));
-    assert_eq!(pods.retry(), [prepare(known("a"), 7, 2)]);
-    assert_eq!(pods.prepared(&uid("a"), 2, Err(failure())), (false, vec![]), "said once");
+    assert_eq!(pods.prepared(&uid("a"), 2, Err(failure())), (false, vec![report]));
     assert_eq!(pods.retry(), [prepare(known("a"), 7, 3)]);
-    pods.prepared(&uid("a"), 3, Ok(Prepared::Bare));
+    assert_eq!(pods.prepared(&uid("a"), 3, Err(failure())), (false, vec![]), "said once");
+    assert_eq!(pods.retry(), [prepare(known("a"), 7, 4)]);
+    pods.prepared(&uid("a"), 4, Ok(Prepared::Bare));
     pods.ready(&uid("a"));
     let other = Failure::Capture { name: CaptureFailure::DoesNotStand, sentence: "somebody changes it".into() };
-    assert_eq!(pods.begun(&uid("a"), 4, Err(other.clone())), [Action::Report(uid("a"), other)]);
-    assert_eq!(pods.retry(), [begin("a", 5)]);
-    pods.begun(&uid("a"), 5, Ok(()));
+    assert_eq!(pods.begun(&uid("a"), 5, Err(other.clone())), [Action::Report(uid("a"), other)]);
+    assert_eq!(pods.retry(), [begin("a", 6)]);
+    pods.begun(&uid("a"), 6, Ok(()));
     assert_eq!(pods.captured(), [uid("a")].into());
     assert!(pods.retry().is_empty());
 }
@@ -266,7 +273,6 @@ fn a_pod_that_runs_is_captured_where_nobody_has_told_of_it() {
     let running = |name: &str| Running { pod: uid(name), name: format!("shop/{name}"), container: "s".into() };
     assert!(pods.find(&running("a"), 7).is_empty() && !pods.holds(7), "the control plane does not name it");
     pods.know(known("a"));
-    pods.know(NodePod { capture: Err(Uncaptured::OptedOut), ..known("b") });
     assert_eq!(pods.wanted(), [uid("a")].into());
     assert_eq!(pods.find(&running("a"), 7), [prepare(known("a"), 7, 1)]);
     assert!(pods.wanted().is_empty() && pods.holds(7));
@@ -318,12 +324,13 @@ fn a_change_of_mind_during_capture_takes_back_what_was_made() {
     pods.add(1, &cni("a"), 7);
     assert!(pods.know(opted_out.clone()).is_empty(), "its listeners are being made");
     let not_captured = |request| Action::Answer(request, CniResult::NotCaptured("opted-out".into()));
-    assert_eq!(pods.prepared(&uid("a"), 1, Ok(Prepared::Bare)), (false, vec![not_captured(1)]));
+    assert_eq!(pods.prepared(&uid("a"), 1, Ok(Prepared::Bare)), (false, vec![look("a", 7, 2)]));
+    assert_eq!(pods.looked(&uid("a"), 2, false), [not_captured(1)]);
 
     pods.know(known("a"));
-    pods.prepared(&uid("a"), 2, Ok(Prepared::Bare));
+    pods.prepared(&uid("a"), 3, Ok(Prepared::Bare));
     pods.add(2, &cni("a"), 7);
-    assert_eq!(pods.know(opted_out), [Action::Withdraw(uid("a")), not_captured(2)]);
+    assert_eq!(pods.know(opted_out), [Action::Withdraw(uid("a")), not_captured(2)], "it was looked at once");
 }
 
 #[test]
@@ -371,213 +378,4 @@ fn other_addresses_are_another_capture() {
     let changed = NodePod { addresses: vec!["10.88.16.6".parse().unwrap()], ..known("a") };
     assert_eq!(pods.know(changed.clone()), [Action::Withdraw(uid("a")), prepare(changed, 7, 3)]);
     assert!(pods.captured().is_empty());
-}
-
-/// What the control plane wants of a pod.
-#[derive(Clone, Copy, Debug)]
-enum Will {
-    Capture,
-    Exempt,
-    Release,
-}
-
-#[derive(Clone, Debug)]
-enum Step {
-    Know(u8, Will, bool),
-    Forget(u8),
-    Add(u8, u8),
-    Delete(u8),
-    Overdue(u8),
-    Prepared(u8, bool),
-    Begun(u8, bool),
-    Left(u8, Option<bool>),
-    Ready(u8),
-    Proxy(bool),
-    Retry,
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    let pod = 0..3_u8;
-    let will = prop_oneof![3 => Just(Will::Capture), 1 => Just(Will::Exempt), 2 => Just(Will::Release)];
-    prop_oneof![
-        4 => (pod.clone(), will, any::<bool>()).prop_map(|(pod, will, ips)| Step::Know(pod, will, ips)),
-        1 => pod.clone().prop_map(Step::Forget),
-        4 => (pod.clone(), 0..4_u8).prop_map(|(pod, namespace)| Step::Add(pod, namespace)),
-        1 => pod.clone().prop_map(Step::Delete),
-        2 => any::<u8>().prop_map(Step::Overdue),
-        6 => (any::<u8>(), any::<bool>()).prop_map(|(which, good)| Step::Prepared(which, good)),
-        6 => (any::<u8>(), any::<bool>()).prop_map(|(which, good)| Step::Begun(which, good)),
-        4 => (any::<u8>(), any::<Option<bool>>()).prop_map(|(which, outcome)| Step::Left(which, outcome)),
-        6 => pod.prop_map(Step::Ready),
-        2 => any::<bool>().prop_map(Step::Proxy),
-        1 => Just(Step::Retry),
-    ]
-}
-
-/// What a shell that does as it is told would have.
-#[derive(Default)]
-struct Shell {
-    pods: Pods,
-    preparing: Vec<(PodUid, u64)>,
-    beginning: Vec<(PodUid, u64)>,
-    leaving: Vec<(PodUid, u64)>,
-    namespaces: BTreeSet<u64>,
-    /// Captures that are there, and whether their proxy was told.
-    captures: BTreeMap<PodUid, bool>,
-    ready: BTreeSet<PodUid>,
-    unanswered: BTreeSet<Request>,
-}
-
-impl Shell {
-    fn is_busy(&self) -> bool {
-        !(self.preparing.is_empty() && self.beginning.is_empty() && self.leaving.is_empty())
-    }
-
-    fn act(&mut self, actions: Vec<Action>) {
-        for action in actions {
-            match action {
-                Action::Prepare { pod, namespace, attempt } => {
-                    assert!(pod.capture.is_ok() && !pod.addresses.is_empty());
-                    assert!(self.namespaces.contains(&namespace), "it is held");
-                    assert!(!self.captures.contains_key(&pod.pod), "nothing is made twice");
-                    self.preparing.push((pod.pod, attempt));
-                }
-                Action::Offer(pod) => *self.captures.get_mut(&pod.pod).expect("it is made") = true,
-                Action::Begin { pod, attempt } => {
-                    assert!(self.captures[&pod] && self.ready.contains(&pod), "the proxy has the listeners");
-                    self.beginning.push((pod, attempt));
-                }
-                Action::Leave { pod, attempt } => {
-                    assert!(self.captures.contains_key(&pod), "it was captured");
-                    let busy = |list: &[(PodUid, u64)]| list.iter().any(|(other, _)| *other == pod);
-                    assert!(!self.pods.captured().contains(&pod), "it is not reported");
-                    assert!(
-                        !busy(&self.leaving) || busy(&self.preparing),
-                        "one look at a time, but for an earlier sandbox's"
-                    );
-                    self.leaving.push((pod, attempt));
-                }
-                Action::Exclude(pod, _) => assert!(self.captures.contains_key(&pod)),
-                Action::Withdraw(pod) => {
-                    self.captures.remove(&pod).expect("it was made");
-                    self.ready.remove(&pod);
-                }
-                Action::Close(namespace) => assert!(self.namespaces.remove(&namespace), "it was held"),
-                Action::Answer(request, _) => assert!(self.unanswered.remove(&request), "one answer for each"),
-                Action::Report(..) => {}
-            }
-        }
-        assert!(self.pods.captured().iter().all(|pod| self.captures.contains_key(pod)));
-    }
-
-    fn step(&mut self, number: u64, step: Step) {
-        let name = |pod: u8| pod.to_string();
-        let taken = |list: &mut Vec<(PodUid, u64)>, which: u8| {
-            let index = usize::from(which).checked_rem(list.len())?;
-            Some(list.swap_remove(index))
-        };
-        let actions = match step {
-            Step::Know(pod, will, ips) => {
-                let mut pod = known(&name(pod));
-                (pod.capture, pod.release) = match will {
-                    Will::Capture => (Ok(()), false),
-                    Will::Exempt => (Err(Uncaptured::OptedOut), false),
-                    Will::Release => (Err(Uncaptured::OptedOut), true),
-                };
-                pod.addresses.truncate(usize::from(ips));
-                self.pods.know(pod)
-            }
-            Step::Forget(pod) => self.pods.forget(&uid(&name(pod))),
-            Step::Add(pod, namespace) => {
-                self.unanswered.insert(number);
-                let actions = self.pods.add(number, &cni(&name(pod)), namespace.into());
-                if self.pods.holds(namespace.into()) || actions.contains(&Action::Close(namespace.into())) {
-                    self.namespaces.insert(namespace.into());
-                }
-                actions
-            }
-            Step::Delete(pod) => {
-                self.unanswered.insert(number);
-                self.pods.delete(number, &uid(&name(pod)), "")
-            }
-            Step::Overdue(which) => {
-                let index = usize::from(which).checked_rem(self.unanswered.len());
-                match index.and_then(|index| self.unanswered.iter().nth(index).copied()) {
-                    Some(request) => self.pods.overdue(request),
-                    None => Vec::new(),
-                }
-            }
-            Step::Prepared(which, good) => match taken(&mut self.preparing, which) {
-                Some((pod, attempt)) => {
-                    let (keep, actions) =
-                        self.pods.prepared(&pod, attempt, if good { Ok(Prepared::Bare) } else { Err(failure()) });
-                    if keep {
-                        assert!(good);
-                        self.captures.insert(pod, false);
-                    }
-                    actions
-                }
-                None => Vec::new(),
-            },
-            Step::Begun(which, good) => match taken(&mut self.beginning, which) {
-                Some((pod, attempt)) => self.pods.begun(&pod, attempt, if good { Ok(()) } else { Err(failure()) }),
-                None => Vec::new(),
-            },
-            Step::Left(which, outcome) => match taken(&mut self.leaving, which) {
-                Some((pod, attempt)) => self.pods.left(&pod, attempt, outcome.ok_or_else(failure)),
-                None => Vec::new(),
-            },
-            Step::Ready(pod) => {
-                let pod = uid(&name(pod));
-                if self.captures.get(&pod) == Some(&true) {
-                    self.ready.insert(pod.clone());
-                }
-                self.pods.ready(&pod)
-            }
-            Step::Proxy(true) => self.pods.proxy_connected(),
-            Step::Proxy(false) => {
-                self.pods.proxy_gone();
-                Vec::new()
-            }
-            Step::Retry => self.pods.retry(),
-        };
-        self.act(actions);
-    }
-}
-
-proptest! {
-    #[test]
-    fn in_any_order_rules_come_last_every_request_has_one_answer_and_nothing_stays(
-        steps in proptest::collection::vec(step(), 0..80)
-    ) {
-        let mut shell = Shell::default();
-        let mut number = 0;
-        let mut next = |shell: &mut Shell, step| {
-            number += 1;
-            shell.step(number, step);
-        };
-        for step in steps {
-            next(&mut shell, step);
-        }
-        while shell.is_busy() {
-            next(&mut shell, Step::Prepared(0, true));
-            next(&mut shell, Step::Begun(0, true));
-            next(&mut shell, Step::Left(0, Some(true)));
-        }
-        while !shell.unanswered.is_empty() {
-            let before = shell.unanswered.len();
-            next(&mut shell, Step::Overdue(0));
-            while shell.is_busy() {
-                next(&mut shell, Step::Prepared(0, true));
-                next(&mut shell, Step::Begun(0, true));
-                next(&mut shell, Step::Left(0, Some(true)));
-            }
-            prop_assert!(shell.unanswered.len() < before, "an overdue request has its answer");
-        }
-        for pod in 0..3 {
-            next(&mut shell, Step::Delete(pod));
-            next(&mut shell, Step::Forget(pod));
-        }
-        prop_assert!(shell.namespaces.is_empty() && shell.captures.is_empty() && shell.pods.shown().is_empty());
-    }
 }

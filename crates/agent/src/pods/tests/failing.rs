@@ -55,7 +55,8 @@ fn a_pod_that_starts_or_is_not_to_be_captured_or_is_gone_is_not_told() {
     pods.know(NodePod { capture: Err(Uncaptured::OptedOut), ..known("a") });
     assert_eq!(failing(&pods), []);
     pods.know(known("a"));
-    pods.prepared(&uid("a"), 2, Err(failure()));
+    pods.looked(&uid("a"), 2, false);
+    pods.prepared(&uid("a"), 3, Err(failure()));
     assert_eq!(failing(&pods), is(CaptureFailure::NotItsAddress));
     pods.forget(&uid("a"));
     assert_eq!(failing(&pods), []);
@@ -96,9 +97,10 @@ fn a_pod_that_could_not_start_is_not_told_until_it_runs() {
     assert_eq!(failing(&pods), is(CaptureFailure::NotItsAddress));
     let mut pods = node();
     pods.know(out);
-    assert_eq!(pods.add(1, &cni("a"), 7), [Action::Answer(1, CniResult::NotCaptured("opted-out".into()))]);
+    pods.add(1, &cni("a"), 7);
+    assert_eq!(pods.looked(&uid("a"), 1, false), [Action::Answer(1, CniResult::NotCaptured("opted-out".into()))]);
     pods.know(known("a"));
-    pods.prepared(&uid("a"), 1, Err(failure()));
+    pods.prepared(&uid("a"), 2, Err(failure()));
     assert_eq!(failing(&pods), is(CaptureFailure::NotItsAddress));
 }
 

@@ -59,7 +59,7 @@ fn a_pod_that_is_withdrawn_while_it_leaves_is_not_served_until_it_is_made_anew()
         assert!(pods.served().is_empty(), "there are no listeners that a proxy could be given");
         assert!(pods.proxy_connected().is_empty());
         let anew = pods.left(&uid("a"), 3, Ok(false));
-        assert_eq!(anew, if back { vec![prepare(moved.clone(), 7, 4)] } else { vec![] });
+        assert_eq!(anew, if back { vec![prepare(moved.clone(), 7, 4)] } else { vec![look("a", 7, 4)] });
         if back {
             pods.prepared(&uid("a"), 4, Ok(Prepared::Bare));
             assert_eq!(pods.served(), [moved]);
