@@ -194,11 +194,7 @@ fn serve_here(turns: &Turns, node: Arc<Node>, captured: Captured, one: Busy) {
     let payer = captured.payer(&node);
     let share = captured.share(&node, payer.clone());
     let has_room = share.is_ok();
-    let life = redirect::serve(node, captured, share);
-    let life = async move {
-        life.await;
-        drop(one);
-    };
+    let life = redirect::serve(node, captured, share, one);
     if has_room {
         turns.live(payer, Box::pin(life));
     } else {
@@ -228,7 +224,7 @@ async fn sweep(node: Arc<Node>) {
 
 /// One connection of a core. It is counted out wherever this ends, also where serving it panicked.
 #[derive(Debug)]
-struct Busy(Arc<AtomicUsize>);
+pub(crate) struct Busy(Arc<AtomicUsize>);
 
 impl Busy {
     fn on(core: &Core) -> Self {

@@ -46,16 +46,16 @@ pub(crate) async fn serve(
 ) -> Result<Option<Box<Tunnel>>, EndedEarly> {
     // In memory of its own, which goes before the first byte flows: most connections are idle most of their lives.
     match Box::pin(arrive(node, pod, connection, client)).await? {
-        Arrived::InClear(client, server) => Box::pin(in_clear(node, connection, client, server)).await.map(|()| None),
+        Arrived::InClear(legs) => Box::pin(in_clear(node, connection, legs.0, legs.1)).await.map(|()| None),
         Arrived::Probe(probing) => Box::pin(probe::carry(node, connection, probing)).await.map(|()| None),
-        Arrived::Tunnel(tunnel, claim) => lease(node, pod, connection, tunnel, claim).await.map(Some),
+        Arrived::Tunnel(tunnel, claim) => Box::pin(lease(node, pod, connection, tunnel, claim)).await.map(Some),
     }
 }
 
 /// What a connection turned out to be.
 enum Arrived {
     /// In clear, and allowed so: both legs.
-    InClear(Leg<Guarded, PlainSink>, TcpStream),
+    InClear(Box<(Leg<Guarded, PlainSink>, TcpStream)>),
     /// In clear where that is refused, but for this: a probe, or a call of the API server.
     Probe(Probing),
     /// A tunnel, whose client asks for its first connection.
@@ -103,7 +103,7 @@ async fn arrive(
                 if seen == First::Other {
                     probe::name(node, pod, connection, &client, &mut first).await?;
                 }
-                return Ok(Arrived::InClear(guarded_leg(client, first, seen), server));
+                return Ok(Arrived::InClear(Box::new((guarded_leg(client, first, seen), server))));
             }
             // Before the application has said a word, the client begins a tunnel: its capture is newer than our view.
             (first, half_read.map_or_else(|| node.budgets.half_read(source.ip(), known), Ok)?)

@@ -13,6 +13,7 @@ use mesh::RefuseReason;
 use wire::pods::Listener;
 
 use crate::connections::{Connection, Direction};
+use crate::cores::Busy;
 use crate::inbound::Next;
 use crate::node::Node;
 use crate::pod::Pod;
@@ -116,7 +117,8 @@ fn is_about_one_connection(error: &io::Error) -> bool {
 }
 
 /// Serves one captured connection, and those that follow it through the same tunnel. How each ended is in the log by then.
-pub(crate) async fn serve(node: Arc<Node>, captured: Captured, share: Result<Share, EndedEarly>) {
+/// `_place` is given back when nothing is left.
+pub(crate) async fn serve(node: Arc<Node>, captured: Captured, share: Result<Share, EndedEarly>, _place: Busy) {
     let (node, Captured { stream, source, pod, direction }) = (&*node, captured);
     let connection = node.connections.open(&node.clock, &pod, direction, source);
     // For the tunnel's whole life, also between two connections: its descriptors are held all that time.
@@ -162,8 +164,9 @@ async fn life(node: &Node, stream: TcpStream, connection: &Connection) -> Result
         return Err(RefuseReason::Loop.into());
     }
     match connection.direction {
-        Direction::Outbound => outbound::serve(node, pod, connection, client).await.map(|()| None),
-        Direction::Inbound => inbound::serve(node, pod, connection, client).await,
+        // Each in memory of its own: the one that is not needed would take as much as the other.
+        Direction::Outbound => Box::pin(outbound::serve(node, pod, connection, client)).await.map(|()| None),
+        Direction::Inbound => Box::pin(inbound::serve(node, pod, connection, client)).await,
     }
 }
 
