@@ -23,6 +23,8 @@ struct Arguments {
     /// How the processes write their log.
     #[arg(long, value_name = "FORMAT", default_value = "json", hide = true)]
     log_format: log::Format,
+    #[command(flatten)]
+    before: install::Before,
     #[command(subcommand)]
     command: Command,
 }
@@ -57,6 +59,25 @@ enum Command {
     DemoApp(app::Arguments),
 }
 
+impl Command {
+    /// As it is called, where it has nothing to do with a cluster.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Cluster(_) => "justmtls",
+            Self::Demo(_) => "demo",
+            Self::Control(_) => "control",
+            Self::Agent(_) => "agent",
+            Self::Proxy(_) => "proxy",
+            Self::Completions(_) => "completions",
+            Self::Man(_) => "man",
+            Self::Cni => "cni",
+            Self::Supervise(_) => "supervise",
+            Self::Admin(_) => "admin",
+            Self::DemoApp(_) => "demo-app",
+        }
+    }
+}
+
 fn main() -> ExitCode {
     // A container runtime gives its plugins no arguments.
     if std::env::args_os().len() == 1 && std::env::var_os("CNI_COMMAND").is_some() {
@@ -64,7 +85,7 @@ fn main() -> ExitCode {
     }
     let arguments = Arguments::parse();
     let log = arguments.log_format;
-    let result = supervise::let_signals_in().and_then(|()| run(arguments.command, log));
+    let result = supervise::let_signals_in().and_then(|()| run(arguments.command, arguments.before, log));
     match result {
         Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(1)),
         Err(error) => {
@@ -74,7 +95,11 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command, log: log::Format) -> anyhow::Result<i32> {
+fn run(mut command: Command, before: install::Before, log: log::Format) -> anyhow::Result<i32> {
+    match &mut command {
+        Command::Cluster(verb) => before.give(verb)?,
+        other => before.refuse(other.name())?,
+    }
     match command {
         Command::Cluster(verb) => install::run(verb, control::unenforceable),
         Command::Demo(arguments) => demo::run(arguments),

@@ -1,5 +1,7 @@
 //! `justmtls check`: everything that must hold, in order, each with a name, and with what to do where it does not.
 
+mod applied;
+mod finding;
 mod ids;
 mod nodes;
 mod problems;
@@ -7,16 +9,15 @@ mod problems;
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod};
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::apply::{self, Outcome};
-use crate::cluster::{Cluster, Place, path};
-use crate::install::{recorded, supported};
-use crate::objects::{CONTROL, NAMESPACE, NODE, TRUST_BUNDLE, definitions, objects};
-use crate::table::{printable, some};
-use crate::values::Values;
+use crate::cluster::{Cluster, Place};
+use crate::install::supported;
+use crate::leaving::Leaving;
+use crate::objects::{CONTROL, NAMESPACE, NODE, TRUST_BUNDLE};
 use crate::{pages, status, wait};
 
+use finding::{Finding, State, as_json, exit_status, failed, ok, print, warning, worst};
 use ids::Id;
 
 /// What the verb takes.
@@ -37,50 +38,6 @@ pub struct Arguments {
     /// Which cluster is meant.
     #[command(flatten)]
     pub place: Place,
-}
-
-/// What a check came to.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-enum State {
-    Ok,
-    Warning,
-    Failed,
-}
-
-impl State {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::Warning => "warning",
-            Self::Failed => "failed",
-        }
-    }
-}
-
-/// One check, made.
-#[derive(Clone, PartialEq, Eq, Debug)]
-struct Finding {
-    id: Id,
-    state: State,
-    /// What was found, or what is wrong, in a sentence without an end.
-    message: String,
-}
-
-fn ok(id: Id, message: impl Into<String>) -> Finding {
-    Finding { id, state: State::Ok, message: message.into() }
-}
-
-fn warning(id: Id, message: impl Into<String>) -> Finding {
-    Finding { id, state: State::Warning, message: message.into() }
-}
-
-fn failed(id: Id, message: impl Into<String>) -> Finding {
-    Finding { id, state: State::Failed, message: message.into() }
-}
-
-/// The best findings of one id: what is wrong, one by one; or, where nothing is, one sentence.
-fn all_or(id: Id, wrong: Vec<Finding>, right: impl Into<String>) -> Vec<Finding> {
-    if wrong.is_empty() { vec![ok(id, right)] } else { wrong }
 }
 
 /// A root that has fewer days than these left is worth a warning.
@@ -104,57 +61,6 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
     Ok(exit_status(&findings))
 }
 
-fn worst(findings: &[Finding]) -> State {
-    findings.iter().map(|finding| finding.state).max().unwrap_or(State::Ok)
-}
-
-fn exit_status(findings: &[Finding]) -> i32 {
-    match worst(findings) {
-        State::Ok => 0,
-        State::Failed => 1,
-        State::Warning => 2,
-    }
-}
-
-fn as_json(findings: &[Finding]) -> Value {
-    let one = |finding: &Finding| {
-        let hint = (finding.state != State::Ok).then(|| finding.id.hint());
-        json!({
-            "id": finding.id.as_str(),
-            "group": finding.id.group().as_str(),
-            "state": finding.state.as_str(),
-            "message": finding.message,
-            "hint": hint,
-            "documentation": finding.id.documentation(),
-        })
-    };
-    json!({ "state": worst(findings).as_str(), "checks": findings.iter().map(one).collect::<Vec<_>>() })
-}
-
-fn print(findings: &[Finding]) {
-    use anstyle::{AnsiColor, Style};
-    let (mut group, bold) = (None, Style::new().bold());
-    for finding in findings {
-        if group != Some(finding.id.group()) {
-            group = Some(finding.id.group());
-            anstream::println!("{bold}{}{bold:#}", finding.id.group().as_str());
-        }
-        let (colour, mark) = match finding.state {
-            State::Ok => (AnsiColor::Green, "√"),
-            State::Warning => (AnsiColor::Yellow, "!"),
-            State::Failed => (AnsiColor::Red, "×"),
-        };
-        let colour = colour.on_default();
-        anstream::println!("{colour}{mark}{colour:#} {}: {}", finding.id.as_str(), printable(&finding.message));
-        if finding.state != State::Ok {
-            anstream::println!("    {}; see {}", finding.id.hint(), finding.id.documentation());
-        }
-    }
-    let of = |state: State| findings.iter().filter(|finding| finding.state == state).count();
-    anstream::println!();
-    anstream::println!("{} ok, {} warnings, {} failed", of(State::Ok), of(State::Warning), of(State::Failed));
-}
-
 /// Makes all checks; a failed one that the rest depends on ends them.
 async fn look(arguments: &Arguments) -> Vec<Finding> {
     let mut findings = Vec::new();
@@ -171,58 +77,14 @@ async fn look(arguments: &Arguments) -> Vec<Finding> {
         Ok(()) => findings.push(ok(Id::ApiVersion, format!("Kubernetes is {} or newer", crate::MINIMUM_KUBERNETES))),
         Err(error) => findings.push(failed(Id::ApiVersion, format!("{error:#}"))),
     }
-    let values = match installed(&cluster).await {
-        Ok(Some(values)) => values,
-        Ok(None) => {
-            findings.push(failed(Id::Installed, format!("there is no namespace {NAMESPACE}")));
-            return findings;
-        }
-        Err(error) => {
-            findings.push(failed(Id::Installed, format!("{error:#}")));
-            return findings;
-        }
-    };
-    findings.push(ok(Id::Installed, format!("the namespace {NAMESPACE} is there")));
-    findings.extend(objects_as_rendered(&cluster, &values).await);
-    findings.extend(definitions_present(&cluster).await);
+    let (is_there, applied) = applied::findings(&cluster).await;
+    findings.extend(applied);
+    if !is_there {
+        return findings;
+    }
     findings.extend(control_plane(&cluster).await);
     findings.extend(nodes_and_pods(&cluster, arguments.namespace.as_deref()).await);
     findings
-}
-
-async fn installed(cluster: &Cluster) -> anyhow::Result<Option<Values>> {
-    cluster.get(&format!("/api/v1/namespaces/{NAMESPACE}")).await?.as_ref().map(recorded).transpose()
-}
-
-async fn objects_as_rendered(cluster: &Cluster, values: &Values) -> Vec<Finding> {
-    let id = Id::ObjectsAsRendered;
-    let wanted = objects(values);
-    let mut wrong = Vec::new();
-    for object in &wanted {
-        match apply::plan(cluster, object, true).await {
-            Ok(Outcome::Unchanged) => {}
-            Ok(Outcome::Created) => wrong.push(failed(id, format!("{} is missing", object.title()))),
-            Ok(Outcome::Changed(differences)) => {
-                let fields: Vec<_> = differences.iter().map(ToString::to_string).collect();
-                wrong.push(warning(id, format!("{} differs: {}", object.title(), some(&fields))));
-            }
-            Err(error) => wrong.push(warning(id, format!("{} cannot be compared: {error:#}", object.title()))),
-        }
-    }
-    all_or(id, wrong, format!("{} objects are as `justmtls render` has them", wanted.len()))
-}
-
-async fn definitions_present(cluster: &Cluster) -> Vec<Finding> {
-    let id = Id::DefinitionsPresent;
-    let mut wrong = Vec::new();
-    for definition in definitions() {
-        match cluster.get(&path(&definition)).await {
-            Ok(Some(_)) => {}
-            Ok(None) => wrong.push(failed(id, format!("{} is missing", definition.title()))),
-            Err(error) => wrong.push(failed(id, format!("{error:#}"))),
-        }
-    }
-    all_or(id, wrong, "PeerAuthentication and AuthorizationPolicy can be made")
 }
 
 async fn control_plane(cluster: &Cluster) -> Vec<Finding> {
@@ -321,16 +183,17 @@ async fn nodes_and_pods(cluster: &Cluster, namespace: Option<&str>) -> Vec<Findi
         let nodes: Vec<Node> = cluster.list("/api/v1/nodes", "").await?;
         let pods = status::pods(cluster, namespace).await?;
         let pages = pages::of_pods(cluster, &pods_of_nodes, nodes::PAGES).await;
-        anyhow::Ok((nodes, pods_of_nodes, pods, pages))
+        let rows = status::rows(&pods, &pages, &Leaving::look(cluster).await);
+        anyhow::Ok((nodes, pods_of_nodes, rows, pages))
     };
     match asked.await {
         // Nobody can be asked, for the cause that is named already.
         Ok((_, pods_of_nodes, ..)) if pods_of_nodes.is_empty() => {}
-        Ok((nodes, pods_of_nodes, pods, pages)) => {
+        Ok((nodes, pods_of_nodes, rows, pages)) => {
             let silent = nodes::silent(&nodes, &pages);
             findings.extend(nodes::versions(&pods_of_nodes));
             findings.extend(nodes::of_pages(&nodes, &pages, &silent));
-            findings.extend(nodes::captures(&status::rows(&pods, &pages), &silent));
+            findings.extend(nodes::captures(&rows, &silent));
         }
         Err(error) => findings.push(failed(Id::NodeAgents, format!("{error:#}"))),
     }
@@ -339,25 +202,9 @@ async fn nodes_and_pods(cluster: &Cluster, namespace: Option<&str>) -> Vec<Findi
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
-
-    #[test]
-    fn the_exit_status_is_that_of_the_worst() {
-        let (fine, odd, bad) = (ok(Id::Installed, "a"), warning(Id::Installed, "b"), failed(Id::Installed, "c"));
-        assert_eq!(exit_status(std::slice::from_ref(&fine)), 0);
-        assert_eq!(exit_status(&[fine.clone(), odd.clone()]), 2);
-        assert_eq!(exit_status(&[fine, odd, bad]), 1);
-    }
-
-    #[test]
-    fn programs_get_the_name_the_group_and_what_to_do() {
-        let text = as_json(&[failed(Id::Installed, "no"), ok(Id::ApiReachable, "yes")]);
-        assert_eq!(text["state"], "failed");
-        assert_eq!(text["checks"][0]["id"], "installed");
-        assert_eq!(text["checks"][0]["group"], "objects");
-        assert!(text["checks"][0]["hint"].as_str().unwrap().contains("justmtls install"));
-        assert!(text["checks"][1]["hint"].is_null());
-    }
 
     #[test]
     fn names_are_unique_and_groups_stand_together() {

@@ -176,12 +176,20 @@ impl Cluster {
 
 const REACH: &str = "check that address and the way to it, or name another context by --context";
 
+/// What is said of what the API server refuses to who asks.
+const ASK: &str = "ask a cluster administrator for that permission";
+
+/// Whether a sentence says that the API server refused something to who asks for want of a permission.
+pub(crate) fn is_refusal(sentence: &str) -> bool {
+    sentence.contains(ASK)
+}
+
 /// What the API server answered, with what to do.
-fn of_status(code: u16, message: &str) -> String {
+pub(crate) fn of_status(code: u16, message: &str) -> String {
     match code {
         401 => "the API server does not accept the kubeconfig's credentials; log in again, or name another context by --context"
             .to_owned(),
-        403 => format!("{message}; ask a cluster administrator for that permission, or name another context by --context"),
+        403 => format!("{message}; {ASK}, or name another context by --context"),
         _ if message.is_empty() => format!("the API server answers {code} and says nothing"),
         _ => message.to_owned(),
     }
@@ -272,7 +280,8 @@ mod tests {
     fn refusals_say_what_to_do() {
         assert!(of_status(401, "Unauthorized").contains("log in again"));
         let forbidden = of_status(403, "pods is forbidden: User \"a\" cannot list resource \"pods\"");
-        assert!(forbidden.contains("cannot list") && forbidden.contains("administrator"));
+        assert!(forbidden.contains("cannot list") && is_refusal(&forbidden));
+        assert!(!is_refusal(&of_status(401, "Unauthorized")));
         assert_eq!(of_status(500, ""), "the API server answers 500 and says nothing");
     }
 

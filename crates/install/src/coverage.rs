@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::cluster::{Cluster, Place};
 use crate::pages::{self, NodePages, Process};
 use crate::status::{namespace_is_there, pods};
-use crate::table::Table;
+use crate::table::{Table, printable};
 
 /// What the verb takes.
 #[derive(clap::Args, Clone, Debug)]
@@ -116,11 +116,11 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
             Some((node, wanted.iter().find_map(|(process, page)| pages.failure(*process, page))?))
         })
         .collect();
+    if let Some(sentence) = nobody(&pages, &silent) {
+        bail!("{sentence}");
+    }
     for (node, why) in &silent {
         anstream::eprintln!("warning: node {node} says nothing, and what it saw is left out: {why}");
-    }
-    if pages.is_empty() {
-        bail!("no node has a pod of ours that could be asked; `justmtls check` says why");
     }
     if arguments.json {
         let edges: Vec<_> = edges.iter().map(|(edge, counts)| Row { edge, counts }).collect();
@@ -130,6 +130,22 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
         print(&edges, arguments.wide);
     }
     Ok(i32::from(!silent.is_empty()) * 2)
+}
+
+/// Why there is nothing to be shown, where no node has said anything: that nobody talked would be untrue.
+fn nobody(pages: &BTreeMap<String, NodePages>, silent: &[(&String, &str)]) -> Option<String> {
+    match silent.first() {
+        None if pages.is_empty() => {
+            Some("no node has a pod of ours that could be asked; `justmtls check` says why".to_owned())
+        }
+        Some((node, why)) if silent.len() == pages.len() => Some(format!(
+            "no node says what it saw, {} of them; node {}: {}",
+            silent.len(),
+            printable(node),
+            printable(why)
+        )),
+        _ => None,
+    }
 }
 
 fn print(edges: &BTreeMap<Edge, Counts>, wide: bool) {
@@ -343,6 +359,16 @@ mod tests {
         let (workload, _) = summed.first_key_value().unwrap();
         assert_eq!((&*workload.source, &*workload.destination), ("shop/client", "shop/web"));
         assert_eq!(summary(&edges), "7 connections with mTLS, 0 in clear, 0 that came to nothing");
+    }
+
+    #[test]
+    fn that_no_node_says_anything_is_no_answer() {
+        let (a, b) = ("a".to_owned(), "b".to_owned());
+        let pages = BTreeMap::from([(a.clone(), NodePages::default()), (b.clone(), NodePages::default())]);
+        assert!(nobody(&BTreeMap::new(), &[]).unwrap().contains("no node has a pod"));
+        let sentence = nobody(&pages, &[(&a, "refused"), (&b, "refused")]).unwrap();
+        assert_eq!(sentence, "no node says what it saw, 2 of them; node a: refused");
+        assert_eq!(nobody(&pages, &[(&a, "refused")]), None);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use crate::cluster::{Cluster, Place, path};
 use crate::objects::{CONTROL, NAMESPACE, NODE, Object, SETTINGS, all, definitions, objects};
 use crate::source::Source;
 use crate::table::printable;
+use crate::uninstall::is_going;
 use crate::values::{Key, VERSION, Values};
 use crate::warn::{self, Judge};
 use crate::{distribution, wait};
@@ -58,7 +59,7 @@ pub(crate) async fn run(verb: Verb, arguments: &Arguments, judge: Judge) -> anyh
     if verb == Verb::Upgrade && installed.is_none() {
         bail!("there is nothing to upgrade: no DaemonSet {NODE} in {NAMESPACE}; `justmtls install` installs");
     }
-    if namespace.as_ref().is_some_and(|it| !it["metadata"]["deletionTimestamp"].is_null()) {
+    if namespace.as_ref().is_some_and(is_going) {
         bail!("the namespace {NAMESPACE} is being deleted; wait until it is gone, and run the command again");
     }
     let recorded =
@@ -74,7 +75,7 @@ pub(crate) async fn run(verb: Verb, arguments: &Arguments, judge: Judge) -> anyh
         bail!("{sentence}");
     }
     for warning in warn::warnings(&warn::gather(&cluster).await?, &values, judge) {
-        anstream::eprintln!("{WARNING}warning{WARNING:#}: {warning}");
+        warn::say(&warning);
     }
     let mut work = Work { cluster, verb, dry_run: arguments.dry_run, changed: 0 };
     work.definitions().await?;
@@ -210,8 +211,6 @@ pub(crate) fn supported(numbers: (u32, u32), version: &str) -> anyhow::Result<()
     }
     Ok(())
 }
-
-const WARNING: anstyle::Style = anstyle::AnsiColor::Yellow.on_default().bold();
 
 #[cfg(test)]
 mod tests {

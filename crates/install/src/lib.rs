@@ -21,6 +21,7 @@ mod objects;
 mod render;
 mod source;
 
+mod before;
 mod cluster;
 
 mod apply;
@@ -30,6 +31,7 @@ mod wait;
 mod warn;
 
 mod install;
+mod leaving;
 mod uninstall;
 
 mod pages;
@@ -47,6 +49,7 @@ use clap::Subcommand;
 
 use values::{Key, Values};
 
+pub use before::Before;
 pub use warn::Judge;
 
 /// The oldest Kubernetes that has what we need: a node's name in tokens, and profiles of AppArmor as fields.
@@ -112,6 +115,9 @@ pub fn run(verb: Verb, judge: Judge) -> anyhow::Result<i32> {
 
 fn render(arguments: &RenderArguments) -> anyhow::Result<i32> {
     let values = Values::from_words(&arguments.set)?;
+    for warning in warn::of_values(&values) {
+        warn::say(&warning);
+    }
     if arguments.keys {
         let mut table = table::Table::new(&["KEY", "DEFAULT", "MEANING"]);
         for key in Key::ALL {

@@ -7,7 +7,9 @@ use k8s_openapi::api::core::v1::{Node, Pod};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::cluster::{Cluster, Place};
+use crate::cluster::{Cluster, Place, is_refusal};
+use crate::leaving::Leaving;
+use crate::objects::NAMESPACE;
 use crate::pages::{self, NodePages, Process};
 use crate::table::Table;
 
@@ -54,27 +56,30 @@ pub(crate) const PAGES: &[(Process, &str)] = &[(Process::Agent, "/pods"), (Proce
 /// Says the status.
 pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
     let cluster = Cluster::connect(&arguments.place).await?;
-    let nodes: Vec<Node> = cluster.list("/api/v1/nodes", "").await?;
+    // Who may look at some namespaces alone may not list nodes.
+    let nodes: Option<Vec<Node>> = match cluster.list("/api/v1/nodes", "").await {
+        Ok(nodes) => Some(nodes),
+        Err(error) if is_refusal(&error.to_string()) => {
+            anstream::eprintln!("nodes are left out: who asks may not list them");
+            None
+        }
+        Err(error) => return Err(error),
+    };
     let pods = pods(&cluster, arguments.namespace.as_deref()).await?;
     let pages = pages::of_nodes(&cluster, PAGES).await?;
-    let rows = rows(&pods, &pages);
-    let nodes = node_rows(&nodes, &pages);
+    let leaving = Leaving::look(&cluster).await;
+    if let Some(sentence) = leaving.stage.sentence() {
+        anstream::eprintln!("{sentence}; `justmtls uninstall` goes on, `justmtls upgrade` takes it back");
+    }
+    let rows = rows(&pods, &pages, &leaving);
+    let nodes = nodes.map(|nodes| node_rows(&nodes, &pages));
     if arguments.json {
         anstream::println!("{:#}", json!({ "nodes": nodes, "pods": rows }));
         return Ok(0);
     }
-    let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
-    let mut table = Table::new(&["NODE", "JUSTMTLS", "CAPTURED", "REASON"]);
-    for node in &nodes {
-        table.row([
-            text(&node["name"]),
-            text(&node["pod"]),
-            node["captured"].to_string(),
-            node["reason"].as_str().unwrap_or("").to_owned(),
-        ]);
+    if let Some(nodes) = nodes {
+        print_nodes(&nodes);
     }
-    table.print();
-    anstream::println!();
     let mut table = Table::new(&["POD", "NODE", "CAPTURE", "MODE", "IDENTITY", "REASON"]);
     for row in rows {
         let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
@@ -97,6 +102,21 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
         table.print();
     }
     Ok(0)
+}
+
+fn print_nodes(nodes: &[Value]) {
+    let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
+    let mut table = Table::new(&["NODE", "JUSTMTLS", "CAPTURED", "REASON"]);
+    for node in nodes {
+        table.row([
+            text(&node["name"]),
+            text(&node["pod"]),
+            node["captured"].to_string(),
+            node["reason"].as_str().unwrap_or("").to_owned(),
+        ]);
+    }
+    table.print();
+    anstream::println!();
 }
 
 /// The pods that run, or are about to.
@@ -123,7 +143,7 @@ pub(crate) async fn namespace_is_there(cluster: &Cluster, namespace: Option<&str
 }
 
 /// One row for each pod, in the order of their names.
-pub(crate) fn rows(pods: &[Pod], pages: &BTreeMap<String, NodePages>) -> Vec<PodRow> {
+pub(crate) fn rows(pods: &[Pod], pages: &BTreeMap<String, NodePages>, leaving: &Leaving) -> Vec<PodRow> {
     let mut said = BTreeMap::new();
     for pages in pages.values() {
         for (page, uid, list) in [
@@ -144,6 +164,7 @@ pub(crate) fn rows(pods: &[Pod], pages: &BTreeMap<String, NodePages>) -> Vec<Pod
             let agent = said.get(&(Process::Agent, uid)).copied().unwrap_or(&Value::Null);
             let view = said.get(&(Process::Proxy, uid)).copied().unwrap_or(&Value::Null);
             let (capture, reason) = capture(pod, agent, pages.get(&node).unwrap_or(&none));
+            let reason = reason.map(|said| leaving.reason(pod, said));
             let identity = agent["identity"].as_str().or(view["identity"].as_str());
             PodRow {
                 namespace: pod.metadata.namespace.clone().unwrap_or_default(),
@@ -171,19 +192,34 @@ fn capture(pod: &Pod, agent: &Value, pages: &NodePages) -> (String, Option<Strin
         return ("starting".to_owned(), Some("no node yet".to_owned()));
     }
     let text = |field: &str| agent[field].as_str().map(str::to_owned);
+    let stands = agent["stands"] == true && text("not_captured").is_some();
     match text("state") {
+        Some(state) if stands && !["captured", "leaving"].contains(&state.as_str()) => {
+            ("rules-left".to_owned(), Some("not captured, and its rules still stand in the kernel".to_owned()))
+        }
         Some(state) if state == "captured" => (state, text("failure")),
         Some(state) if state == "no-sandbox" && text("not_captured").is_some() => {
             ("not-captured".to_owned(), text("not_captured"))
         }
         Some(_) if waits => ("starting".to_owned(), text("failure").or_else(|| text("not_captured"))),
         Some(state) => (state, text("failure").or_else(|| text("not_captured"))),
+        // Nobody need be asked about a pod that is left out by its namespace, unless a label says otherwise.
+        None if is_system(pod) => ("not-captured".to_owned(), Some("system-namespace".to_owned())),
         None => match pages.failure(Process::Agent, "/pods") {
             Some(why) => ("unknown".to_owned(), Some(why.to_owned())),
             None if waits => ("starting".to_owned(), None),
             None => ("unknown".to_owned(), Some("its node's agent does not know it".to_owned())),
         },
     }
+}
+
+/// Namespaces that are not captured unless somebody says so.
+const SYSTEM_NAMESPACES: [&str; 4] = ["kube-system", "kube-public", "kube-node-lease", NAMESPACE];
+
+/// Whether a pod is in a namespace of the system, and does not ask to be captured all the same.
+fn is_system(pod: &Pod) -> bool {
+    let mode = pod.metadata.labels.as_ref().and_then(|labels| labels.get("justmtls.dev/mode")).map(String::as_str);
+    mode != Some("on") && pod.metadata.namespace.as_deref().is_some_and(|name| SYSTEM_NAMESPACES.contains(&name))
 }
 
 fn mode(view: &Value) -> Option<String> {
@@ -226,6 +262,7 @@ mod tests {
             { "uid": "uid-out", "state": "not-captured", "not_captured": "opted-out" },
             { "uid": "uid-bad", "state": "failed", "failure": "no-interface" },
             { "uid": "uid-new", "state": "waiting" },
+            { "uid": "uid-ruled", "state": "not-captured", "not_captured": "opted-out", "stands": true },
         ]);
         let proxy = json!({ "workloads": [
             { "pod_uid": "uid-web", "mode": "permissive", "port_modes": { "9090": "strict" }, "identity": "spiffe://c/ns/shop/sa/web" },
@@ -245,9 +282,10 @@ mod tests {
             pod("host", Some("a"), "Running", true),
             pod("lost", Some("a"), "Running", false),
             pod("away", Some("b"), "Running", false),
+            pod("ruled", Some("a"), "Running", false),
             pod("unplaced", None, "Pending", false),
         ];
-        let rows = rows(&pods, &told());
+        let rows = rows(&pods, &told(), &Leaving::default());
         let found: Vec<_> =
             rows.iter().map(|row| (&*row.name, &*row.capture, row.reason.as_deref().unwrap_or(""))).collect();
         let expected = [
@@ -257,15 +295,30 @@ mod tests {
             ("lost", "unknown", "its node's agent does not know it"),
             ("new", "starting", ""),
             ("out", "not-captured", "opted-out"),
+            ("ruled", "rules-left", "not captured, and its rules still stand in the kernel"),
             ("unplaced", "starting", "no node yet"),
             ("web", "captured", ""),
         ];
         assert_eq!(found, expected);
         let amiss: Vec<_> = rows.iter().filter(|row| row.is_amiss()).map(|row| &*row.name).collect();
-        assert_eq!(amiss, ["away", "bad", "lost"]);
+        assert_eq!(amiss, ["away", "bad", "lost", "ruled"]);
         let web = rows.last().unwrap();
         assert_eq!(web.identity.as_deref(), Some("spiffe://c/ns/shop/sa/web"));
         assert_eq!(web.mode.as_deref(), Some("permissive (9090:strict)"));
+    }
+
+    #[test]
+    fn a_pod_of_the_system_that_nobody_knows_is_left_out_as_one_that_somebody_knows() {
+        let of = |namespace: &str, mode: Option<&str>| {
+            let mut pod = pod("lost", Some("b"), "Running", false);
+            pod.metadata.namespace = Some(namespace.to_owned());
+            pod.metadata.labels = mode.map(|mode| [("justmtls.dev/mode".to_owned(), mode.to_owned())].into());
+            rows(&[pod], &told(), &Leaving::default()).remove(0)
+        };
+        let left_out = of("kube-system", None);
+        assert_eq!((&*left_out.capture, left_out.reason.as_deref()), ("not-captured", Some("system-namespace")));
+        assert!(!of("justmtls-system", None).is_amiss());
+        assert!(of("kube-system", Some("on")).is_amiss() && of("shop", None).is_amiss());
     }
 
     #[test]

@@ -1,20 +1,21 @@
 //! `justmtls uninstall`: every pod leaves the mesh, then the nodes go, so that each agent takes its CNI plugin out; then the rest, by name.
 
-use std::collections::BTreeMap;
+mod farewell;
+mod standing;
+
+use std::cell::Cell;
+use std::io;
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
-use k8s_openapi::api::core::v1::Node;
+use anyhow::{Context, bail};
 use serde_json::Value;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cluster::{Cluster, Place, path};
 use crate::install::{is_ours, recorded};
-use crate::objects::{
-    AUTHORITY, CONTROL, NAMESPACE, NODE, Object, PART_OF, SETTINGS, TRUST_BUNDLE, all, definitions, settings_object,
-};
-use crate::pages::{self, NodePages, Process};
+use crate::objects::{AUTHORITY, CONTROL, NAMESPACE, NODE, PART_OF, SETTINGS, TRUST_BUNDLE, all, definitions};
 use crate::source::Source;
-use crate::table::{printable, some};
+use crate::table::printable;
 use crate::values::Values;
 use crate::wait::{LOOK, pods_of};
 
@@ -24,20 +25,17 @@ pub struct Arguments {
     /// Change nothing: say what would be deleted, and what would stay.
     #[arg(long)]
     pub dry_run: bool,
-    /// Go on although pods of some nodes do not end: those nodes keep the CNI plugin.
+    /// Go on although pods have not left, or those of some nodes do not end: the former are cut off, the latter keep the CNI plugin.
     #[arg(long)]
     pub force: bool,
-    /// How long the pods of the nodes may take to end, as 90s or 5m. By default their drain time and two minutes.
+    /// How long each wait may take, as 90s or 5m: for pods to leave the mesh, for the pods of the nodes to end, for the namespace
+    /// to go. By default a minute or two, and for the first two of them the drain time besides, as open connections have that.
     #[arg(long, value_name = "TIME", value_parser = crate::values::patience)]
     pub timeout: Option<u64>,
     /// Which cluster is meant.
     #[command(flatten)]
     pub place: Place,
 }
-
-/// How long pods may take to leave beyond the drain time, in seconds: everybody is told, and each replica waits a while for
-/// nodes that it does not see.
-const LEAVE: u64 = 60;
 
 /// The control plane's records of captured pods: their collection, and what they are selected by.
 const RECORDS: &str = "/api/v1/namespaces/justmtls-system/configmaps";
@@ -60,37 +58,123 @@ const FOREIGN: &[(&str, &str)] = &[
     ("/apis/security.istio.io/v1", "authorizationpolicies"),
 ];
 
+/// How far it has come: what whoever interrupts it must know.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Progress {
+    /// Nothing was changed.
+    Nothing,
+    /// No policy is enforced any more.
+    Announced,
+    /// Every pod was told to leave.
+    Begun,
+    /// The DaemonSet is being taken away, and then all else.
+    Taken,
+}
+
+impl Progress {
+    /// What is said to whoever interrupts it.
+    fn sentence(self) -> &'static str {
+        match self {
+            Self::Nothing => "interrupted: nothing was changed",
+            Self::Announced => {
+                "interrupted: pods are still in the mesh, and plaintext is let in everywhere, as no policy is enforced any more; \
+                 `justmtls uninstall` goes on, `justmtls upgrade` takes it back"
+            }
+            Self::Begun => {
+                "interrupted: every pod has left the mesh or is leaving it, talks in clear from now on, and no policy is enforced any \
+                 more; `justmtls uninstall` goes on, `justmtls upgrade` takes it back"
+            }
+            Self::Taken => {
+                "interrupted: every pod has left the mesh and talks in clear, and part of justmtls is taken away; \
+                 `justmtls uninstall` goes on, `justmtls install` takes it back"
+            }
+        }
+    }
+}
+
+/// The exit status of who was interrupted, as shells have it.
+const INTERRUPTED: i32 = 130;
+
 /// Uninstalls.
 pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
-    let work = Work { cluster: Cluster::connect(&arguments.place).await?, dry_run: arguments.dry_run };
-    let namespace = work.cluster.get(&format!("/api/v1/namespaces/{NAMESPACE}")).await?;
-    let values = match &namespace {
-        Some(namespace) => recorded(namespace).unwrap_or_default(),
-        None => Values::default(),
-    };
-    let mut stays = Vec::new();
-    work.farewell(arguments, &values, &mut stays).await?;
-    let mut gone = work.nodes(arguments, &values, &mut stays).await?;
-    gone += work.ours().await?;
-    gone += work.definitions(&mut stays).await?;
-    gone += work.namespace(namespace.is_some(), &mut stays).await?;
-    for sentence in &stays {
-        anstream::println!("stays: {sentence}");
+    let &Arguments { dry_run, force, timeout, .. } = arguments;
+    let cluster = Cluster::connect(&arguments.place).await?;
+    let work = Work { cluster, dry_run, force, timeout, progress: Cell::new(Progress::Nothing) };
+    tokio::select! {
+        ended = work.all() => ended.map(|()| 0),
+        heard = interrupted() => {
+            heard.context("signals cannot be heard")?;
+            anstream::eprintln!("{}", work.progress.get().sentence());
+            Ok(INTERRUPTED)
+        }
     }
-    match (gone, arguments.dry_run) {
-        (0, _) => anstream::println!("nothing of justmtls is installed"),
-        (some, true) => anstream::println!("{some} objects would be deleted; nothing was changed"),
-        (_, false) => anstream::println!("justmtls is uninstalled"),
-    }
-    Ok(0)
 }
+
+/// Until somebody wants it to end: the mesh must not be left half-way without a word.
+async fn interrupted() -> io::Result<()> {
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    tokio::select! {
+        _ = interrupt.recv() => Ok(()),
+        _ = terminate.recv() => Ok(()),
+    }
+}
+
+/// What is said where the namespace goes before the nodes do.
+const NAMESPACE_GOES: &str = "the namespace justmtls-system is being deleted, and nobody is left who could tell pods to leave the mesh: \
+     those that are captured are cut off when the pod of justmtls on their node has ended";
 
 struct Work {
     cluster: Cluster,
     dry_run: bool,
+    force: bool,
+    timeout: Option<u64>,
+    progress: Cell<Progress>,
 }
 
 impl Work {
+    async fn all(&self) -> anyhow::Result<()> {
+        let namespace = self.cluster.get(&format!("/api/v1/namespaces/{NAMESPACE}")).await?;
+        let has_nodes = self.cluster.get(&nodes_place()).await?.is_some();
+        let goes = namespace.as_ref().is_some_and(is_going);
+        if goes && has_nodes {
+            if !self.force && !self.dry_run {
+                bail!(
+                    "{NAMESPACE_GOES}; wait until it is gone, run `justmtls install`, which serves them again, and then \
+                     `justmtls uninstall`, which cleans the nodes; or take away by --force what can be"
+                );
+            }
+            anstream::eprintln!("{NAMESPACE_GOES}");
+        }
+        let values = namespace.as_ref().and_then(|it| recorded(it).ok()).unwrap_or_default();
+        let mut stays = Vec::new();
+        if goes && has_nodes {
+            stays.push(ON_NODES.to_owned());
+        } else {
+            self.farewell(&values, has_nodes, &mut stays).await?;
+        }
+        let mut gone = self.nodes(&values, &mut stays).await?;
+        gone += self.ours().await?;
+        gone += self.definitions(&mut stays).await?;
+        if is_unseen(gone, has_nodes, goes || namespace.is_none()) {
+            stays.push(ON_NODES.to_owned());
+        }
+        gone += self.namespace(namespace.is_some(), &mut stays).await?;
+        for sentence in &stays {
+            anstream::println!("stays: {sentence}");
+        }
+        match (gone, self.dry_run) {
+            (0, _) => anstream::println!("nothing of justmtls is installed"),
+            (some, true) => anstream::println!("{some} objects would be deleted; nothing was changed"),
+            (_, false) => anstream::println!("justmtls is uninstalled"),
+        }
+        Ok(())
+    }
+
+    /// When a wait is over: as was said, or after so many seconds.
+    fn until(&self, default: u64) -> Instant {
+        Instant::now() + Duration::from_secs(self.timeout.unwrap_or(default))
+    }
+
     /// Deletes one object. Gives 1 where it was there.
     async fn delete(&self, title: &str, place: &str) -> anyhow::Result<usize> {
         let there = match self.dry_run {
@@ -103,142 +187,18 @@ impl Work {
         Ok(usize::from(there))
     }
 
-    /// Every captured pod leaves the mesh, in order and while it runs: its peers are told first, then its rules go. What it has
-    /// open goes on for as long as the drain time.
-    async fn farewell(&self, arguments: &Arguments, values: &Values, stays: &mut Vec<String>) -> anyhow::Result<()> {
-        let place = format!("/api/v1/namespaces/{NAMESPACE}/configmaps/{SETTINGS}");
-        let standing = self.standing().await?;
-        if self.cluster.get(&place).await?.is_none() || standing.is_empty() {
-            return Ok(());
-        }
-        if self.cluster.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/{NODE}")).await?.is_none() {
-            let nodes: Vec<_> = standing.keys().map(|node| printable(node)).collect();
-            stays.push(format!(
-                "rules in the network namespaces of pods on {}, which are cut off, since the DaemonSet was deleted before they had \
-                 left: they go when the pods are made anew",
-                nodes.join(", ")
-            ));
-            return Ok(());
-        }
-        if self.dry_run {
-            anstream::println!("every captured pod would leave the mesh first");
-            return Ok(());
-        }
-        let mut settings = settings_object(values);
-        // Who leaves first must not be refused by who leaves later.
-        let patience = Instant::now() + Duration::from_secs(LEAVE);
-        self.tell(&mut settings, "announced").await?;
-        let mut enforcing = self.enforcing().await?;
-        while !enforcing.is_empty() && Instant::now() < patience {
-            tokio::time::sleep(LOOK).await;
-            enforcing = self.enforcing().await?;
-        }
-        if !enforcing.is_empty() {
-            anstream::eprintln!(
-                "the proxies of {} do not say that they let plaintext in by now; where they do not, pods that leave first are refused \
-                 until theirs have left, too",
-                enforcing.join(", ")
-            );
-        }
-        self.tell(&mut settings, "begun").await?;
-        let drain = values.drain();
-        let mut until = Instant::now() + Duration::from_secs(drain + LEAVE);
-        let (mut said, mut drains) = (usize::MAX, false);
-        loop {
-            let standing = self.standing().await?;
-            let pods: usize = standing.values().flatten().map(Vec::len).sum();
-            if standing.is_empty() {
-                return Ok(());
-            }
-            // Only what is open holds these.
-            if !drains && standing.values().all(|pods| pods.iter().flatten().all(|pod| pod.leaving)) {
-                drains = true;
-                until = until.min(Instant::now() + Duration::from_secs(drain));
-            }
-            if pods != said {
-                let names: Vec<_> = standing.values().flatten().flatten().map(|pod| printable(&pod.name)).collect();
-                anstream::eprintln!("waiting until {pods} pods have left the mesh: {}", some(&names));
-                said = pods;
-            }
-            if Instant::now() >= until {
-                let silent: Vec<_> =
-                    standing.iter().filter(|(_, pods)| pods.is_none()).map(|(node, _)| printable(node)).collect();
-                if !silent.is_empty() && !arguments.force {
-                    bail!(
-                        "the agents of {} do not say whether their pods have left the mesh, and pods that have not are cut off when \
-                         nobody serves them; bring those nodes back and run the command again, or go on without them by --force. \
-                         Meanwhile no policy is enforced, and every other pod is out of the mesh; `justmtls install` takes all of it back",
-                        silent.join(", ")
-                    );
-                }
-                let names = standing.values().flatten().flatten().map(|pod| printable(&pod.name)).collect::<Vec<_>>();
-                if !names.is_empty() {
-                    anstream::eprintln!("the drain time is over: what these have open is ended: {}", names.join(", "));
-                }
-                if !silent.is_empty() {
-                    stays.push(format!(
-                        "rules in the network namespaces of pods on {0}: they go when the pods are made anew; and, where no agent has taken \
-                         it out, the CNI plugin: remove 00-justmtls.conflist from the CNI configurations of {0}",
-                        silent.join(", ")
-                    ));
-                }
-                return Ok(());
-            }
-            tokio::time::sleep(LOOK).await;
-        }
-    }
-
-    async fn tell(&self, settings: &mut Object, leaving: &str) -> anyhow::Result<()> {
-        settings.value["data"]["leaving"] = leaving.into();
-        let told = self.cluster.apply(settings, false, true).await;
-        told.map(drop).map_err(|error| self.cluster.explain(error, "telling every pod to leave"))
-    }
-
-    /// The nodes whose proxies do not know, or do not say, that plaintext is refused nowhere any more.
-    async fn enforcing(&self) -> anyhow::Result<Vec<String>> {
-        let pages = pages::of_nodes(&self.cluster, &[(Process::Proxy, "/workloads")]).await?;
-        let permissive = |workload: &Value| {
-            let ports = workload["port_modes"].as_object();
-            workload["mode"] == "permissive" && ports.is_none_or(|ports| ports.is_empty())
-        };
-        let known = |pages: &NodePages| {
-            let workloads = pages.page(Process::Proxy, "/workloads")["workloads"].as_array();
-            workloads.is_some_and(|workloads| workloads.iter().all(permissive))
-        };
-        Ok(pages.iter().filter(|(_, pages)| !known(pages)).map(|(node, _)| printable(node)).collect())
-    }
-
-    /// By node, the pods that have rules of ours; `None` where no agent says. Nodes without any are left out.
-    async fn standing(&self) -> anyhow::Result<BTreeMap<String, Option<Vec<Standing>>>> {
-        let pages = pages::of_nodes(&self.cluster, &[(Process::Agent, "/pods")]).await?;
-        let of_node = |pages: &NodePages| {
-            let pods = pages.page(Process::Agent, "/pods").as_array()?;
-            Some(pods.iter().filter_map(Standing::read).collect::<Vec<_>>())
-        };
-        let all = pages.iter().map(|(node, pages)| (node.clone(), of_node(pages)));
-        let mut all: BTreeMap<_, _> =
-            all.filter(|(_, pods)| pods.as_ref().is_none_or(|pods| !pods.is_empty())).collect();
-        // The control plane remembers pods also where no agent runs that could be asked.
-        let records: Vec<Value> = self.cluster.list(RECORDS, RECORDED).await?;
-        let unasked: Vec<_> = records.iter().filter_map(node_of_record).filter(|it| !pages.contains_key(it)).collect();
-        if !unasked.is_empty() {
-            let nodes: Vec<Node> = self.cluster.list("/api/v1/nodes", "").await?;
-            let there = |name: &String| nodes.iter().any(|node| node.metadata.name.as_ref() == Some(name));
-            all.extend(unasked.into_iter().filter(there).map(|node| (node, None)));
-        }
-        Ok(all)
-    }
-
     /// The DaemonSet, and its pods: an agent whose DaemonSet is being deleted takes out what it put onto its node.
-    async fn nodes(&self, arguments: &Arguments, values: &Values, stays: &mut Vec<String>) -> anyhow::Result<usize> {
-        let place = format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/{NODE}");
+    async fn nodes(&self, values: &Values, stays: &mut Vec<String>) -> anyhow::Result<usize> {
+        let place = nodes_place();
+        if !self.dry_run {
+            self.progress.set(Progress::Taken);
+        }
         let gone = self.delete(&format!("DaemonSet {NODE}"), &place).await?;
         if gone == 0 || self.dry_run {
             return Ok(gone);
         }
-        let drain = values.drain();
-        let patience = Duration::from_secs(arguments.timeout.unwrap_or(drain + 120));
-        let until = Instant::now() + patience;
+        let begun = Instant::now();
+        let until = self.until(values.drain() + 120);
         let mut said = usize::MAX;
         loop {
             let pods = pods_of(&self.cluster, NODE).await?;
@@ -257,11 +217,11 @@ impl Work {
                     .collect();
                 nodes.sort();
                 let nodes = nodes.join(", ");
-                if !arguments.force {
+                if !self.force {
                     bail!(
                         "pods of justmtls do not end on {nodes} within {} s, so that the CNI plugin may still be there and keep \
                          new pods from starting; bring those nodes back and run the command again, or go on without them by --force",
-                        patience.as_secs()
+                        begun.elapsed().as_secs()
                     );
                 }
                 stays.push(format!(
@@ -339,11 +299,13 @@ impl Work {
         }
         let place = format!("/api/v1/namespaces/{NAMESPACE}");
         let gone = self.delete(&format!("Namespace {NAMESPACE}"), &place).await?;
-        let until = Instant::now() + Duration::from_secs(120);
+        let begun = Instant::now();
+        let until = self.until(120);
         while !self.dry_run && self.cluster.get(&place).await?.is_some() {
             if Instant::now() >= until {
                 bail!(
-                    "the namespace {NAMESPACE} does not go within 120 s; `kubectl get namespace {NAMESPACE} -o yaml` says what holds it"
+                    "the namespace {NAMESPACE} does not go within {} s; `kubectl get namespace {NAMESPACE} -o yaml` says what holds it",
+                    begun.elapsed().as_secs()
                 );
             }
             tokio::time::sleep(LOOK).await;
@@ -352,28 +314,23 @@ impl Work {
     }
 }
 
-/// The node of a record of captured pods that names any.
-fn node_of_record(record: &Value) -> Option<String> {
-    let pods = record["data"]["pods"].as_str().unwrap_or_default();
-    let node = record["data"]["node"].as_str().filter(|node| !node.is_empty())?;
-    (!pods.trim().is_empty()).then(|| node.to_owned())
+/// Where the DaemonSet is.
+fn nodes_place() -> String {
+    format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/{NODE}")
 }
 
-/// A pod with rules of ours.
-#[derive(PartialEq, Eq, Debug)]
-struct Standing {
-    /// `namespace/name`.
-    name: String,
-    /// It captures nothing new, and what was captured is still open.
-    leaving: bool,
+/// Whether somebody deletes an object that is there still.
+pub(crate) fn is_going(object: &Value) -> bool {
+    !object["metadata"]["deletionTimestamp"].is_null()
 }
 
-impl Standing {
-    /// What an agent shows of a pod, where it has rules or is about to load some.
-    fn read(pod: &Value) -> Option<Self> {
-        let state = pod["state"].as_str().filter(|state| ["beginning", "captured", "leaving"].contains(state))?;
-        Some(Self { name: pod["name"].as_str().unwrap_or_default().to_owned(), leaving: state == "leaving" })
-    }
+/// What is said of nodes that nobody could be asked about.
+const ON_NODES: &str = "on nodes, perhaps: the CNI plugin, and rules in the network namespaces of pods, which are cut off by them, as the \
+     namespace was deleted before they could be taken away; `justmtls install` and then `justmtls uninstall` clean the nodes";
+
+/// Whether something of ours was there still, and our namespace, with who could have cleaned the nodes, was not.
+fn is_unseen(gone: usize, has_nodes: bool, without_namespace: bool) -> bool {
+    gone > 0 && !has_nodes && without_namespace
 }
 
 /// Why a definition stays, if it does.
@@ -409,17 +366,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pod_has_rules_while_it_is_captured_and_until_it_has_left() {
-        let read = |state: &str| Standing::read(&json!({ "name": "shop/web", "state": state })).map(|pod| pod.leaving);
-        assert_eq!(["captured", "beginning", "leaving"].map(read), [Some(false), Some(false), Some(true)]);
-        assert_eq!(["not-captured", "waiting"].map(read), [None, None]);
+    fn whoever_interrupts_it_is_told_what_is_so_from_now_on_and_both_ways_out() {
+        for progress in [Progress::Announced, Progress::Begun, Progress::Taken] {
+            let sentence = progress.sentence();
+            let back = if progress == Progress::Taken { "`justmtls install`" } else { "`justmtls upgrade`" };
+            assert!(sentence.contains("`justmtls uninstall` goes on") && sentence.contains(back), "{sentence}");
+        }
+        assert!(Progress::Begun.sentence().contains("in clear"));
+        assert!(Progress::Nothing.sentence().contains("nothing was changed"));
     }
 
     #[test]
-    fn a_record_names_its_node_while_it_names_pods() {
-        let of = |pods: &str| node_of_record(&json!({ "data": { "node": "a", "pods": pods } }));
-        assert_eq!((of("1-2\n3-4"), of(" \n")), (Some("a".to_owned()), None));
-        assert_eq!(node_of_record(&json!({})), None);
+    fn what_nodes_may_have_is_said_where_the_namespace_went_before_it_could_be_taken_away() {
+        assert!(ON_NODES.contains("`justmtls install` and then `justmtls uninstall`"));
+        assert!(is_unseen(5, false, true));
+        // Nothing was there; the nodes were asked; or the namespace is there, and what was on nodes was taken away.
+        assert_eq!([is_unseen(0, false, true), is_unseen(5, true, true), is_unseen(5, false, false)], [false; 3]);
+    }
+
+    #[test]
+    fn a_namespace_goes_from_when_somebody_deleted_it() {
+        assert!(is_going(&json!({ "metadata": { "deletionTimestamp": "2026-12-01T00:00:00Z" } })));
+        assert!(!is_going(&json!({ "metadata": {} })));
     }
 
     #[test]

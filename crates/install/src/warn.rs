@@ -1,5 +1,6 @@
-//! What of a cluster an installation would meet: said before anything is changed (T12, T35, T36). Pure, but for [`gather`].
+//! What of a cluster an installation would meet: said before anything is changed (T12, T35, T36). Pure, but for [`gather`] and [`say`].
 
+use ipnet::IpNet;
 use manifests::istio::AuthorizationPolicy;
 use manifests::{Kind, Object, Problem};
 use serde_json::Value;
@@ -48,9 +49,15 @@ pub(crate) async fn gather(cluster: &Cluster) -> anyhow::Result<Surroundings> {
     })
 }
 
+/// Says one, where nothing reads it as an output.
+pub(crate) fn say(warning: &str) {
+    const WARNING: anstyle::Style = anstyle::AnsiColor::Yellow.on_default().bold();
+    anstream::eprintln!("{WARNING}warning{WARNING:#}: {warning}");
+}
+
 /// The warnings: each one sentence with what to do.
 pub(crate) fn warnings(around: &Surroundings, values: &Values, judge: Judge) -> Vec<String> {
-    let mut found = Vec::new();
+    let mut found = of_values(values);
     let exempt: Vec<_> = values.get(Key::CniExempt).split(',').collect();
     for configuration in &around.webhooks {
         found.extend(closed_webhooks(configuration, &exempt));
@@ -61,6 +68,23 @@ pub(crate) fn warnings(around: &Surroundings, values: &Values, judge: Judge) -> 
     found.extend(other_meshes(around));
     found.extend(cilium(around));
     found
+}
+
+/// What values would do that nobody can want, whichever cluster it is.
+pub(crate) fn of_values(values: &Values) -> Vec<String> {
+    /// No range of pods is larger: the shortest prefixes in use are 10.0.0.0/8 and fc00::/7.
+    const SHORTEST: u8 = 7;
+    let key = Key::InsideRanges;
+    let ranges = values.get(key).split(',').filter_map(|text| text.trim().parse::<IpNet>().ok());
+    let large = ranges.filter(|range| range.prefix_len() < SHORTEST);
+    let sentence = |range: IpNet| {
+        format!(
+            "{} has {range}: what is outside of the cluster counts as inside, and a pod's connections to every address in it that is \
+             no pod's or Service's are refused, the internet's among them; name the ranges of pods alone",
+            key.as_str()
+        )
+    };
+    large.map(sentence).collect()
 }
 
 fn text<'a>(value: &'a Value, path: &str) -> &'a str {
@@ -204,6 +228,15 @@ mod tests {
         assert_eq!(warned(webhook("Fail", "kube-system", "pods")), 0);
         assert_eq!(warned(webhook("Fail", "gate", "ingresses")), 0);
         assert_eq!(warned(webhook("Fail", "", "pods")), 0);
+    }
+
+    #[test]
+    fn ranges_that_make_the_internet_a_part_of_the_cluster_are_named() {
+        let warned = |ranges: &str| of_values(&Values::from_words(&[format!("insideCIDRs={ranges}")]).unwrap());
+        let [one] = &warned("10.0.0.0/8,0.0.0.0/0")[..] else { panic!("one") };
+        assert!(one.starts_with("insideCIDRs has 0.0.0.0/0: ") && one.contains("internet"), "{one}");
+        assert_eq!(warned("0.0.0.0/1,128.0.0.0/1,::/0").len(), 3);
+        assert_eq!(warned("10.0.0.0/8,fc00::/7"), [""; 0]);
     }
 
     #[test]

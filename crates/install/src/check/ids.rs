@@ -67,6 +67,7 @@ ids! {
         ApiReachable = "api-reachable", Cluster, "check the kubeconfig and the way to the API server";
         ApiVersion = "api-version", Cluster, "upgrade Kubernetes";
         Installed = "installed", Objects, "run `justmtls install`";
+        NotLeaving = "not-leaving", Objects, "run `justmtls uninstall` to its end, or `justmtls upgrade` to take it back";
         ObjectsAsRendered = "objects-as-rendered", Objects, "run `justmtls upgrade`, or set what was changed by --set";
         DefinitionsPresent = "definitions-present", Objects, "run `justmtls install`, which makes them where they are absent";
         ControlReplicas = "control-replicas", ControlPlane, "look at what holds its pods up";

@@ -5,10 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use k8s_openapi::api::core::v1::{Node, Pod};
 use serde_json::Value;
 
+use super::finding::{Finding, all_or, failed, ok, warning};
 use super::ids::Id;
-use super::{Finding, all_or, failed, ok, some, warning};
+use crate::cluster::is_refusal;
+use crate::leaving;
 use crate::pages::{NodePages, Process};
 use crate::status::PodRow;
+use crate::table::some;
 use crate::values::VERSION;
 
 /// The pages that are asked for.
@@ -79,8 +82,13 @@ pub(super) fn of_pages(
         .map(|(name, pages)| (name.as_str(), pages))
         .filter(|(name, _)| names.contains(name) && !silent.contains_key(*name))
         .collect();
+    let (refused, mute): (Vec<_>, Vec<_>) = silent.iter().partition(|(_, why)| is_refusal(why));
     let mut findings: Vec<_> =
-        silent.iter().map(|(node, why)| failed(Id::NodeAgents, format!("{node}: {why}"))).collect();
+        mute.iter().map(|(node, why)| failed(Id::NodeAgents, format!("{node}: {why}"))).collect();
+    // What whoever checks may not do is the same on each.
+    if let Some((_, why)) = refused.first() {
+        findings.push(failed(Id::NodeAgents, format!("{} nodes cannot be asked: {why}", refused.len())));
+    }
     if all.is_empty() {
         return findings;
     }
@@ -213,17 +221,23 @@ pub(super) fn captures(rows: &[PodRow], silent: &BTreeMap<String, String>) -> Ve
         let reason = row.reason.as_deref().unwrap_or("no reason is known");
         failed(Id::PodsCaptured, format!("{}/{} on {}: {} ({reason})", row.namespace, row.name, row.node, row.capture))
     });
-    let mut findings: Vec<_> = unheard.chain(amiss).collect();
+    let wrong: Vec<_> = unheard.chain(amiss).collect();
     let count = |state: &str| rows.iter().filter(|row| row.capture == state).count();
-    let (captured, left_out, starting) = (count("captured"), count("not-captured"), count("starting"));
-    let leaving = match count("leaving") {
-        0 => String::new(),
-        some => format!(", {some} leave and are held by what they have open"),
-    };
-    let counts =
-        format!("{captured} pods are captured, {left_out} are left out by name, {starting} are starting{leaving}");
-    findings.push(ok(Id::PodsCaptured, counts));
-    findings
+    let (captured, out, starting) = (count("captured"), count("not-captured"), count("starting"));
+    let left =
+        rows.iter().filter(|row| row.capture == "not-captured" && row.reason.as_deref() == Some(leaving::REASON));
+    let left = left.count();
+    let mut counts =
+        format!("{captured} pods are captured, {} are left out by name, {starting} are starting", out - left);
+    for (count, what) in [
+        (left, "have left the mesh, which is being uninstalled"),
+        (count("leaving"), "leave and are held by what they have open"),
+    ] {
+        if count > 0 {
+            counts.push_str(&format!(", {count} {what}"));
+        }
+    }
+    all_or(Id::PodsCaptured, wrong, counts)
 }
 
 fn names(list: &[Value]) -> String {
@@ -235,8 +249,8 @@ fn names(list: &[Value]) -> String {
 mod tests {
     use serde_json::json;
 
+    use super::super::finding::State;
     use super::*;
-    use crate::check::State;
 
     fn node(name: &str) -> Node {
         serde_json::from_value(json!({ "metadata": { "name": name } })).unwrap()
@@ -353,8 +367,30 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_that_is_not_captured_and_should_be_fails_by_name() {
-        let row = |name: &str, capture: &str| PodRow {
+    fn nodes_that_whoever_checks_may_not_ask_are_one_line() {
+        let why =
+            crate::cluster::of_status(403, "pods \"x\" is forbidden: User \"a\" cannot create resource \"pods/exec\"");
+        let silent = BTreeMap::from(["a", "b"].map(|node| (node.to_owned(), why.clone())));
+        let found = of_pages(&[node("a"), node("b")], &BTreeMap::new(), &silent);
+        let [one] = &found[..] else { panic!("{found:?}") };
+        assert!(
+            one.message.starts_with("2 nodes cannot be asked: ") && one.message.contains("pods/exec"),
+            "{}",
+            one.message
+        );
+    }
+
+    #[test]
+    fn pods_that_have_left_a_mesh_that_is_uninstalled_are_not_left_out_by_name() {
+        let mut gone = row("a", "not-captured");
+        gone.reason = Some(leaving::REASON.to_owned());
+        let found = captures(&[gone, row("b", "not-captured")], &BTreeMap::new());
+        let said = "0 pods are captured, 1 are left out by name, 0 are starting, 1 have left the mesh, which is being uninstalled";
+        assert_eq!((found.len(), &*found[0].message), (1, said));
+    }
+
+    fn row(name: &str, capture: &str) -> PodRow {
+        PodRow {
             namespace: "shop".to_owned(),
             name: name.to_owned(),
             node: "a".to_owned(),
@@ -362,18 +398,23 @@ mod tests {
             capture: capture.to_owned(),
             reason: None,
             mode: None,
-        };
+        }
+    }
+
+    #[test]
+    fn a_pod_that_is_not_captured_and_should_be_fails_by_name() {
         assert_eq!(
             captures(&[row("a", "captured"), row("b", "not-captured"), row("c", "starting")], &BTreeMap::new())[0]
                 .state,
             State::Ok
         );
+        // What is well with others is no news where something is not.
         let found = captures(&[row("a", "captured"), row("b", "failed")], &BTreeMap::new());
-        assert_eq!((found[0].state, found.len()), (State::Failed, 2));
+        assert_eq!((found[0].state, found.len()), (State::Failed, 1));
         assert!(found[0].message.contains("shop/b on a"));
         let silent = BTreeMap::from([("a".to_owned(), "why".to_owned())]);
         let found = captures(&[row("a", "unknown"), row("b", "unknown"), row("c", "not-captured")], &silent);
-        assert_eq!((found[0].state, found.len()), (State::Failed, 2));
+        assert_eq!((found[0].state, found.len()), (State::Failed, 1));
         assert!(found[0].message.starts_with("a: ") && found[0].message.ends_with("2 of them"), "{}", found[0].message);
     }
 }

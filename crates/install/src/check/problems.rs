@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
+use super::finding::{Finding, all_or, failed, warning};
 use super::ids::Id;
-use super::{Finding, all_or, failed, warning};
 use crate::cluster::Cluster;
 use crate::objects::CONTROL;
 use crate::pages::{self, Process};
@@ -27,6 +27,10 @@ pub(super) async fn findings(cluster: &Cluster) -> Vec<Finding> {
 
 /// Each once, whichever replicas say it.
 fn judge(said: &[Result<Value, String>]) -> Vec<Finding> {
+    if said.is_empty() {
+        let message = "no replica of the control plane runs, so that nobody could be asked what is wrong with policies";
+        return vec![warning(Id::ControlProblems, message).advised("look at `control-replicas`")];
+    }
     let sentences = |page: &Value| -> Vec<String> {
         let all = page.as_array().into_iter().flatten();
         all.filter_map(|problem| problem["sentence"].as_str()).map(str::to_owned).collect()
@@ -46,7 +50,7 @@ fn judge(said: &[Result<Value, String>]) -> Vec<Finding> {
 mod tests {
     use serde_json::json;
 
-    use super::super::State;
+    use super::super::finding::State;
     use super::*;
 
     #[test]
@@ -57,5 +61,7 @@ mod tests {
         let expected = ["PeerAuthentication shop/x: MAYBE is no mode", "b does not answer"];
         assert_eq!(told, expected.map(|message| (State::Warning, message)));
         assert_eq!(judge(&[Ok(json!([])), Ok(json!([]))])[0].state, State::Ok);
+        // Nobody has nothing to say.
+        assert_eq!(judge(&[])[0].state, State::Warning);
     }
 }

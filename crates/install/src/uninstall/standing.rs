@@ -1,0 +1,202 @@
+//! Which pods have rules of ours, as the agents say, and which nodes do not say. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::Value;
+
+use crate::pages::{NodePages, Process};
+use crate::table::{printable, some};
+
+/// The pages that are asked for.
+pub(super) const PAGES: &[(Process, &str)] = &[(Process::Agent, "/pods"), (Process::Agent, "/readyz")];
+
+/// States in which a pod has rules, or may have: who is still looked at may turn out to have them.
+const STANDS: &[&str] = &["waiting", "looking", "preparing", "offered", "beginning", "captured", "leaving"];
+
+/// A pod with rules of ours.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Standing {
+    /// `namespace/name`.
+    pub(super) name: String,
+    /// It captures nothing new, and what was captured is still open.
+    pub(super) leaving: bool,
+}
+
+impl Standing {
+    /// What an agent shows of a pod, where rules stand in it or may.
+    fn read(pod: &Value) -> Option<Self> {
+        let state = pod["state"].as_str().unwrap_or_default();
+        (pod["stands"] == true || STANDS.contains(&state))
+            .then(|| Self { name: name(pod), leaving: state == "leaving" })
+    }
+}
+
+fn name(pod: &Value) -> String {
+    printable(pod["name"].as_str().unwrap_or_default())
+}
+
+/// The pods whose sandbox an agent does not know, and that are not captured as of now: an agent that is younger than their rules
+/// cannot say whether those stand. It is nothing where the pod does not run.
+pub(super) fn doubts(pages: &NodePages) -> impl Iterator<Item = (&str, String)> {
+    let pods = pages.page(Process::Agent, "/pods").as_array().into_iter().flatten();
+    // In its node's network, and in one that a runtime keeps to itself, none ever stood.
+    let doubtful = pods.filter(|pod| pod["state"] == "no-sandbox" && pod["not_captured"] == "opted-out");
+    doubtful.map(|pod| (pod["uid"].as_str().unwrap_or_default(), name(pod)))
+}
+
+/// What has not left the mesh yet.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub(super) struct NotLeft {
+    /// Pods with rules of ours, of all nodes.
+    pub(super) pods: Vec<Standing>,
+    /// The nodes of which nothing is known, and why.
+    pub(super) silent: BTreeMap<String, String>,
+}
+
+impl NotLeft {
+    /// By what the nodes say, and which pods run.
+    pub(super) fn of(pages: &BTreeMap<String, NodePages>, running: &BTreeSet<String>) -> Self {
+        let mut found = Self::default();
+        for (node, pages) in pages {
+            match heard(pages, running) {
+                Ok(pods) => found.pods.extend(pods),
+                Err(why) => {
+                    found.silent.insert(printable(node), printable(&why));
+                }
+            }
+        }
+        found
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.pods.is_empty() && self.silent.is_empty()
+    }
+
+    /// The pods whose rules capture still, or may.
+    pub(super) fn capturing(&self) -> Vec<String> {
+        self.pods.iter().filter(|pod| !pod.leaving).map(|pod| pod.name.clone()).collect()
+    }
+
+    /// The pods that are held by what they have open.
+    pub(super) fn held(&self) -> Vec<String> {
+        self.pods.iter().filter(|pod| pod.leaving).map(|pod| pod.name.clone()).collect()
+    }
+
+    /// The nodes of which nothing is known.
+    pub(super) fn nodes(&self) -> String {
+        self.silent.keys().cloned().collect::<Vec<_>>().join(", ")
+    }
+
+    /// The same, with the reasons.
+    pub(super) fn nodes_and_why(&self) -> String {
+        self.silent.iter().map(|(node, why)| format!("{node} ({why})")).collect::<Vec<_>>().join(", ")
+    }
+
+    /// What is waited for.
+    pub(super) fn waiting(&self) -> String {
+        let names: Vec<_> = self.pods.iter().map(|pod| pod.name.clone()).collect();
+        match (names.len(), self.silent.is_empty()) {
+            (0, _) => format!("waiting to hear whether the pods of {} have left the mesh", self.nodes_and_why()),
+            (count, true) => format!("waiting until {count} pods have left the mesh: {}", some(&names)),
+            (count, false) => format!(
+                "waiting until {count} pods have left the mesh: {}; and to hear of those of {}",
+                some(&names),
+                self.nodes_and_why()
+            ),
+        }
+    }
+}
+
+/// The pods of a node that have rules of ours; or why nobody can say.
+fn heard(pages: &NodePages, running: &BTreeSet<String>) -> Result<Vec<Standing>, String> {
+    for (process, page) in PAGES {
+        if let Some(why) = pages.failure(*process, page) {
+            return Err(why.to_owned());
+        }
+    }
+    if let Some(why) = not_ready(pages.page(Process::Agent, "/readyz")) {
+        return Err(why.to_owned());
+    }
+    let unseen: Vec<_> = doubts(pages).filter(|(uid, _)| running.contains(*uid)).map(|(_, name)| name).collect();
+    if !unseen.is_empty() {
+        return Err(format!("its agent has not looked into {} yet", some(&unseen)));
+    }
+    let pods = pages.page(Process::Agent, "/pods").as_array().into_iter().flatten();
+    Ok(pods.filter_map(Standing::read).collect())
+}
+
+/// Why an agent cannot say of each pod whether rules stand in it. Whether its plugin is in place is no matter for pods that run.
+fn not_ready(said: &Value) -> Option<&'static str> {
+    let knows = said["pods_named"] == true || said["inherited"] == true;
+    let is_idle = said["pending"].as_array().is_none_or(Vec::is_empty);
+    match (said["ready"] == true, knows, said["proxy"] == true, is_idle) {
+        (true, ..) | (false, true, true, true) => None,
+        (false, false, ..) => Some("its agent does not know its pods yet"),
+        (false, true, false, _) => Some("its agent has no proxy yet"),
+        (false, true, true, false) => Some("its agent is not ready yet"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn node(ready: Value, pods: Value) -> NodePages {
+        NodePages::told("x", &[(Process::Agent, "/pods", pods), (Process::Agent, "/readyz", ready)])
+    }
+
+    fn of(pages: NodePages) -> NotLeft {
+        let running = BTreeSet::from(["runs".to_owned()]);
+        NotLeft::of(&BTreeMap::from([("a".to_owned(), pages)]), &running)
+    }
+
+    #[test]
+    fn a_pod_has_rules_from_before_it_is_captured_until_it_has_left_and_where_its_agent_finds_them() {
+        let read = |state: &str| Standing::read(&json!({ "name": "shop/web", "state": state })).map(|pod| pod.leaving);
+        assert_eq!(["captured", "beginning", "looking"].map(read), [Some(false); 3]);
+        assert_eq!(read("leaving"), Some(true));
+        assert_eq!(["not-captured", "failed"].map(read), [None, None]);
+        let left_behind = json!({ "name": "shop/web", "state": "not-captured", "stands": true });
+        assert_eq!(Standing::read(&left_behind).map(|pod| pod.leaving), Some(false));
+    }
+
+    #[test]
+    fn an_agent_that_is_younger_than_what_it_should_know_is_not_believed() {
+        let ready = json!({ "ready": true, "pods_named": true, "proxy": true, "pending": [] });
+        let left = json!([{ "uid": "runs", "name": "shop/web", "state": "not-captured", "not_captured": "opted-out" }]);
+        assert!(of(node(ready.clone(), left.clone())).is_empty());
+        for (said, word) in [
+            (
+                json!({ "ready": false, "pods_named": false, "inherited": false, "proxy": true, "pending": [] }),
+                "know its pods",
+            ),
+            (json!({ "ready": false, "pods_named": true, "proxy": false, "pending": [] }), "no proxy"),
+            (json!({ "ready": false, "pods_named": true, "proxy": true, "pending": ["shop/web"] }), "not ready"),
+        ] {
+            let found = of(node(said, json!([])));
+            assert!(found.silent["a"].contains(word), "{found:?}");
+            assert!(found.waiting().contains("whether the pods of a (its agent"), "{}", found.waiting());
+        }
+        // What keeps new pods from being captured says nothing of those that leave.
+        let no_plugin = json!({ "ready": false, "pods_named": true, "proxy": true, "plugin": false, "pending": [] });
+        assert!(of(node(no_plugin, left)).is_empty());
+        let unseen = |uid: &str, why: &str| json!([{ "uid": uid, "name": "shop/web", "state": "no-sandbox", "not_captured": why }]);
+        assert!(of(node(ready.clone(), unseen("runs", "opted-out"))).silent["a"].contains("looked into shop/web"));
+        assert!(of(node(ready.clone(), unseen("ended", "opted-out"))).is_empty());
+        assert!(of(node(ready, unseen("runs", "host-network"))).is_empty());
+    }
+
+    #[test]
+    fn a_node_that_says_nothing_is_named_and_is_not_a_node_without_pods() {
+        let found = of(NodePages::default());
+        assert!(!found.is_empty() && found.nodes() == "a", "{found:?}");
+        assert!(found.waiting().contains("a (there is no pod of justmtls"), "{}", found.waiting());
+        let ready = json!({ "ready": true });
+        let pods = json!([{ "name": "shop/web", "state": "captured" }, { "name": "shop/db", "state": "leaving" }]);
+        let found = of(node(ready, pods));
+        assert_eq!((found.capturing(), found.held()), (vec!["shop/web".to_owned()], vec!["shop/db".to_owned()]));
+        assert_eq!(found.waiting(), "waiting until 2 pods have left the mesh: shop/web, shop/db");
+    }
+}
