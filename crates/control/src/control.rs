@@ -382,7 +382,7 @@ impl Control {
         let elsewhere = elsewhere.chain(self.record.problems());
         let elsewhere = elsewhere.chain(self.replica.iter().flat_map(Replica::problems));
         let withheld = self.publication.withheld().map(|because| Problem::error("the control plane", because));
-        let elsewhere = elsewhere.chain(withheld).chain(self.crowd.problem(self.clock.monotonic()));
+        let elsewhere = elsewhere.chain(withheld).chain(self.crowd.problems(self.clock.monotonic()));
         self.index.problems().into_iter().chain(&self.source_problems).cloned().chain(elsewhere).collect()
     }
 

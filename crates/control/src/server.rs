@@ -142,16 +142,38 @@ impl Handler for Served {
     }
 
     fn turned_away(&self, address: SocketAddr, because: TurnedAway) {
-        let reason = because.as_str();
-        if let Some(unsaid) = self.refusals.one_more(reason) {
-            if because.is_crowding() {
-                warn!(%address, reason, unsaid, "there are too many connections, and one is ended");
-            } else {
-                info!(%address, reason, unsaid, "a connection ended before a token was accepted");
+        let (reason, now) = (because.as_str(), self.clock.monotonic());
+        let unsaid = self.refusals.one_more(reason);
+        match because {
+            TurnedAway::TooManyOfSource | TurnedAway::TooMany => {
+                self.crowd.ended(address.ip(), now);
+                if let Some(unsaid) = unsaid {
+                    warn!(%address, reason, unsaid, "there are too many strangers, and one of those with most is ended");
+                }
             }
-        }
-        if because.is_crowding() {
-            self.crowd.ended(address.ip(), self.clock.monotonic());
+            // Whose fault that is these do not know, and it is not the one's that hears it.
+            TurnedAway::Full => {
+                self.crowd.newcomer_refused(now);
+                if let Some(unsaid) = unsaid {
+                    warn!(%address, reason, unsaid, "there are too many strangers, and a newcomer is refused");
+                }
+            }
+            TurnedAway::NoPlace => {
+                self.crowd.node_refused(now);
+                if let Some(unsaid) = unsaid {
+                    warn!(%address, reason, unsaid, "there are too many connections of nodes, and one is refused");
+                }
+            }
+            TurnedAway::TooManyOfNode => {
+                if let Some(unsaid) = unsaid {
+                    warn!(%address, reason, unsaid, "a node has more connections than it needs, and its oldest is ended");
+                }
+            }
+            _ => {
+                if let Some(unsaid) = unsaid {
+                    info!(%address, reason, unsaid, "a connection ended before a token was accepted");
+                }
+            }
         }
         self.metrics.refused_connection(reason);
     }

@@ -12,7 +12,8 @@ pub(crate) use kubernetes::Kubernetes;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use manifests::{Change, ObjectKey};
+use manifests::istio::Action;
+use manifests::{Change, Object, ObjectKey};
 use wire::discovery::Position;
 
 use crate::kubernetes::status::Conditions;
@@ -65,4 +66,10 @@ impl Source {
             Self::Kubernetes(kubernetes) => kubernetes.next().await,
         }
     }
+}
+
+/// Whether the state of a policy may count on when the next one cannot be read. Who only audits keeps nobody out, and what comes
+/// of it may be meant to.
+fn decides(policy: &Object) -> bool {
+    !matches!(policy, Object::AuthorizationPolicy(policy) if policy.spec.action == Action::Audit)
 }

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use identity::{Refusal, SpiffeId};
 use rustls::time_provider::TimeProvider;
+use tokio::sync::Semaphore;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
@@ -85,7 +86,14 @@ pub struct Connected {
     address: SocketAddr,
     /// `node/role`, which the control plane shows.
     name: String,
+    /// Places for requests of certificates: a control plane that was only just dialled refuses more calls at once than it takes, as
+    /// it has not said yet how many those are.
+    certifying: Arc<Semaphore>,
 }
+
+/// Requests of certificates at a time on one connection. With a stream each for what it follows and reports they are the most that
+/// the control plane takes ([`crate::server`]).
+const CERTIFY_AT_ONCE: usize = 6;
 
 /// Why the control plane cannot be asked, or does not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -192,6 +200,8 @@ impl Connected {
             validity_duration: i64::try_from(validity.as_secs()).unwrap_or(i64::MAX),
             metadata: Some(prost_types::Struct { fields: [(crate::IMPERSONATED.to_owned(), identity)].into() }),
         };
+        // Nobody closes it.
+        let _place = self.certifying.acquire().await;
         let mut client =
             IstioCertificateServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_CERTIFICATE);
         let mut request = self.request(message);

@@ -1,7 +1,8 @@
 //! The control plane's end: accepts TLS connections and gives each call to a [`Handler`].
 //!
-//! A caller is a stranger until the handler has looked up its token: until then it costs one bounded connection, and no
-//! message of a stream is read. Places of strangers and of nodes are counted apart ([`Bounds`]).
+//! A caller is a stranger until the handler has looked up its token: until then it costs one bounded connection, and nothing is
+//! read of its streams and one small message of a request for a certificate. Places of strangers and of nodes are counted apart
+//! ([`Bounds`]).
 
 mod accept;
 mod captures;
@@ -10,6 +11,7 @@ mod strangers;
 
 use std::fmt;
 use std::future::Future;
+use std::hash::Hash;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,18 +39,21 @@ pub use captures::CaptureStream;
 pub use discovery::DiscoveryStream;
 pub use strangers::Bounds;
 
-/// Calls at a time on one connection: discovery, report, and some certificates.
-const MAX_CALLS: u32 = 64;
+/// Calls at a time on one connection: discovery, report, and some certificates, of which a caller keeps more back itself. What a
+/// stranger can make us hold grows with each.
+const MAX_CALLS: u32 = 8;
 /// A node that went without a word is noticed within two of these.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 /// How long open calls may take to end after a shutdown began.
 const GRACE: Duration = Duration::from_secs(2);
-/// Flow control windows of HTTP/2, per connection and stream: what a stranger can make us hold.
-const WINDOW: u32 = 256 * 1024;
-/// The largest request header list, in bytes: a token fits.
-const MAX_HEADERS: u32 = 16 * 1024;
-/// The largest certificate request, in bytes: it is read before the token is looked up.
-const MAX_CERTIFICATE_REQUEST: usize = 64 * 1024;
+/// Flow control windows of HTTP/2, per connection and stream: what a stranger can make us hold that is not taken in. It is the
+/// least that a connection can have, and what nodes send is small.
+const WINDOW: u32 = 65_535;
+/// The largest request header list, in bytes: the longest token fits, which has 8 KiB.
+const MAX_HEADERS: u32 = 10 * 1024;
+/// The largest message with a certificate request, in bytes: it is read before the token is looked up. The CSR in it may have
+/// 16 KiB, as whoever issues checks; one that is somewhat longer comes so far as to be refused by name.
+const MAX_CERTIFICATE_REQUEST: usize = 24 * 1024;
 /// The largest report, in bytes: some thousands of pods of one node.
 const MAX_REPORT: usize = 1024 * 1024;
 /// Responses that may wait for a slow reader.
@@ -56,8 +61,8 @@ const WAITING: usize = 4;
 
 /// What the control plane does for nodes. Each call has a task of its own, which ends with the call.
 pub trait Handler: Send + Sync + 'static {
-    /// Whom an accepted token stands for.
-    type Known: Send;
+    /// Whom an accepted token stands for. Connections of nodes are counted by it.
+    type Known: Clone + Eq + Hash + Send + 'static;
 
     /// Looks up a token, before anything else of its call is looked at. Whoever it accepts is no stranger any more.
     fn authenticate(&self, caller: Caller) -> impl Future<Output = Result<Self::Known, Refused>> + Send;
@@ -79,7 +84,7 @@ pub trait Handler: Send + Sync + 'static {
     /// Takes the reports of a node until they end.
     fn captures(&self, caller: Self::Known, stream: CaptureStream) -> impl Future<Output = Result<(), Refused>> + Send;
 
-    /// Takes note of a connection that had to go before it was a node's.
+    /// Takes note of a connection that was ended or refused.
     fn turned_away(&self, address: SocketAddr, because: TurnedAway);
 }
 
@@ -159,7 +164,7 @@ pub async fn serve<H: Handler>(
     let (close, closing) = watch::channel(false);
     let service = Service { handler: handler.clone(), closing: closing.clone(), spread };
     let turned_away = move |address, because| handler.turned_away(address, because);
-    let incoming = accept::incoming(listener, config, bounds, turned_away, closing.clone());
+    let incoming = accept::incoming::<H::Known>(listener, config, bounds, turned_away, closing.clone());
     let mut stopped = closing.clone();
     let router = tonic::transport::Server::builder()
         .max_concurrent_streams(MAX_CALLS)
@@ -233,12 +238,12 @@ impl<H: Handler> Service<H> {
 }
 
 /// A call's token, and its connection.
-struct Presented {
+struct Presented<K> {
     caller: Caller,
-    peer: accept::Peer,
+    peer: accept::Peer<K>,
 }
 
-impl Presented {
+impl<K: Clone + Eq + Hash + Send + 'static> Presented<K> {
     fn of<T>(request: &Request<T>) -> Result<Self, Status> {
         let token = request
             .metadata()
@@ -246,12 +251,12 @@ impl Presented {
             .and_then(|value| value.to_str().ok())
             .and_then(|value| value.strip_prefix("Bearer "))
             .unwrap_or_default();
-        let peer = request.extensions().get::<accept::Peer>();
+        let peer = request.extensions().get::<accept::Peer<K>>();
         let peer = peer.ok_or_else(|| Status::internal("a call without a connection"))?.clone();
         Ok(Self { caller: Caller { token: token.to_owned(), address: peer.address }, peer })
     }
 
-    async fn authenticate<H: Handler>(self, handler: &H) -> Result<H::Known, Refused> {
+    async fn authenticate<H: Handler<Known = K>>(self, handler: &H) -> Result<K, Refused> {
         self.peer.review(handler.authenticate(self.caller)).await
     }
 }

@@ -18,7 +18,7 @@ use crate::problem::Problem;
 const MAX_TOKEN: usize = 8 * 1024;
 
 /// What a token stands for.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct Caller {
     pub(crate) role: Role,
     pub(crate) node: String,

@@ -15,7 +15,7 @@ use inotify::{EventMask, EventStream, Inotify, WatchMask};
 use manifests::{Change, MAX_FILE_BYTES, ObjectKey, Reloaded, Set};
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::Batch;
+use super::{Batch, decides};
 use crate::problem::{Problem, quoted};
 
 /// A burst of changes is over when nothing has come for this long.
@@ -39,6 +39,8 @@ pub(crate) struct Folder {
     set: Set,
     /// By file, what is wrong with it.
     problems: BTreeMap<String, Vec<Problem>>,
+    /// By file, the objects that stay as they were because they cannot be read as they stand there now.
+    kept: BTreeMap<String, Vec<ObjectKey>>,
     /// What is wrong with the folder itself.
     own_problem: Option<Problem>,
     /// Whether this is the first reading of all files.
@@ -75,6 +77,7 @@ impl Folder {
             events: Some(events),
             set: Set::default(),
             problems: BTreeMap::new(),
+            kept: BTreeMap::new(),
             own_problem: None,
             first: true,
             unlisted: BTreeSet::new(),
@@ -164,6 +167,8 @@ impl Folder {
                 // For a policy that cannot be read another one stands in, which refuses (D13).
                 let missing = unreadable.iter().any(|key| key.kind != manifests::Kind::AuthorizationPolicy);
                 self.note_listed(file, !unidentified && !missing);
+                let still_there = kept.iter().filter(|key| unreadable.contains(key)).cloned().collect();
+                self.kept.insert(file.to_owned(), still_there);
                 let kept = kept.iter().map(|key| {
                     Problem::warning(
                         file,
@@ -176,6 +181,7 @@ impl Folder {
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 self.problems.remove(file);
+                self.kept.remove(file);
                 self.unlisted.remove(file);
                 self.set.forget(file)
             }
@@ -202,10 +208,13 @@ impl Folder {
         // An object that went from one file to another is neither deleted nor new: what counts is what there is now.
         let keys: BTreeSet<_> = changes.iter().map(key).collect();
         let (applied, deleted): (Vec<_>, Vec<_>) = keys.into_iter().partition(|key| self.set.get(key).is_some());
+        // Of one that only audited no state is kept that could decide in its place.
+        let audited = self.kept.values().flatten().filter(|key| self.set.get(key).is_some_and(|kept| !decides(kept)));
+        let unreadable = self.set.unreadable().chain(audited);
         let applied = applied.iter().filter_map(|key| self.set.get(key)).cloned().map(Change::Applied);
         Batch {
             changes: applied.chain(deleted.into_iter().map(Change::Deleted)).collect(),
-            unreadable: self.set.unreadable().map(|key| (key.clone(), BTreeMap::new())).collect(),
+            unreadable: unreadable.map(|key| (key.clone(), BTreeMap::new())).collect(),
             unlisted: self.unlisted.clone(),
             problems: self.own_problem.iter().chain(self.problems.values().flatten()).cloned().collect(),
             ..Batch::default()
@@ -377,6 +386,26 @@ mod tests {
         let (_, first) = Folder::open(directory.path()).unwrap();
         let keys: Vec<_> = first.unreadable.keys().map(|key| (key.kind, key.name.as_str())).collect();
         assert_eq!(keys, [(Kind::AuthorizationPolicy, "p")]);
+    }
+
+    #[tokio::test]
+    async fn what_comes_of_a_policy_that_audited_and_cannot_be_read_is_listed_as_never_readable() {
+        let directory = TempDir::new().unwrap();
+        let policy = |spec: &str| {
+            let head =
+                "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {namespace: shop, name: p}\n";
+            fs::write(directory.path().join("p.yaml"), format!("{head}spec: {spec}\n")).unwrap();
+        };
+        policy("{action: AUDIT, rules: [{}]}");
+        let (mut folder, first) = Folder::open(directory.path()).unwrap();
+        assert!(first.unreadable.is_empty());
+        policy("{action: DENY, rules: [{someday: []}]}");
+        until(&mut folder, |batch| batch.unreadable.len() == 1).await;
+        policy("{action: DENY, rules: [{}]}");
+        until(&mut folder, |batch| batch.unreadable.is_empty()).await;
+        policy("{action: DENY, rules: [{someday: []}]}");
+        let kept = until(&mut folder, |batch| !batch.problems.is_empty()).await;
+        assert!(kept.unreadable.is_empty(), "the last good state stays");
     }
 
     #[tokio::test]

@@ -31,7 +31,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use self::follow::Follower;
 use self::read::{Read, Reading};
-use super::{Batch, Positions};
+use super::{Batch, Positions, decides};
 use crate::ROOT_NAMESPACE;
 use crate::kubernetes::resource;
 use crate::kubernetes::status::Conditions;
@@ -229,7 +229,11 @@ impl Kubernetes {
             Some(object) => {
                 if is_policy {
                     self.unreadable.remove(&key);
-                    self.taken.insert(key.clone());
+                    if decides(&object) {
+                        self.taken.insert(key.clone());
+                    } else {
+                        self.taken.remove(&key);
+                    }
                 }
                 changes.push(Change::Applied(object));
             }

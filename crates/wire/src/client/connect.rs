@@ -8,6 +8,7 @@ use std::time::Duration;
 use hyper_util::rt::TokioIo;
 use identity::{SpiffeId, TrustBundle, TrustDomain, tls};
 use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -16,7 +17,9 @@ use tonic::transport::{Channel, Endpoint};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use super::{CONNECT, CONTROL_NAMESPACE, CONTROL_SERVICE_ACCOUNT, ClientError, Connected, ControlPlane};
+use super::{
+    CERTIFY_AT_ONCE, CONNECT, CONTROL_NAMESPACE, CONTROL_SERVICE_ACCOUNT, ClientError, Connected, ControlPlane,
+};
 
 /// A control plane that went without a word is noticed within two of these.
 const KEEPALIVE: Duration = Duration::from_secs(10);
@@ -38,7 +41,8 @@ impl ControlPlane {
             .unwrap_or_else(|_| Err(self.unreachable(&format!("no connection within {} s", CONNECT.as_secs()))))?;
         let channel = over(stream).await.map_err(|error| self.unreachable(&error.to_string()))?;
         let name = format!("{}/{}", self.node, self.role.as_str());
-        Ok(Connected { channel, authorization, address: self.address, name })
+        let certifying = Arc::new(Semaphore::new(CERTIFY_AT_ONCE));
+        Ok(Connected { channel, authorization, address: self.address, name, certifying })
     }
 
     fn read_token(&self) -> Result<MetadataValue<Ascii>, ClientError> {

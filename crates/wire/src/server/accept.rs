@@ -1,6 +1,7 @@
 //! From a listener to TLS connections, and from strangers to nodes.
 
 use std::future::Future;
+use std::hash::Hash;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -19,7 +20,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
 use super::Refused;
-use super::strangers::{Admitted, Bounds, Id, Strangers};
+use super::strangers::{Admitted, Bounds, Id, NoPlace, Overdue, Strangers};
 
 /// Connections that may be there beside those that count, while they are being ended: without a bound, a flood could end its own
 /// faster than their descriptors are closed.
@@ -32,7 +33,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// reads why in that time.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
-/// Why a connection ended without ever having been a node's.
+/// Why a connection was ended, or refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum TurnedAway {
     /// What it says is no TLS.
@@ -45,10 +46,14 @@ pub enum TurnedAway {
     Handshake,
     /// No call with an accepted token came in time.
     NoCall,
-    /// Its source has its share of strangers.
+    /// Ended for a newcomer of its own source, which had its share of strangers.
     TooManyOfSource,
-    /// There are as many strangers as there may be, and its source had most of them, or nobody had more than a few.
+    /// Ended for a newcomer, as there were as many strangers as there may be, and its source had most of them.
     TooMany,
+    /// Ended for a newer one of the node that its own token stood for, which had as many as it may have.
+    TooManyOfNode,
+    /// A newcomer that was refused: there are as many strangers as there may be, and nobody has more than a few.
+    Full,
     /// Its token was accepted, and there are as many connections of nodes as there may be.
     NoPlace,
 }
@@ -64,13 +69,10 @@ impl TurnedAway {
             Self::NoCall => "no-call",
             Self::TooManyOfSource => "too-many-of-source",
             Self::TooMany => "too-many",
+            Self::TooManyOfNode => "too-many-of-node",
+            Self::Full => "full",
             Self::NoPlace => "no-place",
         }
-    }
-
-    /// Whether it went only because there were so many.
-    pub fn is_crowding(self) -> bool {
-        matches!(self, Self::TooManyOfSource | Self::TooMany | Self::NoPlace)
     }
 
     fn of(error: &io::Error) -> Self {
@@ -84,37 +86,44 @@ impl TurnedAway {
 
 /// The other end of a connection, as its calls know it.
 #[derive(Clone)]
-pub(super) struct Peer {
+pub(super) struct Peer<K> {
     pub(super) address: SocketAddr,
     id: Id,
-    door: Arc<Door>,
+    door: Arc<Door<K>>,
 }
 
-impl Peer {
+impl<K: Clone + Eq + Hash> Peer<K> {
     /// Looks up a token. If it is accepted the connection is a node's from then on.
-    pub(super) async fn review<K>(&self, review: impl Future<Output = Result<K, Refused>>) -> Result<K, Refused> {
+    pub(super) async fn review(&self, review: impl Future<Output = Result<K, Refused>>) -> Result<K, Refused> {
         let under_way = Review::begin(self);
         let known = review.await?;
-        let proven = self.door.books().proven(self.id);
+        let proven = self.door.books().proven(self.id, &known);
         drop(under_way);
-        proven.map_err(|because| {
-            (self.door.turned_away)(self.address, because);
-            Refused::Unavailable("the control plane has as many connections of nodes as it can have".to_owned())
-        })?;
+        match proven {
+            Ok(None) => {}
+            Ok(Some(oldest)) => self.door.end(oldest, TurnedAway::TooManyOfNode),
+            Err(NoPlace { first }) => {
+                if first {
+                    (self.door.turned_away)(self.address, TurnedAway::NoPlace);
+                }
+                let sentence = "the control plane has as many connections of nodes as it can have";
+                return Err(Refused::Unavailable(sentence.to_owned()));
+            }
+        }
         Ok(known)
     }
 }
 
 /// A token of a connection is being looked up, for as long as this lives.
-struct Review<'a>(Option<&'a Peer>);
+struct Review<'a, K: Clone + Eq + Hash>(Option<&'a Peer<K>>);
 
-impl<'a> Review<'a> {
-    fn begin(peer: &'a Peer) -> Self {
+impl<'a, K: Clone + Eq + Hash> Review<'a, K> {
+    fn begin(peer: &'a Peer<K>) -> Self {
         Self(peer.door.books().review_begins(peer.id, Instant::now()).then_some(peer))
     }
 }
 
-impl Drop for Review<'_> {
+impl<K: Clone + Eq + Hash> Drop for Review<'_, K> {
     fn drop(&mut self) {
         if let Some(peer) = self.0 {
             peer.door.books().review_ends(peer.id);
@@ -123,24 +132,29 @@ impl Drop for Review<'_> {
 }
 
 /// Who is here, and who is told of those that have to go.
-struct Door {
-    books: Mutex<Strangers<End>>,
+struct Door<K> {
+    books: Mutex<Strangers<End, K>>,
     turned_away: Box<dyn Fn(SocketAddr, TurnedAway) + Send + Sync>,
 }
 
-/// Ends a stranger's connection. Dropped, it says that there is none any more to be ended.
+/// Ends a connection.
 struct End {
     address: SocketAddr,
     end: oneshot::Sender<()>,
 }
 
-impl Door {
-    fn books(&self) -> MutexGuard<'_, Strangers<End>> {
+impl<K: Clone + Eq + Hash> Door<K> {
+    fn books(&self) -> MutexGuard<'_, Strangers<End, K>> {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn end(&self, other: End, because: TurnedAway) {
+        let _ = other.end.send(());
+        (self.turned_away)(other.address, because);
+    }
+
     /// A place for a newcomer, for which another stranger may have to go; or none.
-    fn admit(self: &Arc<Self>, address: SocketAddr, descriptor: OwnedSemaphorePermit) -> Option<Place> {
+    fn admit(self: &Arc<Self>, address: SocketAddr, descriptor: OwnedSemaphorePermit) -> Option<Place<K>> {
         let (end, ended) = oneshot::channel();
         let now = Instant::now();
         let mut books = self.books();
@@ -150,12 +164,11 @@ impl Door {
         match admitted {
             Ok(Admitted { id, ended: other }) => {
                 if let Some((other, because)) = other {
-                    let _ = other.end.send(());
-                    (self.turned_away)(other.address, because);
+                    self.end(other, because);
                 }
                 let peer = Peer { address, id, door: self.clone() };
-                let standing = Standing::Stranger { ended, due: Box::pin(sleep_until(due)) };
-                Some(Place { peer, standing, _descriptor: descriptor })
+                let due = Some(Box::pin(sleep_until(due)));
+                Some(Place { peer, ended: Some(ended), due, _descriptor: descriptor })
             }
             Err(because) => {
                 (self.turned_away)(address, because);
@@ -166,42 +179,38 @@ impl Door {
 }
 
 /// A connection's place. It is free when this is dropped.
-struct Place {
-    peer: Peer,
-    standing: Standing,
+struct Place<K: Clone + Eq + Hash> {
+    peer: Peer<K>,
+    /// `None`: it is being ended.
+    ended: Option<oneshot::Receiver<()>>,
+    /// When to look whether it took too long; `None`: never again.
+    due: Option<Pin<Box<Sleep>>>,
     _descriptor: OwnedSemaphorePermit,
 }
 
-enum Standing {
-    Stranger { ended: oneshot::Receiver<()>, due: Pin<Box<Sleep>> },
-    Node,
-    Ended,
-}
-
-impl Place {
-    /// Ready when the connection is to end. Nothing ends a node's.
+impl<K: Clone + Eq + Hash> Place<K> {
+    /// Ready when the connection is to end.
     fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let Standing::Stranger { ended, due } = &mut self.standing else {
-            return if matches!(self.standing, Standing::Ended) { Poll::Ready(()) } else { Poll::Pending };
-        };
-        match Pin::new(ended).poll(cx) {
-            Poll::Ready(Ok(())) => {
-                self.standing = Standing::Ended;
-                return Poll::Ready(());
-            }
-            Poll::Ready(Err(_)) => {
-                self.standing = Standing::Node;
-                return Poll::Pending;
-            }
-            Poll::Pending => {}
+        let Some(ended) = &mut self.ended else { return Poll::Ready(()) };
+        if Pin::new(ended).poll(cx).is_ready() {
+            self.ended = None;
+            return Poll::Ready(());
         }
-        while due.as_mut().poll(cx).is_ready() {
-            if self.peer.door.books().overdue(self.peer.id, Instant::now()) {
-                (self.peer.door.turned_away)(self.peer.address, TurnedAway::NoCall);
-                self.standing = Standing::Ended;
-                return Poll::Ready(());
+        while let Some(due) = &mut self.due
+            && due.as_mut().poll(cx).is_ready()
+        {
+            let overdue = self.peer.door.books().overdue(self.peer.id, Instant::now());
+            match overdue {
+                Overdue::NotYet => due.as_mut().reset(Instant::now() + LOOK_AGAIN),
+                Overdue::Never => self.due = None,
+                Overdue::Ended | Overdue::EndedWithoutPlace => {
+                    if overdue == Overdue::Ended {
+                        (self.peer.door.turned_away)(self.peer.address, TurnedAway::NoCall);
+                    }
+                    self.ended = None;
+                    return Poll::Ready(());
+                }
             }
-            due.as_mut().reset(Instant::now() + LOOK_AGAIN);
         }
         Poll::Pending
     }
@@ -219,28 +228,28 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl<K: Clone + Eq + Hash> Drop for Place<K> {
     fn drop(&mut self) {
         self.peer.door.books().gone(self.peer.id);
     }
 }
 
 /// A TLS connection, and its place.
-pub(super) struct Connection {
+pub(super) struct Connection<K: Clone + Eq + Hash> {
     stream: TlsStream<TcpStream>,
-    place: Place,
+    place: Place<K>,
 }
 
 /// Accepts until `closing`. A connection that fails affects only itself.
 ///
-/// `turned_away` is told of each that had to go before it was a node's.
-pub(super) fn incoming(
+/// `turned_away` is told of each that had to go.
+pub(super) fn incoming<K: Clone + Eq + Hash + Send + 'static>(
     listener: TcpListener,
     config: impl Fn() -> Arc<ServerConfig> + Send + Sync + 'static,
     bounds: Bounds,
     turned_away: impl Fn(SocketAddr, TurnedAway) + Send + Sync + 'static,
     mut closing: watch::Receiver<bool>,
-) -> ReceiverStream<io::Result<Connection>> {
+) -> ReceiverStream<io::Result<Connection<K>>> {
     let (connections, incoming) = mpsc::channel(1);
     let door = Arc::new(Door { books: Mutex::new(Strangers::new(bounds)), turned_away: Box::new(turned_away) });
     tokio::spawn(async move {
@@ -252,12 +261,12 @@ pub(super) fn incoming(
     ReceiverStream::new(incoming)
 }
 
-async fn accept(
+async fn accept<K: Clone + Eq + Hash + Send + 'static>(
     listener: TcpListener,
     config: impl Fn() -> Arc<ServerConfig>,
     bounds: Bounds,
-    door: Arc<Door>,
-    connections: mpsc::Sender<io::Result<Connection>>,
+    door: Arc<Door<K>>,
+    connections: mpsc::Sender<io::Result<Connection<K>>>,
 ) {
     let descriptors = Arc::new(Semaphore::new(bounds.all() + ENDING));
     loop {
@@ -282,7 +291,10 @@ async fn accept(
                 shaken = timeout(HANDSHAKE, shake_hands(acceptor, tcp)) => shaken,
             };
             match shaken {
-                Ok(Ok(stream)) => drop(connections.send(Ok(Connection { stream, place })).await),
+                Ok(Ok(stream)) => {
+                    door.books().shaken(place.peer.id);
+                    let _ = connections.send(Ok(Connection { stream, place })).await;
+                }
                 Ok(Err(error)) => (door.turned_away)(address, TurnedAway::of(&error)),
                 Err(_) => (door.turned_away)(address, TurnedAway::TimedOut),
             }
@@ -296,15 +308,15 @@ async fn shake_hands(acceptor: TlsAcceptor, tcp: TcpStream) -> io::Result<TlsStr
     acceptor.accept(tcp).await
 }
 
-impl Connected for Connection {
-    type ConnectInfo = Peer;
+impl<K: Clone + Eq + Hash + Send + 'static> Connected for Connection<K> {
+    type ConnectInfo = Peer<K>;
 
-    fn connect_info(&self) -> Peer {
+    fn connect_info(&self) -> Peer<K> {
         self.place.peer.clone()
     }
 }
 
-impl AsyncRead for Connection {
+impl<K: Clone + Eq + Hash> AsyncRead for Connection<K> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         self.place.poll_open(cx)?;
         Pin::new(&mut self.stream).poll_read(cx, buf)
@@ -312,7 +324,7 @@ impl AsyncRead for Connection {
 }
 
 // HTTP/2 does not read while it cannot write: whoever takes nothing in has to go, too.
-impl AsyncWrite for Connection {
+impl<K: Clone + Eq + Hash> AsyncWrite for Connection<K> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.place.poll_open(cx)?;
         Pin::new(&mut self.stream).poll_write(cx, bytes)

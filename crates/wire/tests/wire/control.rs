@@ -29,6 +29,8 @@ pub(crate) struct Control {
     pub(crate) turned_away: watch::Sender<Vec<(SocketAddr, TurnedAway)>>,
     /// Tokens are looked up only while this is so: whoever knows may be away.
     pub(crate) reviews: watch::Sender<bool>,
+    /// How many it was asked to look up.
+    pub(crate) asked: watch::Sender<usize>,
 }
 
 impl Handler for Control {
@@ -36,6 +38,7 @@ impl Handler for Control {
 
     async fn authenticate(&self, caller: Caller) -> Result<(), Refused> {
         assert_ne!(caller.address.port(), 0, "the caller's address is known");
+        self.asked.send_modify(|asked| *asked += 1);
         self.reviews.subscribe().wait_for(|reviews| *reviews).await.unwrap();
         match caller.token == TOKEN {
             true => Ok(()),
@@ -115,6 +118,7 @@ impl Running {
             asked_for: Mutex::new(None),
             turned_away: watch::Sender::new(Vec::new()),
             reviews: watch::Sender::new(true),
+            asked: watch::Sender::new(0),
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -138,8 +142,13 @@ impl Running {
 
     /// Waits until somebody was turned away, of whom something holds.
     pub(crate) async fn turned_away(&self, holds: impl Fn(&(SocketAddr, TurnedAway)) -> bool) {
+        self.turned_away_after(0, holds).await;
+    }
+
+    /// The same, of those who came after so many.
+    pub(crate) async fn turned_away_after(&self, before: usize, holds: impl Fn(&(SocketAddr, TurnedAway)) -> bool) {
         let mut turned_away = self.control.turned_away.subscribe();
-        let holds = turned_away.wait_for(|all| all.iter().any(&holds));
+        let holds = turned_away.wait_for(|all| all.iter().skip(before).any(&holds));
         tokio::time::timeout(Duration::from_secs(20), holds).await.expect("nobody is turned away like that").unwrap();
     }
 

@@ -309,3 +309,27 @@ async fn a_policy_with_one_bad_element_is_about_those_that_it_selects() {
     heard.until(|heard| heard.last.unreadable.len() == expected.len() - 1).await;
     assert!(unreadable(&heard).iter().all(|(name, _)| name != "selects"));
 }
+
+#[tokio::test(start_paused = true)]
+async fn of_a_policy_that_audited_no_state_is_kept() {
+    let fake = Fake::default();
+    let path = format!("{POLICIES}/authorizationpolicies/audits");
+    let bad = json!([{ "from": [{ "source": { "ipBlocks": ["10.0.0.0/33"] } }] }]);
+    let spec = json!({ "selector": { "matchLabels": { "app": "redis" } }, "action": "DENY", "rules": [{}] });
+    fake.put(
+        &path,
+        json!({ "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {}, "spec": spec }),
+    );
+    let mut heard = Heard::whole(&fake.client()).await;
+    assert!(heard.last.unreadable.is_empty());
+    // What denied before it audited is as little kept as that.
+    fake.change(&path, |policy| policy["spec"]["action"] = json!("AUDIT"));
+    heard.until(|heard| heard.there.values().any(|policy| !decides(policy))).await;
+    fake.change(&path, |policy| {
+        policy["spec"]["action"] = json!("DENY");
+        policy["spec"]["rules"] = bad;
+    });
+    heard.until(|heard| !heard.last.unreadable.is_empty()).await;
+    let labels: Vec<_> = heard.last.unreadable.values().flatten().map(|(_, label)| label.as_str()).collect();
+    assert_eq!(labels, ["redis"], "it refuses for those that it selects");
+}

@@ -14,7 +14,7 @@ fn address(last: u8) -> IpAddr {
 
 /// Books whose times are seconds, and whose connections are named by what they are told to end.
 struct Bed {
-    books: Strangers<Id>,
+    books: Strangers<Id, &'static str>,
     start: Instant,
     names: Id,
 }
@@ -64,7 +64,7 @@ fn where_all_places_are_taken_the_source_that_has_most_ends_one() {
     // The flood has 5 by now, and 10.0.0.1 has 5: of the two, the higher address.
     assert_eq!(bed.admit(5), Ok(Some((many[3], TurnedAway::TooMany))));
     assert_eq!(bed.admit(5), Ok(Some((few[0], TurnedAway::TooMany))));
-    assert_eq!(bed.admit(6), Err(TurnedAway::TooMany), "nobody has more than a node needs");
+    assert_eq!(bed.admit(6), Err(TurnedAway::Full), "nobody has more than a node needs");
 }
 
 #[test]
@@ -77,19 +77,93 @@ fn ipv4_as_a_part_of_ipv6_is_the_same_source() {
 }
 
 #[test]
-fn a_token_that_is_looked_up_keeps_its_connection() {
+fn of_those_whose_tokens_are_looked_up_a_few_of_each_source_stay_and_their_time_does_not_end() {
     let mut bed = Bed::new(BOUNDS);
-    let flood = bed.admit_all(1, 8);
-    for id in &flood[..7] {
+    let ids = bed.admit_all(1, 8);
+    for id in &ids[..4] {
         assert!(bed.books.review_begins(*id, bed.at(1)));
     }
-    assert_eq!(bed.admit(1), Ok(Some((flood[7], TurnedAway::TooManyOfSource))));
-    let newest = bed.names - 1;
-    assert!(bed.books.review_begins(newest, bed.at(1)));
-    assert_eq!(bed.admit(1), Err(TurnedAway::TooManyOfSource), "all of them have done what they can");
-    assert!(!bed.books.overdue(flood[0], bed.at(100)));
-    bed.books.review_ends(flood[0]);
-    assert!(bed.books.overdue(flood[0], bed.at(100)));
+    for number in 4..100 {
+        assert_eq!(bed.admit(1), Ok(Some((number, TurnedAway::TooManyOfSource))));
+    }
+    for id in bed.names - 4..bed.names {
+        assert!(bed.books.review_begins(id, bed.at(1)));
+    }
+    assert_eq!(bed.admit(1), Ok(Some((ids[0], TurnedAway::TooManyOfSource))), "of more the one that waited longest");
+    assert_eq!(bed.books.overdue(ids[1], bed.at(100)), Overdue::NotYet);
+    bed.books.review_ends(ids[1]);
+    assert_eq!(bed.books.overdue(ids[1], bed.at(100)), Overdue::Ended);
+}
+
+#[test]
+fn while_reviews_of_strangers_do_not_end_a_node_of_another_address_gets_in() {
+    let mut bed = Bed::new(Bounds { strangers: 64, ..BOUNDS });
+    for source in 1..=8 {
+        for id in bed.admit_all(source, 8) {
+            bed.books.shaken(id);
+            assert!(bed.books.review_begins(id, bed.at(1)));
+        }
+    }
+    // The source with the highest address is one of those that have most.
+    assert_eq!(bed.admit(9), Ok(Some((56, TurnedAway::TooMany))));
+    let node = bed.names - 1;
+    bed.books.shaken(node);
+    assert!(bed.books.review_begins(node, bed.at(1)));
+    // However many more come, and whatever of theirs goes: it stays.
+    for round in 0..1000_usize {
+        let ended = bed.admit(1 + u8::try_from(round % 8).unwrap()).unwrap().unwrap().0;
+        assert_ne!(ended, node);
+        bed.books.shaken(bed.names - 1);
+        assert!(bed.books.review_begins(bed.names - 1, bed.at(1)));
+    }
+    assert_eq!(bed.books.proven(node, &"node"), Ok(None));
+}
+
+#[test]
+fn a_flood_that_connects_again_and_again_ends_its_own_as_long_as_a_node_of_its_source_is_elsewhere() {
+    for flood_finishes_tls in [false, true] {
+        let mut bed = Bed::new(BOUNDS);
+        let connect = |bed: &mut Bed| {
+            let ended = bed.admit(1).unwrap();
+            if flood_finishes_tls {
+                bed.books.shaken(bed.names - 1);
+            }
+            ended.map(|(ended, _)| ended)
+        };
+        (0..8).for_each(|_| assert_eq!(connect(&mut bed), None));
+        bed.admit(1).unwrap().unwrap();
+        let node = bed.names - 1;
+        if !flood_finishes_tls {
+            bed.books.shaken(node);
+        }
+        (0..1000).for_each(|_| assert_ne!(connect(&mut bed), Some(node)));
+        // Where the flood stops, too, it has as long as all of them are new.
+        if flood_finishes_tls {
+            bed.books.shaken(node);
+        }
+        assert!(bed.books.review_begins(node, bed.at(1)));
+        (0..1000).for_each(|_| assert_ne!(connect(&mut bed), Some(node)));
+        assert_eq!(bed.books.proven(node, &"node"), Ok(None));
+    }
+}
+
+#[test]
+fn the_oldest_of_a_caller_goes_for_one_more_and_nobody_elses() {
+    let mut bed = Bed::new(Bounds { nodes: 2 * MOST_OF_CALLER, strangers: 100, ..BOUNDS });
+    let mut prove = |caller: &'static str| {
+        bed.admit(1).unwrap();
+        bed.books.proven(bed.names - 1, &caller)
+    };
+    assert_eq!(prove("other"), Ok(None));
+    (0..MOST_OF_CALLER).for_each(|_| assert_eq!(prove("leaked"), Ok(None)));
+    assert_eq!(prove("leaked"), Ok(Some(1)));
+    assert_eq!(prove("leaked"), Ok(Some(2)));
+    assert_eq!(bed.books.nodes.len(), MOST_OF_CALLER + 1);
+    bed.books.gone(3);
+    bed.admit(1).unwrap();
+    assert_eq!(bed.books.proven(bed.names - 1, &"leaked"), Ok(None));
+    (0..bed.names).for_each(|id| bed.books.gone(id));
+    assert!(bed.books.callers.is_empty());
 }
 
 #[test]
@@ -100,27 +174,31 @@ fn two_reviews_of_a_connection_end_with_the_last_and_late_ones_do_not_count() {
     assert!(bed.books.review_begins(id, bed.at(9)));
     assert!(!bed.books.review_begins(id, bed.at(10)), "it would go on for ever");
     bed.books.review_ends(id);
-    assert!(!bed.books.overdue(id, bed.at(20)));
+    assert_eq!(bed.books.overdue(id, bed.at(20)), Overdue::NotYet);
     bed.books.review_ends(id);
-    assert!(bed.books.overdue(id, bed.at(20)));
-    assert!(!bed.books.overdue(id, bed.at(20)), "it is ended once");
+    assert_eq!(bed.books.overdue(id, bed.at(9)), Overdue::NotYet);
+    assert_eq!(bed.books.overdue(id, bed.at(20)), Overdue::Ended);
+    assert_eq!(bed.books.overdue(id, bed.at(20)), Overdue::Never, "it is ended once");
 }
 
 #[test]
-fn a_node_has_left_the_strangers_and_nothing_ends_it() {
+fn a_node_has_left_the_strangers_and_none_of_them_ends_it() {
     let mut bed = Bed::new(BOUNDS);
     let node = bed.admit_all(1, 1)[0];
-    assert_eq!(bed.books.proven(node), Ok(()));
-    assert!(!bed.books.overdue(node, bed.at(100)));
+    assert_eq!(bed.books.proven(node, &"node"), Ok(None));
+    assert_eq!(bed.books.overdue(node, bed.at(100)), Overdue::Never);
     let flood = bed.admit_all(1, 8);
     assert_eq!(bed.admit(1), Ok(Some((flood[0], TurnedAway::TooManyOfSource))));
     for id in &flood[1..3] {
-        assert_eq!(bed.books.proven(*id), Ok(()));
+        assert_eq!(bed.books.proven(*id, &"node"), Ok(None));
     }
-    assert_eq!(bed.books.proven(flood[3]), Err(TurnedAway::NoPlace));
-    assert_eq!(bed.books.proven(node), Ok(()), "it is one already");
+    assert_eq!(bed.books.proven(flood[3], &"node"), Err(NoPlace { first: true }));
+    assert_eq!(bed.books.proven(flood[3], &"node"), Err(NoPlace { first: false }));
+    assert_eq!(bed.books.proven(node, &"node"), Ok(None), "it is one already");
     bed.books.gone(node);
-    assert_eq!(bed.books.proven(flood[3]), Ok(()), "a node that went has left its place");
+    assert_eq!(bed.books.proven(flood[3], &"node"), Ok(None), "a node that went has left its place");
+    assert_eq!(bed.books.proven(flood[4], &"node"), Err(NoPlace { first: true }));
+    assert_eq!(bed.books.overdue(flood[4], bed.at(100)), Overdue::EndedWithoutPlace, "it counts once");
 }
 
 #[test]
@@ -140,6 +218,7 @@ fn bounds_leave_descriptors_for_everything_else() {
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Admit(u8),
+    Shaken(usize),
     Begin(usize),
     End(usize),
     Proven(usize),
@@ -151,6 +230,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let which = 0..40_usize;
     let step = prop_oneof![
         6 => (0..4_u8).prop_map(Step::Admit),
+        2 => which.clone().prop_map(Step::Shaken),
         2 => which.clone().prop_map(Step::Begin),
         1 => which.clone().prop_map(Step::End),
         1 => which.clone().prop_map(Step::Proven),
@@ -164,7 +244,29 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 struct Model {
     id: Id,
     source: u8,
+    shaken: bool,
     reviews: usize,
+}
+
+impl Model {
+    fn stage(&self) -> Stage {
+        match self {
+            Self { reviews: 1.., .. } => Stage::Review,
+            Self { shaken: true, .. } => Stage::Silent,
+            _ => Stage::Handshake,
+        }
+    }
+}
+
+/// Which of a source goes first.
+fn first_to_go(model: &[Model], source: u8) -> usize {
+    let of_stage = |stage| model.iter().filter(|it| it.source == source && it.stage() == stage).count();
+    let stages = [Stage::Review, Stage::Silent, Stage::Handshake];
+    let most = stages.into_iter().max_by_key(|stage| match stage {
+        Stage::Review => of_stage(*stage).saturating_sub(FEW),
+        _ => of_stage(*stage),
+    });
+    model.iter().position(|it| it.source == source && Some(it.stage()) == most).unwrap()
 }
 
 proptest! {
@@ -176,36 +278,36 @@ proptest! {
             match step {
                 Step::Admit(source) => {
                     let has = |source: u8| model.iter().filter(|it| it.source == source).count();
-                    let endable = |source: u8| model.iter().filter(|it| it.source == source && it.reviews == 0).count();
-                    let most = (0..4).max_by_key(|source| (endable(*source), *source)).unwrap();
+                    let most = (0..4).max_by_key(|source| (has(*source), *source)).unwrap();
                     let goes = match () {
                         () if has(source) >= BOUNDS.strangers_of_source => Some(source),
                         () if model.len() >= BOUNDS.strangers => Some(most),
                         () => None,
                     };
-                    let for_others = goes.is_some_and(|goes| has(source) < BOUNDS.strangers_of_source && endable(goes) <= FEW);
-                    let ended = goes.map(|goes| model.iter().position(|it| it.source == goes && it.reviews == 0));
-                    match (bed.admit(source), ended) {
+                    match (bed.admit(source), goes) {
                         (Ok(None), None) => {}
-                        (Ok(Some((id, _))), Some(Some(place))) if !for_others => prop_assert_eq!(model.remove(place).id, id),
-                        (Err(_), Some(place)) => {
-                            prop_assert!(for_others || place.is_none());
-                            continue;
+                        (Ok(Some((id, _))), Some(goes)) if has(goes) > FEW => {
+                            prop_assert_eq!(model.remove(first_to_go(&model, goes)).id, id);
                         }
+                        (Err(TurnedAway::Full), Some(goes)) if has(goes) <= FEW => continue,
                         other => prop_assert!(false, "{:?}", other),
                     }
-                    model.push(Model { id: bed.names - 1, source, reviews: 0 });
+                    model.push(Model { id: bed.names - 1, source, shaken: false, reviews: 0 });
                 }
+                Step::Shaken(which) => if let Some(it) = model.get_mut(which) {
+                    bed.books.shaken(it.id);
+                    it.shaken = true;
+                },
                 Step::Begin(which) => if let Some(it) = model.get_mut(which) {
                     prop_assert!(bed.books.review_begins(it.id, bed.at(9)));
-                    it.reviews += 1;
+                    (it.reviews, it.shaken) = (it.reviews + 1, true);
                 },
                 Step::End(which) => if let Some(it) = model.get_mut(which).filter(|it| it.reviews > 0) {
                     bed.books.review_ends(it.id);
                     it.reviews -= 1;
                 },
                 Step::Proven(which) => if let Some(it) = model.get(which) {
-                    let proven = bed.books.proven(it.id).is_ok();
+                    let proven = bed.books.proven(it.id, &"node").is_ok();
                     prop_assert_eq!(proven, nodes.len() < BOUNDS.nodes);
                     if proven {
                         nodes.push(model.remove(which).id);
@@ -213,8 +315,8 @@ proptest! {
                 },
                 Step::Overdue(which) => if let Some(it) = model.get(which) {
                     let overdue = bed.books.overdue(it.id, bed.at(10 + second as u64));
-                    prop_assert_eq!(overdue, it.reviews == 0);
-                    if overdue {
+                    prop_assert_eq!(overdue == Overdue::NotYet, it.reviews > 0);
+                    if it.reviews == 0 {
                         model.remove(which);
                     }
                 },
@@ -229,7 +331,7 @@ proptest! {
             prop_assert_eq!(bed.books.strangers.len(), model.len());
             prop_assert_eq!(bed.books.nodes.len(), nodes.len());
             let weights: usize = bed.books.weights.iter().map(|(weight, _)| weight).sum();
-            prop_assert_eq!(weights, model.iter().filter(|it| it.reviews == 0).count());
+            prop_assert_eq!(weights, model.len());
             let sources: BTreeSet<u8> = model.iter().map(|it| it.source).collect();
             prop_assert_eq!(bed.books.sources.len(), sources.len());
         }
