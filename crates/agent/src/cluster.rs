@@ -108,7 +108,7 @@ impl Args {
     }
 
     /// Whether the DaemonSet is being deleted, as far as the API server says: no agent comes after this one.
-    pub(crate) async fn goes(&self) -> bool {
+    pub(crate) async fn is_deleted(&self) -> bool {
         self.fate().await == Fate::Goes
     }
 

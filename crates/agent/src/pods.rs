@@ -202,7 +202,11 @@ impl Pods {
                     Stage::Bare | Stage::Looking(_) => {}
                     Stage::Preparing(work) => work.cancelled = true,
                     Stage::Beginning(work) if work.cancelled => {}
-                    Stage::Offered { .. } | Stage::Beginning(_) | Stage::Captured | Stage::Leaving(_) => {
+                    Stage::Found
+                    | Stage::Offered { .. }
+                    | Stage::Beginning(_)
+                    | Stage::Captured
+                    | Stage::Leaving(_) => {
                         actions.push(Action::Exclude(uid.clone(), known.excluded_ports));
                     }
                 }
@@ -309,6 +313,7 @@ impl Pods {
                 sandbox.stage = match prepared {
                     // It had left, and only its proxy had not heard of it: what was made for it again goes the same way.
                     Prepared::Bare if known.release => Stage::Leaving(Leaving::default()),
+                    Prepared::Bare if sandbox.found == Some(true) && known.capture.is_err() => Stage::Found,
                     Prepared::Bare => Stage::Offered { ready: false },
                     Prepared::Captured => Stage::Captured,
                     Prepared::Leaving => Stage::Leaving(Leaving::default()),
@@ -403,7 +408,7 @@ impl Pods {
 
     /// The pods whose rules were read back: what peers may be told.
     pub(crate) fn captured(&self) -> BTreeSet<PodUid> {
-        let captured = |pod: &Pod| matches!(&pod.sandbox, Some(Sandbox { stage: Stage::Captured, .. }));
+        let captured = |pod: &Pod| matches!(&pod.sandbox, Some(Sandbox { stage: Stage::Captured | Stage::Found, .. }));
         self.pods.iter().filter(|(_, pod)| captured(pod)).map(|(uid, _)| uid.clone()).collect()
     }
 
@@ -432,7 +437,7 @@ impl Pods {
                     Decision::Look => {
                         self.attempts += 1;
                         let (pod, namespace, attempt) = (uid.clone(), sandbox.namespace, self.attempts);
-                        sandbox.stage = Stage::Looking(Work::new(attempt));
+                        sandbox.stage = Stage::Looking(attempt);
                         actions.push(Action::Look { pod, namespace, attempt });
                     }
                     Decision::Leave(why) => {
@@ -452,12 +457,22 @@ impl Pods {
                     sandbox.stage = Stage::Beginning(Work::new(self.attempts));
                     actions.push(Action::Begin { pod: uid.clone(), attempt: self.attempts });
                 }
+                (Some(known), Stage::Found) => match known.capture {
+                    Ok(()) => {
+                        sandbox.stage = Stage::Offered { ready: false };
+                        actions.push(Action::Offer(known.clone()));
+                    }
+                    Err(why) => {
+                        answer_all(pod, actions, |_| CniResult::NotCaptured(why.in_clear().to_string()));
+                        self.may_leave(uid, actions);
+                    }
+                },
                 (_, Stage::Captured) => {
                     answer_all(pod, actions, |_| CniResult::Captured);
                     self.may_leave(uid, actions);
                 }
                 (_, Stage::Leaving(_)) => self.leaves(uid, actions),
-                (None, Stage::Bare)
+                (None, Stage::Bare | Stage::Found)
                 | (_, Stage::Looking(_) | Stage::Preparing(_) | Stage::Offered { .. } | Stage::Beginning(_)) => {}
             }
         }
@@ -470,7 +485,9 @@ impl Pods {
         let Some(pod) = self.pods.get_mut(uid) else { return };
         let Some(sandbox) = &mut pod.sandbox else { return };
         let failure = match (&pod.known, &sandbox.stage) {
-            (_, Stage::Looking(_) | Stage::Preparing(_) | Stage::Beginning(_) | Stage::Captured) => return,
+            (_, Stage::Looking(_) | Stage::Found | Stage::Preparing(_) | Stage::Beginning(_) | Stage::Captured) => {
+                return;
+            }
             (_, Stage::Leaving(Leaving { look: Some(_), .. })) => return,
             (_, Stage::Offered { .. } | Stage::Leaving(Leaving { back: Some(_), .. })) if !proxy => Failure::NoProxy,
             (_, Stage::Offered { .. } | Stage::Leaving(Leaving { back: Some(_), .. })) => Failure::NotReady,
@@ -529,6 +546,10 @@ fn same_addresses(one: &[IpAddr], other: &[IpAddr]) -> bool {
 
 /// Takes back what was made for a sandbox. What is being made is taken back when it is there.
 fn withdraw(sandbox: &mut Sandbox, uid: &PodUid, actions: &mut Vec<Action>) {
+    if stands(&sandbox.stage) {
+        // What is closed by that are listeners: rules that lead to them stay.
+        sandbox.found = None;
+    }
     let told = match &mut sandbox.stage {
         // Whoever has its listeners from before is to let go of them, too.
         Stage::Bare | Stage::Looking(_) => sandbox.inherited,
@@ -539,7 +560,7 @@ fn withdraw(sandbox: &mut Sandbox, uid: &PodUid, actions: &mut Vec<Action>) {
         Stage::Beginning(work) | Stage::Leaving(Leaving { look: Some(work), .. }) => {
             !mem::replace(&mut work.cancelled, true)
         }
-        Stage::Offered { .. } | Stage::Captured | Stage::Leaving(_) => {
+        Stage::Found | Stage::Offered { .. } | Stage::Captured | Stage::Leaving(_) => {
             sandbox.stage = Stage::Bare;
             true
         }

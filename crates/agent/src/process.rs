@@ -90,8 +90,11 @@ const BLOCKING_THREADS: usize = 4;
 const MOST_EVENTS: usize = 256;
 /// The pause between two looks whether anybody has the place that was given away.
 const STAND_BY: Duration = Duration::from_secs(1);
-/// So long the next agent may take to come. A node's pod that is deleted has its next one at once, with the same image.
-const NEXT_COMES: Duration = Duration::from_secs(30);
+/// So long the next agent may take to come. A node's pod that is deleted has its next one at once, with the same image. Less than
+/// the 30 s that kubelet gives besides the drain time.
+const NEXT_COMES: Duration = Duration::from_secs(20);
+/// The pause between two questions whether one comes at all.
+const ASK_WHETHER: Duration = Duration::from_secs(3);
 /// The pause before what failed is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -119,7 +122,7 @@ pub(crate) enum Event {
     /// A pod that leaves was looked at. `true`: nothing of it is left.
     Left(PodUid, u64, Result<bool, Failure>),
     /// A pod that is not to be captured was looked into: whether rules stand in it.
-    LookedInto(PodUid, u64, Result<bool, String>),
+    LookedInto(PodUid, u64, Result<bool, Failure>),
     /// The connections of a pod that the runtime deletes have ended, or were waited for long enough.
     Ended {
         /// The runtime's request.
@@ -141,6 +144,8 @@ pub(crate) enum Event {
     Seen(Seen),
     /// The process is to end.
     Terminate,
+    /// No agent comes after this one: the DaemonSet is being deleted.
+    NobodyComes,
 }
 
 struct Events<'a> {
@@ -254,6 +259,7 @@ impl Place {
 /// another took it before.
 async fn hold(args: &Args, estate: Option<Vec<Said>>, terminate: &mut Signal) -> Result<Option<Place>> {
     let (events, inbox) = mpsc::channel(MOST_EVENTS);
+    let inform = events.clone();
     let on_kubernetes = args.cluster.kubernetes;
     let shown = Arc::new(Shown::new(config(args), args.cluster.has_plugin()));
     let mut node = Node::new(args.listener_owner, events.clone(), shown.clone());
@@ -350,13 +356,20 @@ async fn hold(args: &Args, estate: Option<Vec<Said>>, terminate: &mut Signal) ->
                 if on_kubernetes
                     && wake.ends.is_none()
                     && node.has_standing()
-                    && !predecessor.as_ref().is_some_and(Predecessor::stands_by)
-                    && !args.cluster.goes().await =>
+                    && !predecessor.as_ref().is_some_and(Predecessor::stands_by) =>
             {
                 tracing::info!(seconds = NEXT_COMES.as_secs(), "told to end: the next agent is waited for");
                 wake.ends = Some(Instant::now() + NEXT_COMES);
+                let (cluster, inform) = (args.cluster.clone(), inform.clone());
+                tasks.spawn(async move {
+                    while !cluster.is_deleted().await {
+                        sleep(ASK_WHETHER).await;
+                    }
+                    // When nobody listens any more the process ends.
+                    let _ = inform.send(Event::NobodyComes).await;
+                });
             }
-            Event::Terminate => break None,
+            Event::Terminate | Event::NobodyComes => break None,
         }
     };
     if let Some(taken) = taken {

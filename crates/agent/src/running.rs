@@ -33,7 +33,7 @@ const NAMESPACES: [&str; 2] = ["/run/netns", "/var/run/netns"];
 pub(crate) enum Seen {
     /// It answers, or why it does not.
     Runtime(Result<String, String>),
-    /// A pod that is to be captured, and whose sandbox it has.
+    /// A pod that is to be captured, or to be looked into, and whose sandbox it has.
     Found {
         /// Which.
         running: Running,

@@ -13,7 +13,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep};
 use wire::pods::Ends;
 
-use crate::capture::{Capture, Standing};
+use crate::capture::{Capture, CaptureError, Standing};
 use crate::guard::Strength;
 use crate::process::Event;
 use crate::watched::watched;
@@ -153,6 +153,9 @@ fn look(capture: &mut Capture, depth: Depth) -> Vec<Found> {
         Ok(Standing::Intact) => {}
         Ok(Standing::Broken(broken)) => match capture.repair() {
             Ok(()) => found.push(Found::Repaired { broken }),
+            // A runtime that deletes a pod takes its loopback down before it says so: routes go with it, and connections with
+            // them. Where a program has done that itself it has cut off its own pod.
+            Err(CaptureError::Netlink(error)) if error.is_down() => return Vec::new(),
             Err(error) => return vec![failed(&format!("{broken}, and it cannot be made anew"), &error)],
         },
         Err(error) => return vec![failed("it cannot be verified", &error)],

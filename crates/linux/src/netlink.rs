@@ -90,6 +90,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the kernel refused something because an interface is down.
+    pub fn is_down(&self) -> bool {
+        self.errno() == Some(libc::ENETDOWN)
+    }
+
     /// The error number, where the kernel gave one: `EEXIST`, `ENOENT`, `EPERM`…
     pub fn errno(&self) -> Option<i32> {
         match self {

@@ -89,11 +89,6 @@ pub fn difference(socket: &mut Socket, interface: u32, filters: &[Filter]) -> Re
     Ok(None)
 }
 
-/// Whether anybody has a filter on what leaves an interface.
-pub fn has_filters(socket: &mut Socket, interface: u32) -> Result<bool, Error> {
-    Ok(!read(socket, interface, EGRESS)?.is_empty())
-}
-
 /// How many packets the filters of an interface have dropped since `clsact` was added to it; 0 where it is not there.
 pub fn dropped(socket: &mut Socket, interface: u32) -> Result<u64, Error> {
     let question = RouteNetlinkMessage::GetQueueDiscipline(message(interface, TcHandle::UNSPEC, 0));

@@ -4,7 +4,7 @@
 //! key that leaks as a number.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use nix::unistd::Pid;
@@ -103,29 +103,76 @@ pub fn keys_held_by(holder: Pid) -> Vec<Secret> {
     keys
 }
 
-/// All that a process can write to, and what is mapped for it alone: what it can have in memory that others have not.
+/// What cannot be read of a page is not read of its neighbours either; and the unit of what is passed over.
+const PAGE: u64 = 4096;
+/// How much of a process's memory may be there and not readable, in bytes: the guards of its threads' stacks, a page each.
+const GUARDS: u64 = 16 * PAGE;
+
+/// All that a process can write to, and what is mapped for it alone and of no file, whatever it may do there by now: what it can
+/// have in memory that others have not.
 ///
 /// # Panics
 /// There is no such process, or its memory cannot be read: what was not looked at is not known to be clean.
 #[must_use]
 pub fn memory(of: Pid) -> Vec<u8> {
-    let maps = fs::read_to_string(format!("/proc/{of}/maps")).expect("a process that runs");
-    let mut file = File::open(format!("/proc/{of}/mem")).expect("root may read it");
+    let maps = || mappings(&fs::read_to_string(format!("/proc/{of}/maps")).expect("a process that runs"));
+    let file = File::open(format!("/proc/{of}/mem")).expect("root may read it");
     let mut memory = Vec::new();
-    for line in maps.lines() {
+    let mut missed = Vec::new();
+    for (from, to) in maps() {
+        read(&file, from, to, &mut memory, &mut missed);
+    }
+    // A mapping that has gone meanwhile has nothing any more; what is there still, or anew, can be read, or is a guard.
+    let there = maps();
+    let mut unread = Vec::new();
+    for page in missed.into_iter().filter(|page| there.iter().any(|(from, to)| (from..to).contains(&page))) {
+        read(&file, page, page + PAGE, &mut memory, &mut unread);
+    }
+    let bytes = unread.len() as u64 * PAGE;
+    assert!(
+        bytes <= GUARDS,
+        "{bytes} bytes of the memory of {of} are there and cannot be read, from {:x?} on",
+        unread[0]
+    );
+    assert!(memory.len() > 1 << 16, "the memory of {of} has {} bytes", memory.len());
+    memory
+}
+
+/// The mappings that [`memory`] is about, of a process's list of all.
+fn mappings(maps: &str) -> Vec<(u64, u64)> {
+    let mapping = |line: &str| {
         let mut fields = line.split_whitespace();
-        let (Some(range), Some(permissions)) = (fields.next(), fields.next()) else { continue };
-        if !permissions.starts_with("rw") {
-            continue;
+        let (range, permissions) = (fields.next()?, fields.next()?);
+        let (inode, name) = (fields.nth(2)?, fields.next().unwrap_or_default());
+        let is_private = permissions.starts_with('r') && permissions.ends_with('p') && inode == "0";
+        // The kernel's own clocks: nobody else writes there, and nobody reads them from outside.
+        if name.starts_with("[vvar") || !(permissions.starts_with("rw") || is_private) {
+            return None;
         }
         let (from, to) = range.split_once('-').expect("a range");
         let [from, to] = [from, to].map(|text| u64::from_str_radix(text, 16).expect("an address"));
-        file.seek(SeekFrom::Start(from)).expect("an address");
-        // A mapping that has gone meanwhile, or a guard, cannot be read.
-        let _ = (&mut file).take(to - from).read_to_end(&mut memory);
+        Some((from, to))
+    };
+    maps.lines().filter_map(mapping).collect()
+}
+
+/// Reads a range of a process's memory, and names the pages of it that cannot be read.
+fn read(file: &File, from: u64, to: u64, memory: &mut Vec<u8>, missed: &mut Vec<u64>) {
+    let mut chunk = vec![0; 1 << 20];
+    let mut at = from;
+    while at < to {
+        let wanted = chunk.len().min((to - at) as usize);
+        match file.read_at(&mut chunk[..wanted], at) {
+            Ok(some) if some > 0 => {
+                memory.extend_from_slice(&chunk[..some]);
+                at += some as u64;
+            }
+            _ => {
+                missed.push(at - at % PAGE);
+                at += PAGE - at % PAGE;
+            }
+        }
     }
-    assert!(memory.len() > 1 << 16, "the memory of {of} has {} bytes", memory.len());
-    memory
 }
 
 /// All files below a folder, with their contents.
@@ -144,7 +191,46 @@ pub fn files_below(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
+
+    #[test]
+    fn what_a_process_can_have_for_itself_is_looked_at_and_what_it_shares_or_cannot_read_is_not() {
+        let maps = "\
+1000-2000 r--p 00000000 08:01 12 /bin/x
+2000-3000 rw-p 00001000 08:01 12 /bin/x
+3000-4000 r--p 00000000 00:00 0
+4000-5000 r-xp 00000000 00:00 0 [anon: code]
+5000-6000 ---p 00000000 00:00 0
+6000-7000 rw-s 00000000 00:01 7 /memfd:x (deleted)
+7000-8000 r--s 00000000 08:01 9 /etc/x
+8000-9000 r--p 00000000 00:00 0 [vvar]
+9000-a000 rw-p 00000000 00:00 0 [stack]
+";
+        let found: Vec<_> = mappings(maps).into_iter().map(|(from, to)| (from >> 12, to - from)).collect();
+        assert_eq!(found, [2, 3, 4, 6, 9].map(|page| (page, 0x1000)));
+    }
+
+    #[test]
+    fn what_a_process_was_told_is_found_in_its_memory() {
+        let needle = format!("needle-{}", std::process::id());
+        let mut child = Command::new("sleep").arg("60").env("NEEDLE", &needle).spawn().expect("sleep");
+        let memory = memory(Pid::from_raw(child.id() as i32));
+        child.kill().expect("a child of ours");
+        child.wait().expect("a child of ours");
+        assert!(contains(&memory, needle.as_bytes()));
+        assert!(!contains(&memory, b"needle that nobody told it"));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named_and_what_follows_it_is_read() {
+        let (mut memory, mut missed) = (Vec::new(), Vec::new());
+        let file = File::open("/proc/self/mem").expect("our own memory");
+        // Nothing is mapped at address 0.
+        read(&file, 0, 2 * PAGE, &mut memory, &mut missed);
+        assert_eq!((memory.len(), missed), (0, vec![0, PAGE]));
+    }
 
     #[test]
     fn a_key_is_found_in_each_form_and_what_is_not_there_is_not() {

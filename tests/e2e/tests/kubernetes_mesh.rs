@@ -137,8 +137,14 @@ fn pods_are_let_go_without_an_agent(cluster: &Kubernetes) {
     println!("a namespace is let go while the agent of a node is replaced");
     let [_, worker] = cluster.nodes();
     let label = |label: &str| cluster.kubectl(&["label", "namespace", "shop", label]).run().ok();
-    delete_pod_of_node(cluster, &worker, &["--grace-period=1"]);
+    // It hears of nothing any more, hands nothing over, and is killed.
+    assert_eq!(cluster.signal(&worker, "agent", "-STOP"), 1);
     label("justmtls.dev/mode=off");
+    wait_until("the other node to have heard", PATIENCE, || match cluster.capture("shop/client") {
+        Ok(state) if state == "captured" => Err(state),
+        _ => Ok(()),
+    });
+    delete_pod_of_node(cluster, &worker, &["--grace-period=1"]);
     let tables = ["sh", "-c", "for n in /run/netns/*; do nsenter --net=$n nft list tables; done"];
     wait_until("the rules to go", PATIENCE, || match cluster.on_node(&worker, &tables).run().ok() {
         tables if tables.contains("inet justmtls") => Err(tables),
@@ -148,6 +154,8 @@ fn pods_are_let_go_without_an_agent(cluster: &Kubernetes) {
         cluster.ask("outside/stranger", "web.shop:80", ANSWER).success(),
         "it has no rules, and nobody to serve it"
     );
+    let events = cluster.agent_page(&cluster.node_pod(&worker), "/events");
+    assert!(events.contains("rules-found"), "{events}");
     wait_until("it to be known", PATIENCE, || match cluster.capture("shop/web") {
         Ok(state) if state == "not-captured" => Ok(()),
         other => Err(format!("{other:?}")),

@@ -118,16 +118,17 @@ impl Capture {
     /// Takes the guard away, and leaves what it hung on: without that the pod would lose what it sends for a moment, now and
     /// when it is captured again.
     fn disarm(&mut self) -> Result<(), CaptureError> {
-        let guard = match self.guard.take() {
-            Some(guard) => guard,
-            // As long as a whole one at most.
-            None if self.armed_before => Guard::of(&self.plan, Strength::Everything)?,
-            None => return Ok(()),
+        // One of an agent that is gone is as long as a whole one at most.
+        let before = match &self.guard {
+            None if self.armed_before => Some(Guard::of(&self.plan, Strength::Everything)?),
+            _ => None,
         };
+        let Some(guard) = self.guard.as_ref().or(before.as_ref()) else { return Ok(()) };
         for interface in interfaces(&mut self.route, &self.plan)?.into_iter().chain([LOOPBACK]) {
             tc::clear(&mut self.route, interface, guard.on(interface).len() as u16)?;
         }
-        self.armed_before = false;
+        // Not before: where something fails it is taken away by the next look.
+        (self.guard, self.armed_before) = (None, false);
         Ok(())
     }
 

@@ -14,27 +14,21 @@ impl Node {
         let namespace = self.namespaces.get(&namespace).map(NetNs::try_clone);
         self.blocking(move || {
             let found = match namespace {
-                Some(Ok(namespace)) => capture::stands_in(&namespace).map_err(|error| error.to_string()),
-                Some(Err(error)) => Err(error.to_string()),
-                None => Err("its namespace is not held".to_owned()),
+                Some(Ok(namespace)) => capture::stands_in(&namespace).map_err(Failure::from),
+                Some(Err(error)) => Err(Failure::NoNamespace(error.to_string())),
+                None => Err(Failure::Internal),
             };
             Event::LookedInto(pod, attempt, found)
         });
     }
 
     /// A pod that is not to be captured was looked into.
-    pub(crate) fn looked_into(&mut self, pod: &PodUid, attempt: u64, found: Result<bool, String>) {
-        match &found {
-            Ok(true) => {
-                let detail =
-                    "an agent that is gone has left its rules in a pod that is not to be captured: it is let go";
-                self.shown.journal.change("rules-found", pod.as_str(), detail);
-            }
-            Ok(false) => {}
-            // Most likely the pod has gone.
-            Err(why) => self.shown.journal.problem("not-looked-into", pod.as_str(), why),
+    pub(crate) fn looked_into(&mut self, pod: &PodUid, attempt: u64, found: Result<bool, Failure>) {
+        if found == Ok(true) {
+            let detail = "an agent that is gone has left its rules in a pod that is not to be captured: it is let go";
+            self.shown.journal.change("rules-found", pod.as_str(), detail);
         }
-        let actions = self.pods.looked(pod, attempt, found.unwrap_or(false));
+        let actions = self.pods.looked(pod, attempt, found);
         self.act(actions);
     }
 

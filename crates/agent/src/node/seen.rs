@@ -177,6 +177,8 @@ impl Node {
                 Found::Dropped(packets) => {
                     self.shown.metrics.guard_drops.inc_by(packets);
                 }
+                // It has gone while it was looked at.
+                Found::Failed { .. } if !self.captures.contains_key(&pod) => {}
                 Found::Failed { sentence } => {
                     self.shown.metrics.repair_failures.inc();
                     self.shown.journal.problem("repair-failed", pod.as_str(), &sentence);

@@ -35,7 +35,7 @@ impl Pods {
             return None;
         }
         match &sandbox.stage {
-            Stage::Captured | Stage::Leaving(_) => None,
+            Stage::Found | Stage::Captured | Stage::Leaving(_) => None,
             Stage::Offered { ready: false } if !self.proxy => Some(CaptureFailure::NoProxy),
             Stage::Offered { ready: false } => Some(CaptureFailure::ProxyNotReady),
             // While it is tried again what went wrong before is how things are.

@@ -67,7 +67,9 @@ impl Pods {
             | Stage::Preparing(_)
             | Stage::Beginning(Work { cancelled: true, .. })
             | Stage::Leaving(Leaving { look: Some(Work { cancelled: true, .. }), .. }) => None,
-            Stage::Offered { .. } | Stage::Beginning(_) | Stage::Captured | Stage::Leaving(_) => pod.known.clone(),
+            Stage::Found | Stage::Offered { .. } | Stage::Beginning(_) | Stage::Captured | Stage::Leaving(_) => {
+                pod.known.clone()
+            }
         };
         self.pods.values().filter_map(served).collect()
     }

@@ -72,8 +72,11 @@ impl Pods {
 
     /// The pods whose rules stand, those among them that leave.
     pub(crate) fn standing(&self) -> impl Iterator<Item = &PodUid> {
-        let stands =
-            |pod: &Pod| pod.sandbox.as_ref().is_some_and(|it| matches!(it.stage, Stage::Captured | Stage::Leaving(_)));
+        let stands = |pod: &Pod| {
+            pod.sandbox
+                .as_ref()
+                .is_some_and(|it| matches!(it.stage, Stage::Found | Stage::Captured | Stage::Leaving(_)))
+        };
         self.pods.iter().filter(move |(_, pod)| stands(pod)).map(|(uid, _)| uid)
     }
 

@@ -5,7 +5,7 @@
 use mesh::{PodUid, Uncaptured};
 use wire::discovery::NodePod;
 
-use super::{Action, Pods, Sandbox, Stage};
+use super::{Action, Pods, Sandbox, Stage, note};
 use crate::failure::Failure;
 
 /// What is to become of a pod for which nothing is made.
@@ -32,14 +32,28 @@ pub(super) fn decide(known: &NodePod, sandbox: &Sandbox) -> Decision {
 }
 
 impl Pods {
-    /// A pod's namespace was looked at. `stands`: there are rules of an agent before this one.
-    pub(crate) fn looked(&mut self, uid: &PodUid, attempt: u64, stands: bool) -> Vec<Action> {
+    /// A pod's namespace was looked at. `true`: there are rules of an agent before this one.
+    pub(crate) fn looked(&mut self, uid: &PodUid, attempt: u64, outcome: Result<bool, Failure>) -> Vec<Action> {
         let mut actions = Vec::new();
-        let Some(sandbox) = self.pods.get_mut(uid).and_then(|pod| pod.sandbox.as_mut()) else { return actions };
-        if matches!(&sandbox.stage, Stage::Looking(work) if work.attempt == attempt) {
-            (sandbox.stage, sandbox.found) = (Stage::Bare, Some(stands));
-            self.advance(uid, &mut actions);
+        let Some(pod) = self.pods.get_mut(uid) else { return actions };
+        let Some(sandbox) = &mut pod.sandbox else { return actions };
+        if !matches!(&sandbox.stage, Stage::Looking(of) if *of == attempt) {
+            return actions;
         }
+        sandbox.stage = Stage::Bare;
+        match outcome {
+            Ok(stands) => {
+                sandbox.found = Some(stands);
+                pod.failure = None;
+            }
+            // Nobody can have captured what is being made.
+            Err(_) if sandbox.starting => sandbox.found = Some(false),
+            Err(failure) => {
+                sandbox.stuck = true;
+                note(pod, uid, failure, &mut actions);
+            }
+        }
+        self.advance(uid, &mut actions);
         actions
     }
 }

@@ -3,7 +3,7 @@
 use mesh::PodUid;
 use serde::Serialize;
 
-use super::{Pod, Stage};
+use super::{Pod, Sandbox, Stage};
 
 /// A pod, for people.
 #[derive(Debug, Clone, Serialize, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub(crate) struct Shown {
     pub(crate) state: &'static str,
     /// Why it is not to be captured.
     not_captured: Option<&'static str>,
-    /// Rules of an agent that is gone were found in it, and it is to be let go.
+    /// An agent before this one has captured it, or may have, and its rules are not known to be gone.
     stands: bool,
     /// Inode of its network namespace.
     namespace: Option<u64>,
@@ -41,6 +41,7 @@ impl Shown {
                 Stage::Bare if not_captured.is_some() && sandbox.found == Some(false) => "not-captured",
                 Stage::Bare => "waiting",
                 Stage::Looking(_) => "looking",
+                Stage::Found => "found",
                 Stage::Preparing(_) => "preparing",
                 Stage::Offered { .. } => "offered",
                 Stage::Beginning(_) => "beginning",
@@ -57,7 +58,7 @@ impl Shown {
             excluded_ports: known.map(|known| known.excluded_ports.clone()).unwrap_or_default(),
             state,
             not_captured: not_captured.map(|why| why.in_clear().as_str()),
-            stands: sandbox.is_some_and(|sandbox| sandbox.found == Some(true)),
+            stands: sandbox.is_some_and(Sandbox::was_captured),
             namespace: sandbox.map(|sandbox| sandbox.namespace),
             waiting: sandbox.map_or(0, |sandbox| sandbox.waiting.len()),
             failure: pod.failure.as_ref().map(ToString::to_string),

@@ -17,8 +17,11 @@ pub(crate) enum Prepared {
 pub(super) enum Stage {
     /// Nothing is made.
     Bare,
-    /// Whether rules stand in it is being looked at.
-    Looking(Work),
+    /// Whether rules stand in it is being looked at, by this attempt.
+    Looking(u64),
+    /// Rules of an agent that is gone lead to listeners that were made anew, in a pod that is not to be captured. Until it is
+    /// released it is reported, as its peers are to know first.
+    Found,
     /// Listeners are being made.
     Preparing(Work),
     /// The proxy may have the listeners. `ready`: it has, and can prove who the pod is.
@@ -49,7 +52,7 @@ impl Work {
 
 /// Whether there are rules that lead to the proxy, or may be.
 pub(super) fn stands(stage: &Stage) -> bool {
-    matches!(stage, Stage::Beginning(_) | Stage::Captured | Stage::Leaving(_))
+    matches!(stage, Stage::Found | Stage::Beginning(_) | Stage::Captured | Stage::Leaving(_))
 }
 
 /// There is no proxy, or a new one: it has to say that it is ready.

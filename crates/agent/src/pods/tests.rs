@@ -130,7 +130,7 @@ fn a_pod_that_is_not_to_be_captured_is_answered_with_its_reason() {
     pods.know(pod);
     assert_eq!(pods.add(1, &cni("a"), 7), [look("a", 7, 1)]);
     let answer = Action::Answer(1, CniResult::NotCaptured("opted-out".into()));
-    assert_eq!(pods.looked(&uid("a"), 1, false), [answer]);
+    assert_eq!(pods.looked(&uid("a"), 1, Ok(false)), [answer]);
     assert!(pods.holds(7), "it may be captured later, without a restart");
     assert_eq!(pods.know(known("a")), [prepare(known("a"), 7, 2)]);
 }
@@ -212,7 +212,7 @@ fn a_pod_that_runs_is_captured_later_and_tried_again_without_the_runtime() {
     let mut pods = node();
     pods.know(NodePod { capture: Err(Uncaptured::OptedOut), ..known("a") });
     pods.add(1, &cni("a"), 7);
-    pods.looked(&uid("a"), 1, false);
+    pods.looked(&uid("a"), 1, Ok(false));
     pods.know(known("a"));
     let report = Action::Report(uid("a"), failure());
     assert_eq!(pods.prepared(&uid("a"), 2, Err(failure())), (false, vec![report]));
@@ -325,7 +325,7 @@ fn a_change_of_mind_during_capture_takes_back_what_was_made() {
     assert!(pods.know(opted_out.clone()).is_empty(), "its listeners are being made");
     let not_captured = |request| Action::Answer(request, CniResult::NotCaptured("opted-out".into()));
     assert_eq!(pods.prepared(&uid("a"), 1, Ok(Prepared::Bare)), (false, vec![look("a", 7, 2)]));
-    assert_eq!(pods.looked(&uid("a"), 2, false), [not_captured(1)]);
+    assert_eq!(pods.looked(&uid("a"), 2, Ok(false)), [not_captured(1)]);
 
     pods.know(known("a"));
     pods.prepared(&uid("a"), 3, Ok(Prepared::Bare));

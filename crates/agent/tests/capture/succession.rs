@@ -4,11 +4,13 @@ use std::collections::BTreeSet;
 
 use linux::netlink::{Protocol, Socket as Netlink};
 use linux::netns::NetNs;
-use linux::nft;
-use mesh::PodUid;
+use linux::{nft, tc};
+use mesh::{PodUid, Uncaptured};
+use wire::discovery::NodePod;
 use wire::pods::{CniResult, FromAgent, Kept, PodAdded, ToAgent};
 
-use crate::lab::{A, B, eventually, with_privilege};
+use crate::armed::{interface, netlink};
+use crate::lab::{A, App, B, Client, eventually, is_refused, plan, prepared, with_privilege};
 use crate::world::{Room, World, pod};
 
 /// The rules as they are, and how often any of the namespace has changed.
@@ -56,6 +58,52 @@ fn an_agent_hands_over_to_the_next_one_and_back_and_no_rule_changes() {
         let Some((FromAgent::Hello { kept, .. }, files)) = proxy.hear() else { panic!("a hello") };
         assert_eq!((kept, linux::sealed::read(&files[0], 9).unwrap()), (vec![Kept::View], b"a view".to_vec()));
         assert_eq!(told(&proxy, 1), [PodUid::from("b")].into());
+    });
+}
+
+#[test]
+fn rules_that_a_dead_agent_has_left_in_a_pod_that_is_let_go_are_found_reported_and_taken_away() {
+    with_privilege(rules_that_a_dead_agent_has_left_in_a_pod_that_is_let_go_are_found_reported_and_taken_away, || {
+        let world = World::new(|_| ());
+        let (inside, other) = (&world.lab.a, &world.lab.b);
+        // What lives on when agent and proxy are gone.
+        let mut left = prepared(inside, plan(A));
+        left.begin().unwrap();
+        drop(left);
+        let _app = App::start(inside, A[0], 7000);
+        is_refused(other, A[0], 7000);
+        // Somebody's own filter is no guard.
+        let mut pass = linux::bpf::Assembler::new();
+        pass.answer(tc::PASS);
+        let theirs = [tc::Filter { answer: tc::Answer::Pass, program: pass.finish().unwrap() }];
+        tc::set(&mut netlink(other, Protocol::Route), 1, &theirs).unwrap();
+
+        let out = |name: &str, addresses, release| NodePod {
+            capture: Err(Uncaptured::OptedOut),
+            release,
+            ..pod(name, addresses)
+        };
+        world.control.publish([out("a", A, false), out("b", B, false)]);
+        let proxy = world.proxy();
+        for (name, namespace) in [("a", inside), ("b", other)] {
+            let answer = world.add(name, &Room::of(namespace)).join().unwrap();
+            assert_eq!(answer, CniResult::NotCaptured("opted-out".into()), "{name}");
+        }
+        eventually("its peers are told", || world.control.captured() == [PodUid::from("a")].into());
+        assert!(world.page("/events").contains("rules-found"));
+        assert_eq!(told(&proxy, 1), [PodUid::from("a")].into(), "nothing is made in the other");
+        assert!(rules(inside).0.is_some() && rules(other).0.is_none());
+
+        world.control.publish([out("a", A, true), out("b", B, false)]);
+        eventually("its rules are gone", || rules(inside).0.is_none());
+        eventually("it is said", || world.page("/pods").contains(r#""stands":false"#));
+        let guarded = |namespace, index, filters: &[tc::Filter]| {
+            tc::difference(&mut netlink(namespace, Protocol::Route), index, filters).unwrap().is_none()
+        };
+        let whole = agent::guard::inside().unwrap();
+        assert!(!guarded(inside, 1, &whole) && !guarded(inside, interface(inside, A), &whole));
+        assert_eq!(Client::connect(other, A[0], 7000).unwrap().seen().unwrap().0, B[0]);
+        assert!(guarded(other, 1, &theirs), "what is another's stays");
     });
 }
 

@@ -145,6 +145,14 @@ impl Kubernetes {
         staying.map(|pod| text(&pod["metadata"], "name").to_owned()).collect()
     }
 
+    /// A page of the agent in this pod; empty where there is no answer.
+    #[track_caller]
+    pub fn agent_page(&self, pod: &str, page: &str) -> String {
+        let socket = format!("/run/justmtls/agent/{pod}.sock");
+        let ask = ["-n", OURS, "exec", pod, "-c", "agent", "--", "/justmtls", "admin", &socket, page];
+        self.kubectl(&ask).run().stdout
+    }
+
     /// The pod whose agent has given its place to another one and waits whether that stays.
     ///
     /// # Errors
@@ -153,9 +161,7 @@ impl Kubernetes {
     pub fn standing_by(&self) -> Result<String, String> {
         let mut said = Vec::new();
         for pod in self.pods_of_nodes() {
-            let socket = format!("/run/justmtls/agent/{pod}.sock");
-            let ask = ["-n", OURS, "exec", &pod, "-c", "agent", "--", "/justmtls", "admin", &socket, "/version"];
-            let answer = self.kubectl(&ask).run().stdout;
+            let answer = self.agent_page(&pod, "/version");
             match serde_json::from_str::<Value>(&answer) {
                 Ok(page) if page["stands_by"] == true => return Ok(pod),
                 _ => said.push(format!("{pod}: {answer}")),

@@ -55,7 +55,7 @@ fn a_pod_that_starts_or_is_not_to_be_captured_or_is_gone_is_not_told() {
     pods.know(NodePod { capture: Err(Uncaptured::OptedOut), ..known("a") });
     assert_eq!(failing(&pods), []);
     pods.know(known("a"));
-    pods.looked(&uid("a"), 2, false);
+    pods.looked(&uid("a"), 2, Ok(false));
     pods.prepared(&uid("a"), 3, Err(failure()));
     assert_eq!(failing(&pods), is(CaptureFailure::NotItsAddress));
     pods.forget(&uid("a"));
@@ -98,7 +98,7 @@ fn a_pod_that_could_not_start_is_not_told_until_it_runs() {
     let mut pods = node();
     pods.know(out);
     pods.add(1, &cni("a"), 7);
-    assert_eq!(pods.looked(&uid("a"), 1, false), [Action::Answer(1, CniResult::NotCaptured("opted-out".into()))]);
+    assert_eq!(pods.looked(&uid("a"), 1, Ok(false)), [Action::Answer(1, CniResult::NotCaptured("opted-out".into()))]);
     pods.know(known("a"));
     pods.prepared(&uid("a"), 2, Err(failure()));
     assert_eq!(failing(&pods), is(CaptureFailure::NotItsAddress));

@@ -21,7 +21,7 @@ enum Step {
     Add(u8, u8),
     Delete(u8),
     Overdue(u8),
-    Looked(u8, bool),
+    Looked(u8, Option<bool>),
     Prepared(u8, bool),
     Begun(u8, bool),
     Left(u8, Option<bool>),
@@ -39,7 +39,7 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (pod.clone(), 0..4_u8).prop_map(|(pod, namespace)| Step::Add(pod, namespace)),
         1 => pod.clone().prop_map(Step::Delete),
         2 => any::<u8>().prop_map(Step::Overdue),
-        6 => (any::<u8>(), any::<bool>()).prop_map(|(which, stands)| Step::Looked(which, stands)),
+        6 => (any::<u8>(), any::<Option<bool>>()).prop_map(|(which, stands)| Step::Looked(which, stands)),
         6 => (any::<u8>(), any::<bool>()).prop_map(|(which, good)| Step::Prepared(which, good)),
         6 => (any::<u8>(), any::<bool>()).prop_map(|(which, good)| Step::Begun(which, good)),
         4 => (any::<u8>(), any::<Option<bool>>()).prop_map(|(which, outcome)| Step::Left(which, outcome)),
@@ -159,10 +159,10 @@ impl Shell {
             }
             Step::Looked(which, stands) => match taken(&mut self.looking, which) {
                 Some((pod, attempt)) => {
-                    if stands {
+                    if stands == Some(true) {
                         self.found.insert(pod.clone());
                     }
-                    self.pods.looked(&pod, attempt, stands)
+                    self.pods.looked(&pod, attempt, stands.ok_or_else(failure))
                 }
                 None => Vec::new(),
             },
@@ -219,7 +219,7 @@ proptest! {
             next(&mut shell, step);
         }
         while shell.is_busy() {
-            next(&mut shell, Step::Looked(0, false));
+            next(&mut shell, Step::Looked(0, Some(false)));
             next(&mut shell, Step::Prepared(0, true));
             next(&mut shell, Step::Begun(0, true));
             next(&mut shell, Step::Left(0, Some(true)));
@@ -228,7 +228,7 @@ proptest! {
             let before = shell.unanswered.len();
             next(&mut shell, Step::Overdue(0));
             while shell.is_busy() {
-                next(&mut shell, Step::Looked(0, false));
+                next(&mut shell, Step::Looked(0, Some(false)));
                 next(&mut shell, Step::Prepared(0, true));
                 next(&mut shell, Step::Begun(0, true));
                 next(&mut shell, Step::Left(0, Some(true)));
