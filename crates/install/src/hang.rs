@@ -2,7 +2,7 @@
 
 use k8s_openapi::api::core::v1::{ContainerStatus, Event, Pod};
 
-use crate::objects::NAMESPACE;
+use crate::objects::{CONTROL, NAMESPACE};
 use crate::table::printable;
 
 /// What holds one pod, or one workload, up.
@@ -22,7 +22,7 @@ pub(crate) struct Hang {
 
 /// What holds a workload up, by its pods and by the events of the namespace.
 pub(crate) fn hangs(workload: &str, pods: &[Pod], events: &[Event]) -> Vec<Hang> {
-    let mut found: Vec<_> = pods.iter().filter_map(|pod| of_pod(pod, events)).collect();
+    let mut found: Vec<_> = pods.iter().filter_map(|pod| of_pod(workload, pod, events)).collect();
     found.extend(refused(workload, events));
     found.sort();
     found
@@ -50,7 +50,7 @@ fn refused(workload: &str, events: &[Event]) -> Option<Hang> {
     Some(Hang { who: workload.to_owned(), kind, what: printable(message), hint, log: None })
 }
 
-fn of_pod(pod: &Pod, events: &[Event]) -> Option<Hang> {
+fn of_pod(workload: &str, pod: &Pod, events: &[Event]) -> Option<Hang> {
     let name = pod.metadata.name.clone().unwrap_or_default();
     let spec = pod.spec.as_ref()?;
     let status = pod.status.as_ref()?;
@@ -70,7 +70,13 @@ fn of_pod(pod: &Pod, events: &[Event]) -> Option<Hang> {
     }
     if let Some(unscheduled) = condition("PodScheduled").filter(|condition| condition.status == "False") {
         let why = unscheduled.message.as_deref().unwrap_or("no node takes it");
-        return hang("unschedulable", why, "make room on a node, or ask for less by --set resources.…", None);
+        let hint = if workload == CONTROL {
+            "its replicas are spread over the nodes: make room on one that has none of them, have fewer by --set replicas=1, or ask for \
+             less by --set resources.control.…"
+        } else {
+            "make room on a node, or ask for less by --set resources.…"
+        };
+        return hang("unschedulable", why, hint, None);
     }
     let of_pod = |event: &&Event, reason: &str| {
         event.involved_object.name.as_deref() == Some(&name) && event.reason.as_deref() == Some(reason)
@@ -224,6 +230,8 @@ mod tests {
         assert_eq!(kind(&creating, &[sandbox]), "sandbox");
         let unscheduled =
             pod(json!({ "conditions": [{ "type": "PodScheduled", "status": "False", "message": "0/2 nodes" }] }));
+        let [of_control] = &hangs(CONTROL, std::slice::from_ref(&unscheduled), &[])[..] else { panic!("one") };
+        assert!(of_control.kind == "unschedulable" && of_control.hint.contains("--set replicas=1"), "{of_control:?}");
         assert_eq!(kind(&[unscheduled], &[]), "unschedulable");
         let refused = |message: &str| event("justmtls-node-abc", "FailedCreate", message, "2026-01-01T00:00:00Z");
         assert_eq!(kind(&[], &[refused("pods \"x\" is forbidden: violates PodSecurity \"baseline\"")]), "pod-security");

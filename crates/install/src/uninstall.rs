@@ -7,12 +7,13 @@ use std::cell::Cell;
 use std::io;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::cluster::{Cluster, Place, path};
+use crate::cluster::{Cluster, Place, is_refusal, path};
 use crate::install::{is_ours, recorded};
+use crate::leaving::Stage;
 use crate::objects::{AUTHORITY, CONTROL, NAMESPACE, NODE, PART_OF, SETTINGS, TRUST_BUNDLE, all, definitions};
 use crate::source::Source;
 use crate::table::printable;
@@ -72,23 +73,79 @@ enum Progress {
 }
 
 impl Progress {
-    /// What is said to whoever interrupts it.
+    /// What is so from then on, and both ways out: for whoever interrupts it, and where it fails.
     fn sentence(self) -> &'static str {
         match self {
-            Self::Nothing => "interrupted: nothing was changed",
+            Self::Nothing => "nothing was changed",
             Self::Announced => {
-                "interrupted: pods are still in the mesh, and plaintext is let in everywhere, as no policy is enforced any more; \
+                "pods are still in the mesh, and plaintext is let in everywhere, as no policy is enforced any more; \
                  `justmtls uninstall` goes on, `justmtls upgrade` takes it back"
             }
             Self::Begun => {
-                "interrupted: every pod has left the mesh or is leaving it, talks in clear from now on, and no policy is enforced any \
-                 more; `justmtls uninstall` goes on, `justmtls upgrade` takes it back"
+                "every pod has left the mesh or is leaving it, talks in clear from now on, and no policy is enforced any more; \
+                 `justmtls uninstall` goes on, `justmtls upgrade` takes it back"
             }
             Self::Taken => {
-                "interrupted: every pod has left the mesh and talks in clear, and part of justmtls is taken away; \
-                 `justmtls uninstall` goes on, `justmtls install` takes it back"
+                "part of justmtls is taken away: pods that have left the mesh talk in clear, others are cut off when nobody serves \
+                 them, and no policy is enforced any more; `justmtls uninstall` goes on, `justmtls install` takes it back"
             }
         }
+    }
+
+    /// An error, with what is so after it: nobody may think that it left everything as it was.
+    fn after(self, error: anyhow::Error) -> anyhow::Error {
+        match self {
+            Self::Nothing => error,
+            _ => anyhow!("{error:#}. By now {}", self.sentence()),
+        }
+    }
+}
+
+impl From<Stage> for Progress {
+    fn from(stage: Stage) -> Self {
+        match stage {
+            Stage::No => Self::Nothing,
+            Stage::Announced => Self::Announced,
+            Stage::Begun => Self::Begun,
+        }
+    }
+}
+
+/// For how long the API server may fail while something is waited for: it is made anew, or changes its place, within that.
+const FAILING: Duration = Duration::from_secs(30);
+
+/// Looks of a wait, of which some may fail.
+#[derive(Default)]
+struct Looks {
+    /// Since when each failed.
+    failing: Option<Instant>,
+}
+
+impl Looks {
+    /// What a look gave; nothing where it failed and the next one may do better.
+    ///
+    /// # Errors
+    /// Each has failed for long enough, or the API server refuses it for want of a permission.
+    fn heard<T>(&mut self, look: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
+        self.heard_at(look, Instant::now())
+    }
+
+    fn heard_at<T>(&mut self, look: anyhow::Result<T>, now: Instant) -> anyhow::Result<Option<T>> {
+        let error = match look {
+            Ok(found) => {
+                self.failing = None;
+                return Ok(Some(found));
+            }
+            Err(error) => error,
+        };
+        let since = self.failing.unwrap_or(now);
+        if is_refusal(&format!("{error:#}")) || now >= since + FAILING {
+            return Err(error);
+        }
+        if self.failing.replace(since).is_none() {
+            anstream::eprintln!("{error:#}; it is asked again for {} s", FAILING.as_secs());
+        }
+        Ok(None)
     }
 }
 
@@ -101,10 +158,10 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
     let cluster = Cluster::connect(&arguments.place).await?;
     let work = Work { cluster, dry_run, force, timeout, progress: Cell::new(Progress::Nothing) };
     tokio::select! {
-        ended = work.all() => ended.map(|()| 0),
+        ended = work.all() => ended.map(|()| 0).map_err(|error| work.progress.get().after(error)),
         heard = interrupted() => {
             heard.context("signals cannot be heard")?;
-            anstream::eprintln!("{}", work.progress.get().sentence());
+            anstream::eprintln!("interrupted: {}", work.progress.get().sentence());
             Ok(INTERRUPTED)
         }
     }
@@ -179,7 +236,7 @@ impl Work {
     async fn delete(&self, title: &str, place: &str) -> anyhow::Result<usize> {
         let there = match self.dry_run {
             true => self.cluster.get(place).await?.is_some(),
-            false => self.cluster.delete(place).await?,
+            false => self.take(place).await?,
         };
         if there {
             anstream::println!("{title}: {}", if self.dry_run { "would be deleted" } else { "deleted" });
@@ -187,12 +244,24 @@ impl Work {
         Ok(usize::from(there))
     }
 
+    /// Deletes what is at a place; gives whether it was there.
+    async fn take(&self, place: &str) -> anyhow::Result<bool> {
+        // An answer that is not heard any more may have been a yes.
+        let before = self.progress.replace(Progress::Taken);
+        let taken = self.cluster.delete(place).await;
+        let is_as_before = match &taken {
+            Ok(there) => !there,
+            Err(error) => is_refusal(&format!("{error:#}")),
+        };
+        if is_as_before {
+            self.progress.set(before);
+        }
+        taken
+    }
+
     /// The DaemonSet, and its pods: an agent whose DaemonSet is being deleted takes out what it put onto its node.
     async fn nodes(&self, values: &Values, stays: &mut Vec<String>) -> anyhow::Result<usize> {
         let place = nodes_place();
-        if !self.dry_run {
-            self.progress.set(Progress::Taken);
-        }
         let gone = self.delete(&format!("DaemonSet {NODE}"), &place).await?;
         if gone == 0 || self.dry_run {
             return Ok(gone);
@@ -200,9 +269,14 @@ impl Work {
         let begun = Instant::now();
         let until = self.until(values.drain() + 120);
         let mut said = usize::MAX;
+        let mut looks = Looks::default();
         loop {
-            let pods = pods_of(&self.cluster, NODE).await?;
-            if pods.is_empty() && self.cluster.get(&place).await?.is_none() {
+            let look = async { anyhow::Ok((pods_of(&self.cluster, NODE).await?, self.cluster.get(&place).await?)) };
+            let Some((pods, there)) = looks.heard(look.await)? else {
+                tokio::time::sleep(LOOK).await;
+                continue;
+            };
+            if pods.is_empty() && there.is_none() {
                 return Ok(gone);
             }
             if pods.len() != said {
@@ -299,9 +373,17 @@ impl Work {
         }
         let place = format!("/api/v1/namespaces/{NAMESPACE}");
         let gone = self.delete(&format!("Namespace {NAMESPACE}"), &place).await?;
+        if self.dry_run {
+            return Ok(gone);
+        }
         let begun = Instant::now();
         let until = self.until(120);
-        while !self.dry_run && self.cluster.get(&place).await?.is_some() {
+        let mut looks = Looks::default();
+        loop {
+            let there = looks.heard(self.cluster.get(&place).await)?;
+            if matches!(there, Some(None)) {
+                return Ok(gone);
+            }
             if Instant::now() >= until {
                 bail!(
                     "the namespace {NAMESPACE} does not go within {} s; `kubectl get namespace {NAMESPACE} -o yaml` says what holds it",
@@ -310,7 +392,6 @@ impl Work {
             }
             tokio::time::sleep(LOOK).await;
         }
-        Ok(gone)
     }
 }
 
@@ -374,6 +455,30 @@ mod tests {
         }
         assert!(Progress::Begun.sentence().contains("in clear"));
         assert!(Progress::Nothing.sentence().contains("nothing was changed"));
+        assert!(!Progress::Taken.sentence().contains("every pod"), "some may have been left behind by --force");
+    }
+
+    #[test]
+    fn an_error_says_what_is_so_after_it_unless_nothing_was_changed() {
+        let after = |progress: Progress| progress.after(anyhow!("listing x: the API server answers 500")).to_string();
+        assert_eq!(after(Progress::Nothing), "listing x: the API server answers 500");
+        for progress in [Progress::Announced, Progress::Begun, Progress::Taken] {
+            let said = after(progress);
+            assert!(said.starts_with("listing x: ") && said.ends_with(progress.sentence()), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_wait_outlives_looks_that_fail_and_ends_when_each_has_for_half_a_minute() {
+        let (mut looks, begun) = (Looks::default(), Instant::now());
+        let mut fails = |after: u64| looks.heard_at(Err::<(), _>(anyhow!("500")), begun + Duration::from_secs(after));
+        assert!([0, 1, 29].into_iter().all(|after| matches!(fails(after), Ok(None))));
+        assert!(fails(30).is_err());
+        assert!(matches!(looks.heard_at(Ok(7), begun + Duration::from_secs(40)), Ok(Some(7))));
+        let fails = looks.heard_at(Err::<(), _>(anyhow!("500")), begun + Duration::from_secs(41));
+        assert!(matches!(fails, Ok(None)), "one that is answered begins it anew");
+        let refused = anyhow!("listing x: {}", crate::cluster::of_status(403, "forbidden"));
+        assert!(looks.heard_at(Err::<(), _>(refused), begun + Duration::from_secs(42)).is_err());
     }
 
     #[test]

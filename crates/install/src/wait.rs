@@ -168,6 +168,11 @@ pub(crate) fn runs(pod: &Pod) -> bool {
     phase == Some("Running") && pod.metadata.deletion_timestamp.is_none()
 }
 
+/// Whether a pod is a file of its node, and this object its mirror, with a UID of its own.
+pub(crate) fn is_static(pod: &Pod) -> bool {
+    pod.metadata.annotations.as_ref().is_some_and(|it| it.contains_key("kubernetes.io/config.mirror"))
+}
+
 /// One hang as a line.
 pub(crate) fn sentence(hang: &Hang, line: Option<&str>) -> String {
     let line = line.map_or_else(String::new, |line| format!(": {line}"));

@@ -56,7 +56,8 @@ fn pod(source: Source<'_>) -> Value {
         "terminationGracePeriodSeconds": 30,
         "nodeSelector": { "kubernetes.io/os": "linux" },
         "tolerations": [{ "key": "node-role.kubernetes.io/control-plane", "operator": "Exists" }],
-        // Evenly over the nodes that take pods: a cluster of one node has both replicas there. Pods of one version alone are
+        // Evenly over the nodes that take pods: a cluster of one node has both replicas there. Where one of two is full a replica
+        // waits rather than join the other, as both would go with that node; `crate::hang` says so. Pods of one version alone are
         // counted, since those of the version before end while an upgrade goes on.
         "topologySpreadConstraints": [{
             "maxSkew": 1,

@@ -5,22 +5,24 @@ use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use k8s_openapi::api::core::v1::Node;
+use kube::Error;
 use serde_json::Value;
 
 use super::standing::{self, NotLeft, doubts};
-use super::{Progress, RECORDED, RECORDS, Work};
+use super::{Looks, Progress, RECORDED, RECORDS, Work};
 use crate::leaving::{self, Stage};
 use crate::objects::{Object, settings_object};
 use crate::pages::{self, NodePages, Process};
 use crate::status;
 use crate::table::{printable, some};
 use crate::values::Values;
-use crate::wait::{LOOK, runs};
+use crate::wait::{LOOK, is_static, runs};
 
 /// How long pods may take to leave beyond the drain time, in seconds: everybody is told, and each replica waits a while for
 /// nodes that it does not see.
 const LEAVE: u64 = 60;
-/// For how long nodes may be silent when nothing else is waited for, in seconds: twice what an agent takes that is made anew.
+/// For how long nodes may be silent, or pods not looked into, when nothing else is waited for, in seconds: twice what an agent takes
+/// that is made anew.
 const SILENCE: u64 = 120;
 
 impl Work {
@@ -34,7 +36,12 @@ impl Work {
         stays: &mut Vec<String>,
     ) -> anyhow::Result<()> {
         let settings = self.cluster.get(&leaving::place()).await?.unwrap_or_default();
-        let not_left = self.not_left(has_nodes && Stage::of(&settings) == Stage::Begun).await?;
+        let stage = Stage::of(&settings);
+        if !self.dry_run {
+            // One that was interrupted goes on, and what that one changed is changed.
+            self.progress.set(stage.into());
+        }
+        let not_left = self.not_left(has_nodes && stage == Stage::Begun).await?;
         if not_left.is_empty() {
             return Ok(());
         }
@@ -50,15 +57,23 @@ impl Work {
             anstream::println!("every captured pod would leave the mesh first");
             return Ok(());
         }
+        if stage == Stage::Begun {
+            // To announce it once more would take back those that have left.
+            return self.wait_for_all(values.drain(), stays).await;
+        }
         let mut settings = settings_object(values);
         // Who leaves first must not be refused by who leaves later.
         let patience = self.until(LEAVE);
         self.tell(&mut settings, "announced", Progress::Announced).await?;
-        let mut enforcing = self.enforcing().await?;
-        while !enforcing.is_empty() && Instant::now() < patience {
-            tokio::time::sleep(LOOK).await;
-            enforcing = self.enforcing().await?;
-        }
+        let mut looks = Looks::default();
+        let enforcing = loop {
+            let enforcing = looks.heard(self.enforcing().await)?;
+            let over = Instant::now() >= patience;
+            match enforcing {
+                Some(nodes) if over || nodes.is_empty() => break nodes,
+                _ => tokio::time::sleep(LOOK).await,
+            }
+        };
         if !enforcing.is_empty() {
             anstream::eprintln!(
                 "the proxies of {} do not say that they let plaintext in by now; where they do not, pods that leave first are refused \
@@ -76,14 +91,18 @@ impl Work {
         let mut drained = begun + Duration::from_secs(drain + LEAVE);
         let given_up = self.until(drain + LEAVE);
         let (mut said, mut drains, mut silence) = (None, false, None);
+        let mut looks = Looks::default();
         loop {
-            let not_left = self.not_left(true).await?;
+            let Some(not_left) = looks.heard(self.not_left(true).await)? else {
+                tokio::time::sleep(LOOK).await;
+                continue;
+            };
             if not_left.is_empty() {
                 return Ok(());
             }
             let (capturing, held) = (not_left.capturing(), not_left.held());
             // Only what is open holds these.
-            if !drains && not_left.silent.is_empty() && capturing.is_empty() {
+            if !drains && not_left.is_known() && capturing.is_empty() {
                 drains = true;
                 drained = drained.min(Instant::now() + Duration::from_secs(drain));
                 anstream::eprintln!(
@@ -91,7 +110,7 @@ impl Work {
                      less"
                 );
             }
-            let news = (not_left.pods.len(), not_left.silent.clone());
+            let news = (not_left.pods.len(), not_left.unseen.clone(), not_left.silent.clone());
             if said.as_ref() != Some(&news) {
                 anstream::eprintln!("{}", not_left.waiting());
                 said = Some(news);
@@ -114,6 +133,13 @@ impl Work {
                         some(&capturing)
                     ));
                 }
+                if !not_left.unseen.is_empty() {
+                    stays.push(format!(
+                        "perhaps, rules in the network namespaces of {}, which their agents could not look into: they go when the pods \
+                         are made anew",
+                        some(&not_left.unseen)
+                    ));
+                }
                 if !not_left.silent.is_empty() {
                     stays.push(format!(
                         "rules in the network namespaces of pods on {0}: they go when the pods are made anew; and, where no agent has taken \
@@ -130,8 +156,11 @@ impl Work {
     async fn tell(&self, settings: &mut Object, leaving: &str, progress: Progress) -> anyhow::Result<()> {
         settings.value["data"]["leaving"] = leaving.into();
         // An answer that is not heard any more may have been a yes.
-        self.progress.set(progress);
+        let before = self.progress.replace(progress);
         let told = self.cluster.apply(settings, false, true).await;
+        if matches!(&told, Err(Error::Api(status)) if status.code < 500) {
+            self.progress.set(before);
+        }
         told.map(drop).map_err(|error| self.cluster.explain(error, "telling every pod to leave"))
     }
 
@@ -155,7 +184,9 @@ impl Work {
         let mut running = BTreeSet::new();
         if pages.values().any(|pages| doubts(pages).next().is_some()) {
             let pods = status::pods(&self.cluster, None).await?;
-            running.extend(pods.into_iter().filter(runs).filter_map(|pod| pod.metadata.uid));
+            // No agent finds a static pod by the UID of its mirror, and so none has ever captured one.
+            let pods = pods.into_iter().filter(|pod| runs(pod) && !is_static(pod));
+            running.extend(pods.filter_map(|pod| pod.metadata.uid));
         }
         let mut found = NotLeft::of(&pages, &running);
         // The control plane remembers pods also where no agent runs that could be asked.
@@ -180,6 +211,14 @@ fn too_early(not_left: &NotLeft, is_drained: bool, waited: Duration) -> Option<S
         let nodes = not_left.nodes_and_why();
         wrong.push(format!("nobody says whether the pods of {nodes} have left the mesh"));
     }
+    if !not_left.unseen.is_empty() {
+        let unseen = &not_left.unseen;
+        wrong.push(format!(
+            "nobody says whether {} pods have rules of ours ({}): the agent of each could not look into it",
+            unseen.len(),
+            some(unseen)
+        ));
+    }
     if !capturing.is_empty() {
         wrong.push(format!("{} pods have not left the mesh ({})", capturing.len(), some(&capturing)));
     }
@@ -189,8 +228,7 @@ fn too_early(not_left: &NotLeft, is_drained: bool, waited: Duration) -> Option<S
     (!wrong.is_empty()).then(|| {
         format!(
             "after {} s {}; pods that have not left are cut off when nobody serves them. Run the command again to go on, with a longer \
-             --timeout, or with --force to go on without them. Meanwhile no policy is enforced, and every other pod is out of the mesh \
-             and talks in clear; `justmtls upgrade` takes all of it back",
+             --timeout, or with --force to go on without them",
             waited.as_secs(),
             wrong.join(", and ")
         )
@@ -230,12 +268,13 @@ mod tests {
         assert_eq!(sentence(&pod(true), true), None);
         let early = sentence(&pod(true), false).unwrap();
         assert!(early.starts_with("after 20 s 1 pods have connections open (shop/web);"), "{early}");
-        assert!(
-            early.contains("--timeout") && early.contains("--force") && early.contains("justmtls upgrade"),
-            "{early}"
-        );
+        assert!(early.contains("--timeout") && early.contains("--force"), "{early}");
         assert!(sentence(&pod(false), true).unwrap().contains("1 pods have not left the mesh (shop/web)"));
         let silent = NotLeft { silent: BTreeMap::from([("a".to_owned(), "why".to_owned())]), ..NotLeft::default() };
         assert!(sentence(&silent, true).unwrap().contains("whether the pods of a (why) have left"));
+        let unseen = NotLeft { unseen: vec!["shop/web".to_owned()], ..NotLeft::default() };
+        let unseen = sentence(&unseen, true).unwrap();
+        assert!(unseen.contains("1 pods have rules of ours (shop/web): the agent of each could not look into it"));
+        assert!(unseen.contains("--force"), "{unseen}");
     }
 }

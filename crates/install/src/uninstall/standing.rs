@@ -10,8 +10,9 @@ use crate::table::{printable, some};
 /// The pages that are asked for.
 pub(super) const PAGES: &[(Process, &str)] = &[(Process::Agent, "/pods"), (Process::Agent, "/readyz")];
 
-/// States in which a pod has rules, or may have: who is still looked at may turn out to have them.
-const STANDS: &[&str] = &["waiting", "looking", "preparing", "offered", "beginning", "captured", "leaving"];
+/// States in which a pod has rules, or may have: who is still looked at may turn out to have them. `failed` is none of them: whose
+/// taking over fails is said to stand besides, until it is known that nothing does.
+const STANDS: &[&str] = &["waiting", "looking", "found", "preparing", "offered", "beginning", "captured", "leaving"];
 
 /// A pod with rules of ours.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -35,12 +36,13 @@ fn name(pod: &Value) -> String {
     printable(pod["name"].as_str().unwrap_or_default())
 }
 
-/// The pods whose sandbox an agent does not know, and that are not captured as of now: an agent that is younger than their rules
-/// cannot say whether those stand. It is nothing where the pod does not run.
+/// The pods whose sandbox an agent does not know: one that is younger than their rules cannot say whether those stand. It is nothing
+/// where the pod does not run.
 pub(super) fn doubts(pages: &NodePages) -> impl Iterator<Item = (&str, String)> {
     let pods = pages.page(Process::Agent, "/pods").as_array().into_iter().flatten();
-    // In its node's network, and in one that a runtime keeps to itself, none ever stood.
-    let doubtful = pods.filter(|pod| pod["state"] == "no-sandbox" && pod["not_captured"] == "opted-out");
+    // In its node's network none ever stood. Any other reason may be younger than the rules: a label that was taken away, a
+    // redirection that came.
+    let doubtful = pods.filter(|pod| pod["state"] == "no-sandbox" && pod["not_captured"] != "host-network");
     doubtful.map(|pod| (pod["uid"].as_str().unwrap_or_default(), name(pod)))
 }
 
@@ -49,6 +51,8 @@ pub(super) fn doubts(pages: &NodePages) -> impl Iterator<Item = (&str, String)> 
 pub(super) struct NotLeft {
     /// Pods with rules of ours, of all nodes.
     pub(super) pods: Vec<Standing>,
+    /// Pods that run, and that their agents have not looked into.
+    pub(super) unseen: Vec<String>,
     /// The nodes of which nothing is known, and why.
     pub(super) silent: BTreeMap<String, String>,
 }
@@ -59,7 +63,10 @@ impl NotLeft {
         let mut found = Self::default();
         for (node, pages) in pages {
             match heard(pages, running) {
-                Ok(pods) => found.pods.extend(pods),
+                Ok((pods, unseen)) => {
+                    found.pods.extend(pods);
+                    found.unseen.extend(unseen);
+                }
                 Err(why) => {
                     found.silent.insert(printable(node), printable(&why));
                 }
@@ -69,7 +76,12 @@ impl NotLeft {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.pods.is_empty() && self.silent.is_empty()
+        self.pods.is_empty() && self.is_known()
+    }
+
+    /// Whether somebody says of each pod whether it has left.
+    pub(super) fn is_known(&self) -> bool {
+        self.unseen.is_empty() && self.silent.is_empty()
     }
 
     /// The pods whose rules capture still, or may.
@@ -95,20 +107,22 @@ impl NotLeft {
     /// What is waited for.
     pub(super) fn waiting(&self) -> String {
         let names: Vec<_> = self.pods.iter().map(|pod| pod.name.clone()).collect();
-        match (names.len(), self.silent.is_empty()) {
-            (0, _) => format!("waiting to hear whether the pods of {} have left the mesh", self.nodes_and_why()),
-            (count, true) => format!("waiting until {count} pods have left the mesh: {}", some(&names)),
-            (count, false) => format!(
-                "waiting until {count} pods have left the mesh: {}; and to hear of those of {}",
-                some(&names),
-                self.nodes_and_why()
-            ),
+        let mut parts = Vec::new();
+        if !names.is_empty() {
+            parts.push(format!("until {} pods have left the mesh: {}", names.len(), some(&names)));
         }
+        if !self.unseen.is_empty() {
+            parts.push(format!("until agents have looked into {} pods: {}", self.unseen.len(), some(&self.unseen)));
+        }
+        if !self.silent.is_empty() {
+            parts.push(format!("to hear whether the pods of {} have left the mesh", self.nodes_and_why()));
+        }
+        format!("waiting {}", parts.join("; and "))
     }
 }
 
-/// The pods of a node that have rules of ours; or why nobody can say.
-fn heard(pages: &NodePages, running: &BTreeSet<String>) -> Result<Vec<Standing>, String> {
+/// The pods of a node that have rules of ours, and those that its agent has not looked into; or why nobody can say.
+fn heard(pages: &NodePages, running: &BTreeSet<String>) -> Result<(Vec<Standing>, Vec<String>), String> {
     for (process, page) in PAGES {
         if let Some(why) = pages.failure(*process, page) {
             return Err(why.to_owned());
@@ -117,12 +131,9 @@ fn heard(pages: &NodePages, running: &BTreeSet<String>) -> Result<Vec<Standing>,
     if let Some(why) = not_ready(pages.page(Process::Agent, "/readyz")) {
         return Err(why.to_owned());
     }
-    let unseen: Vec<_> = doubts(pages).filter(|(uid, _)| running.contains(*uid)).map(|(_, name)| name).collect();
-    if !unseen.is_empty() {
-        return Err(format!("its agent has not looked into {} yet", some(&unseen)));
-    }
+    let unseen = doubts(pages).filter(|(uid, _)| running.contains(*uid)).map(|(_, name)| name).collect();
     let pods = pages.page(Process::Agent, "/pods").as_array().into_iter().flatten();
-    Ok(pods.filter_map(Standing::read).collect())
+    Ok((pods.filter_map(Standing::read).collect(), unseen))
 }
 
 /// Why an agent cannot say of each pod whether rules stand in it. Whether its plugin is in place is no matter for pods that run.
@@ -157,9 +168,15 @@ mod tests {
         let read = |state: &str| Standing::read(&json!({ "name": "shop/web", "state": state })).map(|pod| pod.leaving);
         assert_eq!(["captured", "beginning", "looking"].map(read), [Some(false); 3]);
         assert_eq!(read("leaving"), Some(true));
-        assert_eq!(["not-captured", "failed"].map(read), [None, None]);
-        let left_behind = json!({ "name": "shop/web", "state": "not-captured", "stands": true });
-        assert_eq!(Standing::read(&left_behind).map(|pod| pod.leaving), Some(false));
+        // One that was never captured may fail, too; one whose rules are taken over, and fails at it, has them all the same.
+        let read = |state: &str, stands: bool| {
+            let pod = json!({ "name": "shop/web", "state": state, "stands": stands });
+            Standing::read(&pod).map(|pod| pod.leaving)
+        };
+        for state in ["not-captured", "failed"] {
+            assert_eq!([read(state, false), read(state, true)], [None, Some(false)], "{state}");
+        }
+        assert_eq!([read("preparing", false), read("leaving", true)], [Some(false), Some(true)]);
     }
 
     #[test]
@@ -182,10 +199,25 @@ mod tests {
         // What keeps new pods from being captured says nothing of those that leave.
         let no_plugin = json!({ "ready": false, "pods_named": true, "proxy": true, "plugin": false, "pending": [] });
         assert!(of(node(no_plugin, left)).is_empty());
-        let unseen = |uid: &str, why: &str| json!([{ "uid": uid, "name": "shop/web", "state": "no-sandbox", "not_captured": why }]);
-        assert!(of(node(ready.clone(), unseen("runs", "opted-out"))).silent["a"].contains("looked into shop/web"));
-        assert!(of(node(ready.clone(), unseen("ended", "opted-out"))).is_empty());
-        assert!(of(node(ready, unseen("runs", "host-network"))).is_empty());
+    }
+
+    #[test]
+    fn a_pod_that_runs_and_was_not_looked_into_is_in_doubt_for_whichever_reason_it_is_not_captured() {
+        let ready = json!({ "ready": true });
+        let unseen = |uid: &str, why: Value| json!([{ "uid": uid, "name": "shop/web", "state": "no-sandbox", "not_captured": why }]);
+        // What was captured by a label that is gone, or before another mesh took it, may have its rules still.
+        for why in [json!("opted-out"), json!("system-namespace"), json!("not-capturable"), Value::Null] {
+            let found = of(node(ready.clone(), unseen("runs", why.clone())));
+            assert!(!found.is_empty() && !found.is_known() && found.unseen == ["shop/web"], "{why}: {found:?}");
+            assert_eq!(found.waiting(), "waiting until agents have looked into 1 pods: shop/web");
+            assert!(of(node(ready.clone(), unseen("ended", why))).is_empty());
+        }
+        assert!(of(node(ready.clone(), unseen("runs", json!("host-network")))).is_empty());
+        // It hides no other pod of its node.
+        let mut pods = unseen("runs", json!("opted-out"));
+        pods.as_array_mut().unwrap().push(json!({ "uid": "x", "name": "shop/db", "state": "leaving" }));
+        let found = of(node(ready, pods));
+        assert_eq!((found.held(), found.unseen.len()), (vec!["shop/db".to_owned()], 1));
     }
 
     #[test]
