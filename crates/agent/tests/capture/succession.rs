@@ -95,7 +95,9 @@ fn rules_that_a_dead_agent_has_left_in_a_pod_that_is_let_go_are_found_reported_a
         assert!(rules(inside).0.is_some() && rules(other).0.is_none());
 
         world.control.publish([out("a", A, true), out("b", B, false)]);
-        eventually("its rules are gone", || rules(inside).0.is_none());
+        // While they are exchanged for those that let it go they cannot be read.
+        let read = || nft::read(&mut netlink(inside, Protocol::Netfilter), agent::rules::TABLE);
+        eventually("its rules are gone", || matches!(read(), Ok(None)));
         eventually("it is said", || world.page("/pods").contains(r#""stands":false"#));
         let guarded = |namespace, index, filters: &[tc::Filter]| {
             tc::difference(&mut netlink(namespace, Protocol::Route), index, filters).unwrap().is_none()

@@ -382,7 +382,8 @@ async fn a_pod_leaves_at_both_replicas_is_released_by_the_one_with_its_agent_and
     label(&cluster.fake, "on");
     timeout(LONG, at_one.until(|watched| speaks(watched) == Some(Speaks::JustMtls))).await.expect("it is not told");
     timeout(LONG, at_two.until(|watched| speaks(watched) == Some(Speaks::JustMtls))).await.expect("it is not told");
-    assert!(recorded());
+    // Who hears of the namespace before it hears of the record goes by the record as it was.
+    until(|| recorded().then_some(())).await;
 
     // A report of something else does not bring it back into the record.
     label(&cluster.fake, "off");
