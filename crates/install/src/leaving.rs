@@ -13,9 +13,11 @@ pub(crate) const FIELD: &str = "data.leaving";
 /// Why a pod is not captured that would be, were the mesh not being uninstalled. Agents know no such reason: they are told that
 /// it opted out.
 pub(crate) const REASON: &str = "leaving-mesh";
-/// The reason of agents that it stands in the place of, and the label of who has opted out by himself.
+/// The reason of agents that it stands in the place of.
 const OPTED_OUT: &str = "opted-out";
-const MODE: &str = "justmtls.dev/mode";
+/// The label by which a namespace or a pod says whether it is to be captured.
+pub(crate) const MODE: &str = "justmtls.dev/mode";
+/// That of a namespace whose pods may opt out.
 const ALLOWS: &str = "justmtls.dev/allow-opt-out";
 
 /// Where the settings are.

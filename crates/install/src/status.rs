@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 
 use anyhow::bail;
 use k8s_openapi::api::core::v1::{Node, Pod};
+use manifests::SYSTEM_NAMESPACES;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::cluster::{Cluster, Place, is_refusal};
-use crate::leaving::Leaving;
+use crate::leaving::{self, Leaving};
 use crate::objects::NAMESPACE;
 use crate::pages::{self, NodePages, Process};
 use crate::table::Table;
@@ -213,13 +214,11 @@ fn capture(pod: &Pod, agent: &Value, pages: &NodePages) -> (String, Option<Strin
     }
 }
 
-/// Namespaces that are not captured unless somebody says so.
-const SYSTEM_NAMESPACES: [&str; 4] = ["kube-system", "kube-public", "kube-node-lease", NAMESPACE];
-
-/// Whether a pod is in a namespace of the system, and does not ask to be captured all the same.
+/// Whether a pod is in a namespace of the system, or ours, and does not ask to be captured all the same.
 fn is_system(pod: &Pod) -> bool {
-    let mode = pod.metadata.labels.as_ref().and_then(|labels| labels.get("justmtls.dev/mode")).map(String::as_str);
-    mode != Some("on") && pod.metadata.namespace.as_deref().is_some_and(|name| SYSTEM_NAMESPACES.contains(&name))
+    let mode = pod.metadata.labels.as_ref().and_then(|labels| labels.get(leaving::MODE)).map(String::as_str);
+    let is_system = |name: &str| name == NAMESPACE || SYSTEM_NAMESPACES.contains(&name);
+    mode != Some("on") && pod.metadata.namespace.as_deref().is_some_and(is_system)
 }
 
 fn mode(view: &Value) -> Option<String> {

@@ -29,6 +29,7 @@ mod validate;
 mod review;
 mod set;
 
+pub use names::SYSTEM_NAMESPACES;
 pub use object::{Kind, Object, ObjectKey};
 pub use parse::{MAX_DOCUMENTS, MAX_FILE_BYTES, Parsed, parse, parse_policy};
 pub use problem::{Location, Problem, Severity};

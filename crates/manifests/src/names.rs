@@ -1,4 +1,7 @@
-//! The forms of names that the API server takes.
+//! The forms of names that the API server takes, and the names that it gives.
+
+/// The namespaces that every cluster has for itself.
+pub const SYSTEM_NAMESPACES: [&str; 3] = ["kube-system", "kube-public", "kube-node-lease"];
 
 /// A form of name: what it is called, and who has it.
 pub(crate) struct Form {

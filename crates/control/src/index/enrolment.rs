@@ -1,14 +1,11 @@
 //! Which pods are captured, and why the others are not (D14, T13).
 
-use manifests::Kind;
+use manifests::{Kind, SYSTEM_NAMESPACES};
 use mesh::{Mode, Modes, Uncaptured};
 
 use super::facts::{Foreign, ModeLabel, Namespace, Pod};
 use crate::ROOT_NAMESPACE;
 use crate::problem::{Problem, quoted};
-
-/// Namespaces that are not captured unless somebody says so: what a cluster needs to start, and ourselves.
-const SYSTEM_NAMESPACES: [&str; 4] = ["kube-system", "kube-public", "kube-node-lease", ROOT_NAMESPACE];
 
 /// Why a pod is not to be captured; `None` where it is.
 ///
@@ -89,6 +86,7 @@ fn wanted_exemption(pod: &Pod, namespace: &Namespace, problems: &mut Vec<Problem
         }
         return Some(Uncaptured::SystemNamespace);
     }
+    // What a cluster needs to start is not captured unless somebody says so.
     let is_system = SYSTEM_NAMESPACES.contains(&pod.name.namespace.as_str());
     let by_namespace = match namespace.mode {
         Some(ModeLabel::On) => None,

@@ -59,14 +59,8 @@ impl Crowd {
         let mut parts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if parts.back().is_none_or(|part| now.saturating_duration_since(part.began) >= PART) {
             parts.retain(|part| is_recent(part, now));
-            let (ended, newcomers_refused, nodes_refused) = (0, 0, 0);
-            parts.push_back(Part {
-                began: now,
-                ended,
-                ended_by_address: HashMap::new(),
-                newcomers_refused,
-                nodes_refused,
-            });
+            let ended_by_address = HashMap::new();
+            parts.push_back(Part { began: now, ended: 0, ended_by_address, newcomers_refused: 0, nodes_refused: 0 });
         }
         if let Some(part) = parts.back_mut() {
             count(part);

@@ -57,12 +57,17 @@ impl Kubernetes {
         pods.map(|pod| text(&pod["metadata"], "uid").to_owned()).collect()
     }
 
+    /// The control plane's replicas.
+    #[track_caller]
+    fn replicas(&self) -> Vec<Value> {
+        let pods = self.get(&["-n", OURS, "pods", "-l", "app.kubernetes.io/name=justmtls-control"]);
+        pods["items"].as_array().expect("pods").clone()
+    }
+
     /// The nodes of the control plane's replicas.
     #[track_caller]
     pub fn nodes_of_control(&self) -> BTreeSet<String> {
-        let pods = self.get(&["-n", OURS, "pods", "-l", "app.kubernetes.io/name=justmtls-control"]);
-        let pods = pods["items"].as_array().into_iter().flatten();
-        pods.map(|pod| text(&pod["spec"], "nodeName").to_owned()).collect()
+        self.replicas().iter().map(|pod| text(&pod["spec"], "nodeName").to_owned()).collect()
     }
 
     /// What the control planes have counted in `justmtls_control_METRIC_total` by this outcome.
@@ -76,8 +81,7 @@ impl Kubernetes {
             let lines = page.lines().filter(|line| line.starts_with(&name) && line.contains(&wanted));
             lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum::<u64>()
         };
-        let pods = self.get(&["-n", OURS, "pods", "-l", "app.kubernetes.io/name=justmtls-control"]);
-        pods["items"].as_array().expect("pods").iter().map(of).sum()
+        self.replicas().iter().map(of).sum()
     }
 
     /// What a verb says with `--json`.
