@@ -6,11 +6,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 use mesh::PodUid;
 use tokio::sync::watch;
+use tokio::time::{Instant, sleep};
 
 use crate::admin::Shown;
 use crate::api_server::{ApiServer, Fate};
@@ -19,6 +20,10 @@ use crate::plugin::conflist::Entry;
 use crate::plugin::place::{Folders, Place};
 use crate::plugin::records::Records;
 use crate::running;
+
+/// For how long an agent that ends asks what becomes of its DaemonSet, and the pause between two questions.
+const ASK_FOR: Duration = Duration::from_secs(20);
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// What is mounted into the agent's container, and what is around it.
 #[derive(clap::Args, Clone, Debug, Default)]
@@ -112,6 +117,21 @@ impl Args {
         self.fate().await == Fate::Goes
     }
 
+    /// The same, asked again for a while where nobody can say: when all agents of a cluster end at once, some get no answer, and
+    /// a plugin that stays where no agent comes keeps pods of its node from starting.
+    async fn fate_in_the_end(&self) -> Fate {
+        let until = Instant::now() + ASK_FOR;
+        loop {
+            match self.fate().await {
+                Fate::Unknown(why) if Instant::now() < until => {
+                    tracing::info!(why, "whether another agent comes is asked again");
+                    sleep(ASK_AGAIN).await;
+                }
+                fate => return fate,
+            }
+        }
+    }
+
     async fn fate(&self) -> Fate {
         let Some(daemonset) = &self.daemonset else { return Fate::Stays };
         match ApiServer::of_pod() {
@@ -123,7 +143,7 @@ impl Args {
     /// The agent ends. Where nobody comes after it the plugin is taken out, as it would keep every pod of the node waiting.
     /// Whether nobody comes.
     pub(crate) async fn leave(&self, keeper: &Keeper, sockets: [&PathBuf; 3]) -> bool {
-        let fate = self.fate().await;
+        let fate = self.fate_in_the_end().await;
         let goes = fate == Fate::Goes;
         match fate {
             Fate::Stays => tracing::info!("the plugin stays for the next agent"),

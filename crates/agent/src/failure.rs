@@ -14,7 +14,8 @@ pub(crate) enum Failure {
     NoControlPlane,
     /// The control plane does not know of it, or not on this node.
     #[error(
-        "the control plane does not name this pod on this node; is its Pod object bound to another node, or deleted?"
+        "the control plane does not name this pod on this node; is its Pod object bound to another node, or deleted? A static \
+         pod, a file of its node, cannot be captured, and starts in the host's network alone, or in a namespace of cni.exempt"
     )]
     Unknown,
     /// Without an address nothing shows that the namespace is its own.

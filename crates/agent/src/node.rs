@@ -9,6 +9,7 @@ mod sockets;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use linux::netns::NetNs;
@@ -546,7 +547,8 @@ impl Node {
     fn blocking(&self, work: impl FnOnce() -> Event + Send + 'static) {
         let events = self.events.clone();
         tokio::task::spawn_blocking(move || {
-            let event = work();
+            // Nobody would ever hear of it, and the pod would stay as it is for good. The next agent takes all pods over.
+            let event = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| std::process::abort());
             // When nobody listens any more the process ends.
             let _ = events.blocking_send(event);
         });
@@ -567,7 +569,7 @@ impl Node {
         if self.pods.answers() {
             self.answers.send_if_modified(|before| !std::mem::replace(before, true));
         }
-        let captured = self.pods.captured();
+        let (captured, failing) = (self.pods.captured(), self.pods.failing());
         self.shown.metrics.captured.set(count(captured.len()));
         self.shown.metrics.leaving.set(count(self.pods.standing().count()) - count(captured.len()));
         self.reported.send_if_modified(|before| {
@@ -577,8 +579,9 @@ impl Node {
             for pod in before.captured.difference(&captured).filter(|pod| self.pods.is_leaving(pod)) {
                 self.shown.journal.change("leaving", pod.as_str(), "new connections are not captured any more");
             }
-            let changed = before.captured != captured;
-            before.failed.retain(|pod, _| !captured.contains(pod));
+            let failed = before.failed.len();
+            before.failed.retain(|pod, _| failing.contains_key(pod));
+            let changed = before.captured != captured || before.failed.len() != failed;
             before.captured = captured;
             changed
         });

@@ -128,6 +128,8 @@ struct Sandbox {
     inherited: bool,
     /// Whether rules stand in it of an agent that is gone, by a look; `None` before one.
     found: Option<bool>,
+    /// What is wrong with its capture, which was made, and cannot be made anew.
+    damage: Option<Failure>,
     /// It failed, and is left alone until something changes or [`Pods::retry`].
     stuck: bool,
 }
@@ -145,6 +147,7 @@ impl Sandbox {
             stage: Stage::Bare,
             inherited: false,
             found: None,
+            damage: None,
             stuck: false,
         }
     }

@@ -14,6 +14,7 @@ use tokio::time::{Instant, sleep};
 use wire::pods::Ends;
 
 use crate::capture::{Capture, CaptureError, Standing};
+use crate::failure::Failure;
 use crate::guard::Strength;
 use crate::process::Event;
 use crate::watched::watched;
@@ -50,7 +51,11 @@ pub(crate) enum Found {
     Dropped(u64),
     /// So many flows that no socket has any more were forgotten.
     Forgotten(usize),
-    /// It could not be looked at, or not be made anew. The next look tries again.
+    /// It is not as it must be and could not be made anew, or nobody knows how it is. The next look tries again.
+    Damaged(Failure),
+    /// It stands again after that.
+    Mended,
+    /// Something else about it could not be done. The next look tries again.
     Failed {
         /// What happened.
         sentence: String,
@@ -149,6 +154,12 @@ fn look(capture: &mut Capture, depth: Depth) -> Vec<Found> {
     }
     let mut found = Vec::new();
     let failed = |what: &str, error: &dyn std::fmt::Display| Found::Failed { sentence: format!("{what}: {error}") };
+    let damaged = |what: &str, error: &CaptureError| {
+        let failure = Failure::Capture { name: error.name(), sentence: format!("{what}: {error}") };
+        vec![Found::Damaged(failure)]
+    };
+    let was_damaged = capture.damaged;
+    capture.damaged = true;
     match capture.verify() {
         Ok(Standing::Intact) => {}
         Ok(Standing::Broken(broken)) => match capture.repair() {
@@ -156,9 +167,13 @@ fn look(capture: &mut Capture, depth: Depth) -> Vec<Found> {
             // A runtime that deletes a pod takes its loopback down before it says so: routes go with it, and connections with
             // them. Where a program has done that itself it has cut off its own pod.
             Err(CaptureError::Netlink(error)) if error.is_down() => return Vec::new(),
-            Err(error) => return vec![failed(&format!("{broken}, and it cannot be made anew"), &error)],
+            Err(error) => return damaged(&format!("{broken}, and it cannot be made anew"), &error),
         },
-        Err(error) => return vec![failed("it cannot be verified", &error)],
+        Err(error) => return damaged("it cannot be verified", &error),
+    }
+    capture.damaged = false;
+    if was_damaged {
+        found.push(Found::Mended);
     }
     match capture.strengthen() {
         Ok(false) => {}

@@ -353,7 +353,7 @@ impl Control {
             return;
         }
         let lifetime = self.index.views().settings.view_lifetime;
-        let knows = |change| self.nodes.know(change, self.index.nodes(), self.started, lifetime);
+        let knows = |change, ago| self.nodes.know((change, ago), self.index.nodes(), self.started, lifetime);
         let due = self.leaving.due(knows);
         // A pod that the record still has would count as captured after a restart.
         let due = match &mut self.record {

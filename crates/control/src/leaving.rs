@@ -51,18 +51,18 @@ impl Leaving {
         (!self.pods.is_empty()).then_some(self.next_look)
     }
 
-    /// Those that may be let go now. `known` says whether all peers have taken in a change.
-    pub(crate) fn due(&mut self, known: impl Fn(u64) -> bool) -> BTreeSet<(String, PodUid)> {
+    /// Those that may be let go now. `known` says whether all peers have taken in a change that was published so long ago.
+    pub(crate) fn due(&mut self, known: impl Fn(u64, Duration) -> bool) -> BTreeSet<(String, PodUid)> {
         self.next_look = Instant::now() + LOOK;
-        let waited = self.pods.iter().filter(|(_, told)| told.at.elapsed() >= AT_LEAST);
-        let waited: Vec<_> = waited.map(|(pod, told)| (told.change, pod)).collect();
-        let mut changes: Vec<u64> = waited.iter().map(|(change, _)| *change).collect();
+        let waited = self.pods.iter().map(|(pod, told)| (told.change, told.at.elapsed(), pod));
+        let waited: Vec<_> = waited.filter(|(_, ago, _)| *ago >= AT_LEAST).collect();
+        let mut changes: Vec<(u64, Duration)> = waited.iter().map(|(change, ago, _)| (*change, *ago)).collect();
         changes.sort_unstable();
-        changes.dedup();
+        changes.dedup_by_key(|(change, _)| *change);
         // Who has taken in a change has taken in all before it.
-        let known = &changes[..changes.partition_point(|change| known(*change))];
-        let due = waited.iter().filter(|(change, _)| known.last().is_some_and(|last| change <= last));
-        due.map(|(_, pod)| (*pod).clone()).collect()
+        let known = &changes[..changes.partition_point(|(change, ago)| known(*change, *ago))];
+        let due = waited.iter().filter(|(change, ..)| known.last().is_some_and(|(last, _)| change <= last));
+        due.map(|(.., pod)| (*pod).clone()).collect()
     }
 }
 
@@ -86,17 +86,18 @@ mod tests {
         assert!(leaving.next_look().is_none());
         leaving.note(all(&["a"], true), 3);
         assert!(leaving.next_look().is_some());
-        assert!(leaving.due(|_| true).is_empty(), "nodes of other replicas may not know");
+        assert!(leaving.due(|_, _| true).is_empty(), "nodes of other replicas may not know");
         advance(AT_LEAST).await;
         leaving.note(all(&["a", "b"], true), 4);
-        assert!(leaving.due(|_| false).is_empty());
-        assert_eq!(leaving.due(|change| change <= 3), pods(&["a"]));
+        assert!(leaving.due(|_, _| false).is_empty());
+        assert_eq!(leaving.due(|change, _| change <= 3), pods(&["a"]));
         advance(AT_LEAST).await;
-        assert_eq!(leaving.due(|change| change <= 3), pods(&["a"]), "the other one was told later");
+        assert_eq!(leaving.due(|change, _| change <= 3), pods(&["a"]), "the other one was told later");
+        assert_eq!(leaving.due(|_, ago| ago >= 2 * AT_LEAST), pods(&["a"]), "and not so long ago");
         // Who stays after all begins anew the next time.
         leaving.note(all(&["a", "b"], false), 5);
         assert!(leaving.next_look().is_none());
         leaving.note(all(&["a"], true), 6);
-        assert!(leaving.due(|_| true).is_empty());
+        assert!(leaving.due(|_, _| true).is_empty());
     }
 }

@@ -48,6 +48,11 @@ impl Stream {
         progress.is_some_and(|progress| progress.acknowledged >= change && progress.refusal.is_none())
     }
 
+    /// Whether its node was told of a change.
+    fn was_told(&self, change: u64) -> bool {
+        self.kinds.get(Kind::Address.as_str()).is_some_and(|progress| progress.sent >= change)
+    }
+
     /// Whether its node has taken in everything that it was told.
     fn is_current(&self) -> bool {
         let everything =
@@ -77,6 +82,9 @@ pub(crate) struct Registered {
     nodes: Nodes,
     id: u64,
 }
+
+/// How long a node that was told may keep others from going on by saying nothing, or no.
+const DEAF: Duration = Duration::from_secs(60);
 
 impl Nodes {
     /// Notes a new stream; `None` where its process has too many.
@@ -113,12 +121,13 @@ impl Nodes {
         proxies.map(|stream| stream.node.as_str()).collect::<BTreeSet<_>>().len()
     }
 
-    /// Whether all proxies have taken in a change: those that are connected, those that were, and those of `nodes`. One that is
-    /// not connected cannot say so; it counts when it has been away for as long as a view lives (T4), from the time `since`
-    /// where it was never there.
+    /// Whether all proxies have taken in a change that was published `ago`: those that are connected, those that were, and those
+    /// of `nodes`. One that is not connected cannot say so; it counts when it has been away for as long as a view lives (T4),
+    /// from the time `since` where it was never there. One that was told and refuses, or says nothing for [`DEAF`], holds
+    /// nobody up: whoever it is, he must not decide when a mesh can be left.
     pub(crate) fn know<'a>(
         &self,
-        change: u64,
+        (change, ago): (u64, Duration),
         mut nodes: impl Iterator<Item = &'a str>,
         since: Instant,
         lifetime: Duration,
@@ -128,7 +137,8 @@ impl Nodes {
         let proxies = || open.streams.values().filter(|stream| stream.role == role);
         let ended = || open.ended.values().filter(|stream| stream.role == role);
         let long_ago = |moment: Instant| moment.elapsed() >= lifetime;
-        proxies().all(|stream| stream.has_taken_in(change))
+        let is_deaf = |stream: &Stream| ago >= DEAF.max(lifetime) && stream.was_told(change);
+        proxies().all(|stream| stream.has_taken_in(change) || is_deaf(stream))
             && ended().all(|stream| stream.ended.is_some_and(long_ago))
             && (long_ago(since) || {
                 let there: HashSet<_> = proxies().chain(ended()).map(|stream| &*stream.node).collect();
@@ -203,7 +213,9 @@ mod tests {
     async fn everybody_knows_a_change_who_has_taken_it_in_or_is_away_longer_than_a_view_lives() {
         let nodes = Nodes::default();
         let (since, lifetime) = (Instant::now(), Duration::from_secs(30));
-        let know = |change, names: &[&str]| nodes.know(change, names.iter().copied(), since, lifetime);
+        let know_since =
+            |change, ago, names: &[&str]| nodes.know((change, ago), names.iter().copied(), since, lifetime);
+        let know = |change, names: &[&str]| know_since(change, Duration::ZERO, names);
         let proxy = nodes.register(&Caller { role: Role::Proxy, node: "node-a".to_owned() }).unwrap();
         let agent = nodes.register(&Caller { role: Role::Agent, node: "node-b".to_owned() }).unwrap();
         assert!(!know(3, &[]), "it has not been told anything");
@@ -219,6 +231,8 @@ mod tests {
         assert!(know(3, &["node-a"]));
         proxy.note(Kind::Address, |progress| progress.refusal = Some("no".to_owned()));
         assert!(!know(3, &["node-a"]));
+        assert!(!know_since(5, DEAF, &["node-a"]), "it was not told of it");
+        assert!(know_since(4, DEAF, &["node-a"]) && !know_since(4, DEAF - Duration::from_secs(1), &["node-a"]));
         drop(proxy);
         assert!(!know(3, &["node-a"]), "it may still use what it knew");
         tokio::time::advance(lifetime).await;

@@ -9,6 +9,7 @@ mod problems;
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod};
+use k8s_openapi::jiff::Timestamp;
 use serde_json::Value;
 
 use crate::cluster::{Cluster, Place};
@@ -193,7 +194,7 @@ async fn nodes_and_pods(cluster: &Cluster, namespace: Option<&str>) -> Vec<Findi
             let silent = nodes::silent(&nodes, &pages);
             findings.extend(nodes::versions(&pods_of_nodes));
             findings.extend(nodes::of_pages(&nodes, &pages, &silent));
-            findings.extend(nodes::captures(&rows, &silent));
+            findings.extend(nodes::captures(&rows, &silent, Timestamp::now()));
         }
         Err(error) => findings.push(failed(Id::NodeAgents, format!("{error:#}"))),
     }

@@ -9,7 +9,7 @@ use http::{Method, Request};
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config, Error};
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::objects::{FIELD_MANAGER, Object};
 
@@ -17,6 +17,8 @@ use crate::objects::{FIELD_MANAGER, Object};
 const CONNECT: Duration = Duration::from_secs(10);
 /// The longest that an answer may take.
 const ANSWER: Duration = Duration::from_secs(60);
+/// When a workload was told to make its pods anew.
+const RESTARTED: &str = "justmtls.dev/restarted-at";
 /// How many objects are asked for at once.
 const PAGE: usize = 500;
 
@@ -119,6 +121,18 @@ impl Cluster {
         }
         let body = object.value.to_string().into_bytes();
         self.ask(Method::PATCH, &path, Some("application/apply-patch+yaml"), Some(body)).await
+    }
+
+    /// Lets a workload make all of its pods anew, as `kubectl rollout restart` does: by an annotation of its template, which is
+    /// not among the fields that are applied.
+    pub(crate) async fn restart(&self, path: &str) -> anyhow::Result<()> {
+        let now = k8s_openapi::jiff::Timestamp::now().to_string();
+        let annotations = json!({ RESTARTED: now });
+        let body = json!({ "spec": { "template": { "metadata": { "annotations": annotations } } } });
+        let path = format!("{path}?fieldManager={FIELD_MANAGER}-restart");
+        let patched =
+            self.ask(Method::PATCH, &path, Some("application/merge-patch+json"), Some(body.to_string().into_bytes()));
+        patched.await.map(drop).map_err(|error| self.explain(error, &format!("restarting {path}")))
     }
 
     /// Deletes an object; gives whether it was there. What belongs to it goes first.

@@ -28,6 +28,20 @@ pub(crate) fn hangs(workload: &str, pods: &[Pod], events: &[Event]) -> Vec<Hang>
     found
 }
 
+/// What keeps pods from ending, as their nodes' kubelets say.
+pub(crate) fn endings(pods: &[Pod], events: &[Event]) -> Vec<String> {
+    let of_pod = |pod: &Pod| {
+        pod.metadata.deletion_timestamp.as_ref()?;
+        let (name, node) = (pod.metadata.name.as_deref()?, pod.spec.as_ref()?.node_name.as_deref()?);
+        let is_why = |event: &&Event| {
+            event.involved_object.name.as_deref() == Some(name) && event.reason.as_deref() == Some("FailedKillPod")
+        };
+        let event = latest(events.iter().filter(is_why))?;
+        Some(format!("{name} on {node}: {}", printable(event.message.as_deref()?)))
+    };
+    pods.iter().filter_map(of_pod).collect()
+}
+
 /// Pods that the API server refuses to make.
 fn refused(workload: &str, events: &[Event]) -> Option<Hang> {
     let of_workload = |event: &&Event| {
@@ -209,6 +223,16 @@ mod tests {
             [hang] => hang.kind,
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn what_keeps_a_pod_from_ending_is_told_of_pods_that_are_to_end() {
+        let kill = |message: &str| event("justmtls-node-x", "FailedKillPod", message, "2026-01-01T00:00:00Z");
+        let (stays, mut ends) = (pod(json!({})), pod(json!({})));
+        ends.metadata.deletion_timestamp = serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap();
+        assert_eq!(endings(&[stays], &[kill("no plugin")]), Vec::<String>::new());
+        assert_eq!(endings(std::slice::from_ref(&ends), &[]), Vec::<String>::new());
+        assert_eq!(endings(&[ends], &[kill("no plugin")]), ["justmtls-node-x on a: no plugin"]);
     }
 
     #[test]

@@ -8,11 +8,13 @@ use serde_json::Value;
 
 use crate::apply::{self, Outcome};
 use crate::cluster::{Cluster, Place, path};
+use crate::looks::Looks;
 use crate::objects::{CONTROL, NAMESPACE, NODE, Object, SETTINGS, all, definitions, objects};
 use crate::source::Source;
 use crate::table::printable;
 use crate::uninstall::is_going;
 use crate::values::{Key, VERSION, Values};
+use crate::wait::LOOK;
 use crate::warn::{self, Judge};
 use crate::{distribution, wait};
 
@@ -55,7 +57,8 @@ pub(crate) async fn run(verb: Verb, arguments: &Arguments, judge: Judge) -> anyh
     let (numbers, version) = cluster.version().await?;
     supported(numbers, &version)?;
     let namespace = cluster.get(&format!("/api/v1/namespaces/{NAMESPACE}")).await?;
-    let installed = cluster.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/{NODE}")).await?;
+    let until = Instant::now() + Duration::from_secs(arguments.timeout);
+    let installed = standing_nodes(&cluster, arguments.dry_run, until).await?;
     if verb == Verb::Upgrade && installed.is_none() {
         bail!("there is nothing to upgrade: no DaemonSet {NODE} in {NAMESPACE}; `justmtls install` installs");
     }
@@ -74,6 +77,9 @@ pub(crate) async fn run(verb: Verb, arguments: &Arguments, judge: Judge) -> anyh
     if let Some(sentence) = other_trust_domain(settings.as_ref(), &values) {
         bail!("{sentence}");
     }
+    if let Some(sentence) = installed.as_ref().and_then(|it| other_folders(it, &values)) {
+        bail!("{sentence}");
+    }
     for warning in warn::warnings(&warn::gather(&cluster).await?, &values, judge) {
         warn::say(&warning);
     }
@@ -81,23 +87,59 @@ pub(crate) async fn run(verb: Verb, arguments: &Arguments, judge: Judge) -> anyh
     work.definitions().await?;
     let wanted = objects(&values);
     let (nodes, control): (Vec<_>, Vec<_>) = wanted.iter().partition(|object| object.kind() == "DaemonSet");
+    let mut is_elsewhere = false;
     for object in control {
-        work.make(object).await?;
+        let outcome = work.make(object).await?;
+        is_elsewhere |= object.kind() == "Service" && outcome == Outcome::Created && installed.is_some();
     }
-    let until = Instant::now() + Duration::from_secs(arguments.timeout);
     let waits = !arguments.no_wait && !arguments.dry_run;
     if waits {
         wait::ready(&work.cluster, "deployments", CONTROL, until).await?;
     }
     for object in nodes {
-        work.make(object).await?;
+        let outcome = work.make(object).await?;
+        // The nodes' containers were given the address of the Service that was there when they were made.
+        if is_elsewhere && outcome == Outcome::Unchanged {
+            work.restart(object).await?;
+        }
     }
     work.take_away(&wanted).await?;
     if waits {
         wait::ready(&work.cluster, "daemonsets", NODE, until).await?;
     }
+    if !arguments.dry_run {
+        let namespace = work.cluster.get(&format!("/api/v1/namespaces/{NAMESPACE}")).await?.unwrap_or_default();
+        if self::recorded(&namespace)? != values {
+            bail!(
+                "somebody else has installed with other values meanwhile: objects may be of either; run the command again when \
+                 nobody else does"
+            );
+        }
+    }
     anstream::println!("{}", last_word(arguments, work.changed));
     Ok(0)
+}
+
+/// The DaemonSet that is installed. One that is being deleted is waited for: what is changed in it is not made.
+async fn standing_nodes(cluster: &Cluster, dry_run: bool, until: Instant) -> anyhow::Result<Option<Value>> {
+    let place = format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/{NODE}");
+    let (mut looks, mut said) = (Looks::default(), false);
+    loop {
+        match looks.heard(cluster.get(&place).await)? {
+            Some(Some(there)) if is_going(&there) => {
+                let hint = "its pods end when their open connections have, or the drain time is over";
+                if dry_run || Instant::now() >= until {
+                    bail!("the DaemonSet {NODE} is being deleted ({hint}); run the command again when it is gone");
+                }
+                if !std::mem::replace(&mut said, true) {
+                    anstream::eprintln!("waiting until the DaemonSet {NODE}, which is being deleted, is gone: {hint}");
+                }
+            }
+            Some(found) => return Ok(found),
+            None => {}
+        }
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 fn last_word(arguments: &Arguments, changed: usize) -> String {
@@ -120,7 +162,7 @@ struct Work {
 }
 
 impl Work {
-    async fn make(&mut self, object: &Object) -> anyhow::Result<()> {
+    async fn make(&mut self, object: &Object) -> anyhow::Result<Outcome> {
         let force = self.verb == Verb::Upgrade;
         let outcome = match self.dry_run {
             true => apply::plan(&self.cluster, object, force).await?,
@@ -129,6 +171,18 @@ impl Work {
         self.changed += usize::from(outcome != Outcome::Unchanged);
         for line in lines(&object.title(), &outcome) {
             anstream::println!("{line}");
+        }
+        Ok(outcome)
+    }
+
+    /// Has the pods of a workload made anew.
+    async fn restart(&self, object: &Object) -> anyhow::Result<()> {
+        let why = "the control plane's Service is new, and has another address";
+        if self.dry_run {
+            anstream::println!("{}: its pods would be made anew: {why}", object.title());
+        } else {
+            self.cluster.restart(&path(object)).await?;
+            anstream::println!("{}: its pods are made anew: {why}", object.title());
         }
         Ok(())
     }
@@ -140,7 +194,7 @@ impl Work {
                 Some(is) if !is_ours(&is) => {
                     anstream::println!("{}: there already, and left alone", definition.title())
                 }
-                _ => self.make(&definition).await?,
+                _ => drop(self.make(&definition).await?),
             }
         }
         Ok(())
@@ -177,6 +231,26 @@ fn lines(title: &str, outcome: &Outcome) -> Vec<String> {
             lines
         }
     }
+}
+
+/// Why these values cannot be installed over nodes that use other CNI folders. An agent sees the folders that it was made with:
+/// the next one could not take out what it put there, and no pod starts where a configuration names a plugin that is gone.
+fn other_folders(daemonset: &Value, values: &Values) -> Option<String> {
+    // Where no node was ever ready no plugin is in place, and the folders may be what is wrong.
+    daemonset["status"]["numberReady"].as_u64().filter(|ready| *ready > 0)?;
+    let volumes = daemonset["spec"]["template"]["spec"]["volumes"].as_array()?;
+    [("cni-bin", Key::CniBinDir), ("cni-conf", Key::CniConfDir)].into_iter().find_map(|(volume, key)| {
+        let is = volumes.iter().find(|it| it["name"] == volume)?["hostPath"]["path"].as_str()?;
+        let wanted = values.get(key);
+        (is != wanted).then(|| {
+            format!(
+                "{} is {} here and cannot become {wanted} while nodes use it, as the CNI plugin would stay behind; run \
+                 `justmtls uninstall` first, or leave it",
+                key.as_str(),
+                printable(is)
+            )
+        })
+    })
 }
 
 /// Why these values cannot be installed over settings of another trust domain.
@@ -241,6 +315,25 @@ mod tests {
         assert_eq!(recorded(&older).unwrap(), values);
         assert_eq!(recorded(&json!({ "metadata": {} })).unwrap(), Values::default());
         assert!(recorded(&json!({ "metadata": { "annotations": { crate::objects::VALUES: "x" } } })).is_err());
+    }
+
+    #[test]
+    fn the_cni_folders_of_nodes_that_are_ready_stay() {
+        let daemonset = |ready: u64| {
+            let all = objects(&Values::default());
+            let mut daemonset = all.into_iter().find(|object| object.kind() == "DaemonSet").unwrap().value;
+            daemonset["status"] = json!({ "numberReady": ready });
+            daemonset
+        };
+        let other = |word: &str| Values::from_words(&[word.to_owned()]).unwrap();
+        assert_eq!(other_folders(&daemonset(2), &Values::default()), None);
+        assert_eq!(other_folders(&daemonset(2), &other("drain=60")), None);
+        for word in ["cni.binDir=/other", "cni.confDir=/other"] {
+            let sentence = other_folders(&daemonset(1), &other(word)).unwrap();
+            let key = word.split('=').next().unwrap();
+            assert!(sentence.starts_with(key) && sentence.contains("cannot become /other"), "{sentence}");
+            assert_eq!(other_folders(&daemonset(0), &other(word)), None, "they may be what is wrong");
+        }
     }
 
     #[test]

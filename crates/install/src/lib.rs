@@ -27,6 +27,7 @@ mod cluster;
 mod apply;
 mod drift;
 mod hang;
+mod looks;
 mod wait;
 mod warn;
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::bail;
 use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::jiff::Timestamp;
 use manifests::SYSTEM_NAMESPACES;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -42,6 +43,9 @@ pub(crate) struct PodRow {
     pub(crate) reason: Option<String>,
     /// `permissive` or `strict`, and ports that differ.
     pub(crate) mode: Option<String>,
+    /// Since when it has had a node, where it has not started.
+    #[serde(skip)]
+    pub(crate) starting_since: Option<Timestamp>,
 }
 
 impl PodRow {
@@ -167,7 +171,9 @@ pub(crate) fn rows(pods: &[Pod], pages: &BTreeMap<String, NodePages>, leaving: &
             let (capture, reason) = capture(pod, agent, pages.get(&node).unwrap_or(&none));
             let reason = reason.map(|said| leaving.reason(pod, said));
             let identity = agent["identity"].as_str().or(view["identity"].as_str());
+            let waits = pod.status.as_ref().is_none_or(|status| status.phase.as_deref() == Some("Pending"));
             PodRow {
+                starting_since: waits.then(|| scheduled(pod)).flatten(),
                 namespace: pod.metadata.namespace.clone().unwrap_or_default(),
                 name: pod.metadata.name.clone().unwrap_or_default(),
                 identity: identity.filter(|_| capture == "captured").map(str::to_owned),
@@ -180,6 +186,15 @@ pub(crate) fn rows(pods: &[Pod], pages: &BTreeMap<String, NodePages>, leaving: &
         .collect();
     rows.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
     rows
+}
+
+/// When a node was chosen for a pod.
+fn scheduled(pod: &Pod) -> Option<Timestamp> {
+    let mut conditions = pod.status.as_ref()?.conditions.iter().flatten();
+    let scheduled = conditions.find(|condition| condition.type_ == "PodScheduled" && condition.status == "True");
+    // A static pod has its node from the beginning.
+    let since = scheduled.and_then(|it| it.last_transition_time.as_ref()).or(pod.metadata.creation_timestamp.as_ref());
+    pod.spec.as_ref()?.node_name.as_ref().and(since).map(|time| time.0)
 }
 
 /// How far the capture of a pod is, by its node's agent, and why no further.

@@ -4,21 +4,25 @@ mod farewell;
 mod standing;
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::io;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
+use k8s_openapi::api::core::v1::Event;
 use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cluster::{Cluster, Place, is_refusal, path};
+use crate::hang::endings;
 use crate::install::{is_ours, recorded};
 use crate::leaving::Stage;
+use crate::looks::Looks;
 use crate::objects::{AUTHORITY, CONTROL, NAMESPACE, NODE, PART_OF, SETTINGS, TRUST_BUNDLE, all, definitions};
 use crate::source::Source;
 use crate::table::printable;
 use crate::values::Values;
-use crate::wait::{LOOK, pods_of};
+use crate::wait::{EVENTS, LOOK, pods_of};
 
 /// What the verb takes.
 #[derive(clap::Args, Clone, Debug)]
@@ -111,44 +115,6 @@ impl From<Stage> for Progress {
     }
 }
 
-/// For how long the API server may fail while something is waited for: it is made anew, or changes its place, within that.
-const FAILING: Duration = Duration::from_secs(30);
-
-/// Looks of a wait, of which some may fail.
-#[derive(Default)]
-struct Looks {
-    /// Since when each failed.
-    failing: Option<Instant>,
-}
-
-impl Looks {
-    /// What a look gave; nothing where it failed and the next one may do better.
-    ///
-    /// # Errors
-    /// Each has failed for long enough, or the API server refuses it for want of a permission.
-    fn heard<T>(&mut self, look: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
-        self.heard_at(look, Instant::now())
-    }
-
-    fn heard_at<T>(&mut self, look: anyhow::Result<T>, now: Instant) -> anyhow::Result<Option<T>> {
-        let error = match look {
-            Ok(found) => {
-                self.failing = None;
-                return Ok(Some(found));
-            }
-            Err(error) => error,
-        };
-        let since = self.failing.unwrap_or(now);
-        if is_refusal(&format!("{error:#}")) || now >= since + FAILING {
-            return Err(error);
-        }
-        if self.failing.replace(since).is_none() {
-            anstream::eprintln!("{error:#}; it is asked again for {} s", FAILING.as_secs());
-        }
-        Ok(None)
-    }
-}
-
 /// The exit status of who was interrupted, as shells have it.
 const INTERRUPTED: i32 = 130;
 
@@ -191,7 +157,9 @@ struct Work {
 impl Work {
     async fn all(&self) -> anyhow::Result<()> {
         let namespace = self.cluster.get(&format!("/api/v1/namespaces/{NAMESPACE}")).await?;
-        let has_nodes = self.cluster.get(&nodes_place()).await?.is_some();
+        let nodes = self.cluster.get(&nodes_place()).await?;
+        let has_nodes = nodes.is_some();
+        let serves = nodes.is_some_and(|nodes| !is_going(&nodes));
         let goes = namespace.as_ref().is_some_and(is_going);
         if goes && has_nodes {
             if !self.force && !self.dry_run {
@@ -207,24 +175,38 @@ impl Work {
         if goes && has_nodes {
             stays.push(ON_NODES.to_owned());
         } else {
-            self.farewell(&values, has_nodes, &mut stays).await?;
+            self.farewell(&values, serves, &mut stays).await?;
         }
-        let mut gone = self.nodes(&values, &mut stays).await?;
-        gone += self.ours().await?;
-        gone += self.definitions(&mut stays).await?;
-        if is_unseen(gone, has_nodes, goes || namespace.is_none()) {
-            stays.push(ON_NODES.to_owned());
-        }
-        gone += self.namespace(namespace.is_some(), &mut stays).await?;
+        let without_namespace = goes || namespace.is_none();
+        let rest = self.rest(&values, (has_nodes, without_namespace, namespace.is_some()), &mut stays).await;
+        // Also where the rest failed: what is left on a node is to be known at once.
         for sentence in &stays {
             anstream::println!("stays: {sentence}");
         }
+        let gone = rest?;
         match (gone, self.dry_run) {
             (0, _) => anstream::println!("nothing of justmtls is installed"),
             (some, true) => anstream::println!("{some} objects would be deleted; nothing was changed"),
             (_, false) => anstream::println!("justmtls is uninstalled"),
         }
         Ok(())
+    }
+
+    /// What goes when pods have been told: the nodes, all else that is ours, and the namespace.
+    async fn rest(
+        &self,
+        values: &Values,
+        (has_nodes, without_namespace, there): (bool, bool, bool),
+        stays: &mut Vec<String>,
+    ) -> anyhow::Result<usize> {
+        let mut gone = self.nodes(values, stays).await?;
+        gone += self.ours().await?;
+        gone += self.definitions(stays).await?;
+        if is_unseen(gone, has_nodes, without_namespace) {
+            stays.push(ON_NODES.to_owned());
+        }
+        gone += self.namespace(there, stays).await?;
+        Ok(gone)
     }
 
     /// When a wait is over: as was said, or after so many seconds.
@@ -279,22 +261,21 @@ impl Work {
             if pods.is_empty() && there.is_none() {
                 return Ok(gone);
             }
-            if pods.len() != said {
-                anstream::eprintln!("waiting until the pods of {} nodes have ended", pods.len());
-                said = pods.len();
+            // While one agent takes another's place a node has two.
+            let nodes: BTreeSet<_> = pods.iter().filter_map(|pod| pod.spec.as_ref()?.node_name.as_deref()).collect();
+            if nodes.len() != said {
+                anstream::eprintln!("waiting until the pods of {} nodes have ended", nodes.len());
+                said = nodes.len();
             }
             if Instant::now() >= until {
-                let mut nodes: Vec<_> = pods
-                    .iter()
-                    .filter_map(|pod| pod.spec.as_ref()?.node_name.clone())
-                    .map(|node| printable(&node))
-                    .collect();
-                nodes.sort();
-                let nodes = nodes.join(", ");
+                let nodes = nodes.iter().map(|node| printable(node)).collect::<Vec<_>>().join(", ");
                 if !self.force {
+                    let events: Vec<Event> = self.cluster.list(EVENTS, "").await.unwrap_or_default();
+                    let why: String = endings(&pods, &events).iter().map(|why| format!("\n  {why}")).collect();
                     bail!(
                         "pods of justmtls do not end on {nodes} within {} s, so that the CNI plugin may still be there and keep \
-                         new pods from starting; bring those nodes back and run the command again, or go on without them by --force",
+                         new pods from starting; let those nodes end them (`kubectl -n {NAMESPACE} describe pods` says what they \
+                         wait for) and run the command again, or go on without them by --force{why}",
                         begun.elapsed().as_secs()
                     );
                 }
@@ -466,19 +447,6 @@ mod tests {
             let said = after(progress);
             assert!(said.starts_with("listing x: ") && said.ends_with(progress.sentence()), "{said}");
         }
-    }
-
-    #[test]
-    fn a_wait_outlives_looks_that_fail_and_ends_when_each_has_for_half_a_minute() {
-        let (mut looks, begun) = (Looks::default(), Instant::now());
-        let mut fails = |after: u64| looks.heard_at(Err::<(), _>(anyhow!("500")), begun + Duration::from_secs(after));
-        assert!([0, 1, 29].into_iter().all(|after| matches!(fails(after), Ok(None))));
-        assert!(fails(30).is_err());
-        assert!(matches!(looks.heard_at(Ok(7), begun + Duration::from_secs(40)), Ok(Some(7))));
-        let fails = looks.heard_at(Err::<(), _>(anyhow!("500")), begun + Duration::from_secs(41));
-        assert!(matches!(fails, Ok(None)), "one that is answered begins it anew");
-        let refused = anyhow!("listing x: {}", crate::cluster::of_status(403, "forbidden"));
-        assert!(looks.heard_at(Err::<(), _>(refused), begun + Duration::from_secs(42)).is_err());
     }
 
     #[test]

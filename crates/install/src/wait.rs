@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::cluster::Cluster;
 use crate::hang::{Hang, hangs, log_path, telling_line};
+use crate::looks::Looks;
 use crate::objects::{NAME, NAMESPACE};
 
 /// How often is looked.
@@ -97,15 +98,22 @@ fn ready_node<'a>(pod: &'a Pod, revision: &str) -> Option<&'a str> {
     pod.spec.as_ref()?.node_name.as_deref().filter(|_| serves)
 }
 
+/// Where what happened to our pods is told.
+pub(crate) const EVENTS: &str = "/api/v1/namespaces/justmtls-system/events";
+
 /// Waits until a Deployment (`deployments`) or DaemonSet (`daemonsets`) is ready.
 ///
 /// # Errors
 /// It is not at `until`: with all that holds it up, and what to do.
 pub(crate) async fn ready(cluster: &Cluster, resource: &str, name: &str, until: Instant) -> anyhow::Result<()> {
     let begun = Instant::now();
-    let (mut said, mut complained) = (None, Vec::new());
+    let (mut said, mut complained, mut looks) = (None, Vec::new(), Looks::default());
     loop {
-        let Some(progress) = Progress::look(cluster, resource, name).await? else {
+        let Some(look) = looks.heard(Progress::look(cluster, resource, name).await)? else {
+            tokio::time::sleep(LOOK).await;
+            continue;
+        };
+        let Some(progress) = look else {
             bail!("{name} is gone while it was waited for; somebody deleted it: run the command again");
         };
         if said != Some(progress) {
@@ -117,7 +125,7 @@ pub(crate) async fn ready(cluster: &Cluster, resource: &str, name: &str, until: 
         }
         let over = Instant::now() >= until;
         if over || begun.elapsed() >= BE_QUIET {
-            let found = explain(cluster, name).await?;
+            let found = looks.heard(explain(cluster, name).await)?.unwrap_or_default();
             let lines: Vec<_> = found.iter().map(|(hang, line)| sentence(hang, line.as_deref())).collect();
             if over {
                 let nothing = vec!["nothing says why: look at the controllers of the cluster".to_owned()];
@@ -137,7 +145,7 @@ pub(crate) async fn ready(cluster: &Cluster, resource: &str, name: &str, until: 
 /// What holds a workload up, with the telling line of a log where there is one.
 pub(crate) async fn explain(cluster: &Cluster, name: &str) -> anyhow::Result<Vec<(Hang, Option<String>)>> {
     let pods: Vec<Pod> = pods_of(cluster, name).await?;
-    let events: Vec<Event> = cluster.list(&format!("/api/v1/namespaces/{NAMESPACE}/events"), "").await?;
+    let events: Vec<Event> = cluster.list(EVENTS, "").await?;
     let mut found = Vec::new();
     for hang in hangs(name, &pods, &events) {
         let mut line = None;

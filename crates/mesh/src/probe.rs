@@ -5,6 +5,8 @@
 //! was declared passes, from the pod's own node or from an API server's address, and no more than was declared:
 //! [`AllowedProbe`] says what that is, and for a request it holds the very bytes.
 
+mod target;
+
 use std::net::{IpAddr, SocketAddr};
 
 use crate::{Mode, PlaintextReason, PodUid, RefuseReason, Speaks, Uncaptured, View};
@@ -79,7 +81,8 @@ impl HttpProbe {
             }
         }
         let is_host = |host: &String| is_visible(host) && !host.contains(' ');
-        host.as_ref().is_none_or(is_host).then(|| Self { target: target(path), host, headers: kept })
+        let target = target::requested(path)?;
+        host.as_ref().is_none_or(is_host).then_some(Self { target, host, headers: kept })
     }
 
     /// Path and query, as they stand in the request.
@@ -132,7 +135,7 @@ impl HttpProbe {
                 None => same(&authority) || at.port() == 80 && authority.strip_suffix(":80").is_some_and(same),
             }
         };
-        if !complete || !named(asked.host) || !is_same_target(asked.target, &self.target) {
+        if !complete || !named(asked.host) || !target::is_same(asked.target, &self.target) {
             return None;
         }
         let mut request = format!("GET {} HTTP/1.1\r\nHost: {}\r\n", self.target, asked.host);
@@ -382,49 +385,6 @@ pub fn probe_refused_now(view: &View, because: PlaintextReason, connection: Mayb
         _ => connection.node.has(view, connection.source),
     };
     (mode == Mode::Strict && !may).then_some(RefuseReason::Strict)
-}
-
-/// Path and query as the kubelet writes them: what a request line cannot hold is escaped, and a fragment left out.
-fn target(path: &str) -> String {
-    let path = path.split('#').next().unwrap_or_default();
-    let mut target = String::from(if path.starts_with('/') { "" } else { "/" });
-    let bytes = path.as_bytes();
-    for (index, byte) in bytes.iter().enumerate() {
-        let escape = || bytes.get(index + 1..index + 3).is_some_and(|two| two.iter().all(u8::is_ascii_hexdigit));
-        match byte {
-            b'%' if escape() => target.push('%'),
-            b'!'..=b'~' if !br#"%"<>\^`{|}"#.contains(byte) => target.push(char::from(*byte)),
-            _ => target.push_str(&format!("%{byte:02X}")),
-        }
-    }
-    target
-}
-
-/// Whether two targets are the same but for the way in which their paths are escaped. What is sent is the declared one.
-fn is_same_target(one: &str, other: &str) -> bool {
-    let parts = |target: &str| {
-        let (path, query) = target.split_once('?').map_or((target, None), |(path, query)| (path, Some(query)));
-        (unescaped(path), query.map(ToOwned::to_owned))
-    };
-    parts(one) == parts(other)
-}
-
-fn unescaped(path: &str) -> Vec<u8> {
-    let (mut bytes, mut rest) = (Vec::new(), path.as_bytes());
-    loop {
-        let hex = |digit: &u8| char::from(*digit).to_digit(16).and_then(|number| u8::try_from(number).ok());
-        rest = match rest {
-            [] => return bytes,
-            [b'%', high, low, after @ ..] if hex(high).is_some() && hex(low).is_some() => {
-                bytes.push(hex(high).unwrap_or_default() << 4 | hex(low).unwrap_or_default());
-                after
-            }
-            [byte, after @ ..] => {
-                bytes.push(*byte);
-                after
-            }
-        };
-    }
 }
 
 fn is_token(name: &str) -> bool {

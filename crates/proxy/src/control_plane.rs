@@ -26,8 +26,8 @@ use crate::questions::{Questions, Tell};
 /// What a proxy subscribes to.
 pub(crate) const KINDS: &[Kind] = &[Kind::Settings, Kind::Bundle, Kind::Policy, Kind::Address, Kind::Heartbeat];
 
-/// The life to ask for. The authority may give less, never more than it allows.
-const LIFE: Duration = Duration::from_secs(24 * 3600);
+/// The life that is asked for: the longest that is given, which is the administrator's choice.
+const LONGEST: Duration = Duration::ZERO;
 
 /// How long a certificate request waits for a connection, before it counts as failed and is tried anew.
 const WAIT_FOR_CONNECTION: Duration = Duration::from_secs(10);
@@ -244,7 +244,7 @@ impl Authority for ControlPlane {
         let Some(Connection(connected)) = connected else {
             return Err("there is no connection to the control plane".into());
         };
-        let texts = connected.certify(request.as_pem(), id, LIFE).await.map_err(|error| error.to_string())?;
+        let texts = connected.certify(request.as_pem(), id, LONGEST).await.map_err(|error| error.to_string())?;
         Chain::from_pem(&texts.concat()).map_err(|error| error.to_string())
     }
 

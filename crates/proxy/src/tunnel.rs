@@ -112,11 +112,8 @@ impl Tunnel {
 
     /// Asks for the lease that is next, with the next thing that is written; the answer is to be waited for
     /// ([`Self::answer`]).
-    ///
-    /// # Errors
-    /// There is no key to seal it with.
-    pub(crate) fn ask(&mut self, claim: Claim) -> Result<(), EndedEarly> {
-        self.leg.sink.queue(&Control::Open { lease: self.lease(), claim })
+    pub(crate) fn ask(&mut self, claim: Claim) {
+        self.leg.sink.queue(&Control::Open { lease: self.lease(), claim });
     }
 
     /// Waits until everything is on its way.
@@ -181,7 +178,7 @@ impl Tunnel {
     /// The connection is gone.
     pub(crate) async fn grant(&mut self) -> Result<(), EndedEarly> {
         let opened = Control::Opened { lease: self.lease() };
-        self.leg.sink.queue(&opened)?;
+        self.leg.sink.queue(&opened);
         if self.leg.source.has_more() { Ok(()) } else { self.leg.sink.flush().await }
     }
 
@@ -197,7 +194,7 @@ impl Tunnel {
     /// The connection is gone.
     pub(crate) async fn close_lease(&mut self) -> Result<(), EndedEarly> {
         let closed = Control::Closed { lease: self.lease() };
-        self.leg.sink.queue(&closed)?;
+        self.leg.sink.queue(&closed);
         self.leg.sink.lease += 1;
         // A client that does not read any more gets no second lease of our memory.
         timeout(FAREWELL, self.leg.sink.flush()).await.map_err(|_| EndedEarly::OpenTimeout)?
@@ -223,7 +220,8 @@ impl Tunnel {
     /// it asks for meanwhile is refused as `draining`: nothing of it was delivered.
     pub(crate) async fn drain(mut self) {
         let drain = Control::Drain { lease: self.lease() };
-        if self.leg.sink.queue(&drain).is_err() || self.leg.sink.flush().await.is_err() {
+        self.leg.sink.queue(&drain);
+        if self.leg.sink.flush().await.is_err() {
             return;
         }
         if let (Ok(Ok(_)), Some(draining)) = (timeout(FAREWELL, self.next_open()).await, Reason::new(DRAINING)) {
@@ -255,7 +253,7 @@ impl Tunnel {
     pub(crate) async fn reset(mut self) {
         let reset = Control::Reset { lease: self.lease() };
         let last_word = async {
-            self.leg.sink.queue(&reset)?;
+            self.leg.sink.queue(&reset);
             self.leg.sink.queue_close();
             self.leg.sink.flush().await
         };
@@ -268,7 +266,7 @@ impl Tunnel {
     async fn say_farewell(&mut self, last: &Control) -> Result<(), EndedEarly> {
         splice::orderly_close(&self.leg.tcp);
         let hang_up = async {
-            self.leg.sink.queue(last)?;
+            self.leg.sink.queue(last);
             self.leg.sink.queue_close();
             self.leg.sink.flush().await?;
             splice::hang_up(&self.leg.tcp, self.leg.side)
@@ -285,19 +283,19 @@ impl Tunnel {
 impl Tunnel {
     /// Sends a frame.
     pub(crate) async fn say(&mut self, control: &Control) -> Result<(), EndedEarly> {
-        self.leg.sink.queue(control)?;
+        self.leg.sink.queue(control);
         self.flush().await
     }
 
     /// Sends a frame and payload behind it, in one write.
     pub(crate) async fn say_and_send(&mut self, control: &Control, payload: &[u8]) -> Result<(), EndedEarly> {
-        self.leg.sink.queue(control)?;
+        self.leg.sink.queue(control);
         self.send_ahead(payload).await
     }
 
     /// Sends a record whose content is no frame.
     pub(crate) async fn say_raw(&mut self, content: &[u8]) -> Result<(), EndedEarly> {
-        self.leg.sink.queue_content(content)?;
+        self.leg.sink.queue_content(content);
         self.flush().await
     }
 

@@ -188,8 +188,8 @@ impl ClientError {
 }
 
 impl Connected {
-    /// Asks for a certificate for the key that signed `csr_pem`, as `id`. Returns PEM texts: the leaf, the
-    /// intermediates, and last the roots.
+    /// Asks for a certificate for the key that signed `csr_pem`, as `id`, which is to be valid for so long; zero asks for the
+    /// longest that the control plane gives. Returns PEM texts: the leaf, the intermediates, and last the roots.
     ///
     /// # Errors
     /// The control plane refuses, or is gone.

@@ -1,24 +1,28 @@
 //! TLS 1.3 records (RFC 8446, section 5) of a connection whose handshake rustls has done: sealed and opened where they
 //! lie, so that a byte is copied by the kernel and by nobody else.
 //!
-//! rustls proves who the other side is, negotiates the keys, and derives their successors; what is here is the one loop that
-//! every payload byte runs through. It keeps what rustls would: no key seals more than its limit, a nonce is never used
+//! rustls proves who the other side is and negotiates the keys; their successors are derived from its secrets by its own HKDF
+//! ([`Secrets`]). What is here is the one loop that every payload byte runs through. It keeps what rustls would: no key seals more than its limit, a nonce is never used
 //! twice, whatever is not application data, a key update or a `close_notify` ends the connection, and records that carry
 //! nothing are counted.
 
 mod aead;
-mod keys;
+mod ciphers;
+mod secrets;
 
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use identity::Refusal;
 use identity::tls::refusal;
 use rustls::client::UnbufferedClientConnection;
 use rustls::server::UnbufferedServerConnection;
-use rustls::{AlertDescription, Error as TlsError};
+use rustls::{AlertDescription, Error as TlsError, ExtractedSecrets, SupportedCipherSuite};
 
-use self::aead::Key;
-use self::keys::Keys;
+use self::aead::{Key, Material};
+pub use self::secrets::Secrets;
+use self::secrets::Successor;
 
 /// Bytes in front of a record's content: type, version, length (RFC 8446, section 5.1).
 pub const BEFORE: usize = 5;
@@ -69,8 +73,8 @@ pub enum RecordError {
     /// Records without payload, one after the other.
     #[error("too many records that carry nothing")]
     TooManyEmpty,
-    /// No further key could be derived.
-    #[error("no next key: {0}")]
+    /// The handshake has not left keys.
+    #[error("no keys: {0}")]
     Keys(TlsError),
 }
 
@@ -85,34 +89,47 @@ impl RecordError {
     }
 }
 
-/// Both directions of a connection whose handshake is over.
+/// Both directions of a connection whose handshake is over, and has left its secrets in `secrets`.
 ///
 /// # Errors
 /// The handshake is not over, or bytes are left in it that should have been sent.
-pub fn of_client(connection: UnbufferedClientConnection) -> Result<(Sealer, Opener), RecordError> {
-    let (secrets, next) = connection.dangerous_into_kernel_connection().map_err(RecordError::Keys)?;
-    Ok(both(secrets, Keys::of_client(next)))
+pub fn of_client(connection: UnbufferedClientConnection, secrets: &Secrets) -> Result<(Sealer, Opener), RecordError> {
+    let (client, server) = successors(connection.negotiated_cipher_suite(), secrets)?;
+    let (keys, _) = connection.dangerous_into_kernel_connection().map_err(RecordError::Keys)?;
+    Ok(both(keys, client, server))
 }
 
 /// The same for the side that was connected to.
 ///
 /// # Errors
 /// The handshake is not over, or bytes are left in it that should have been sent.
-pub fn of_server(connection: UnbufferedServerConnection) -> Result<(Sealer, Opener), RecordError> {
-    let (secrets, next) = connection.dangerous_into_kernel_connection().map_err(RecordError::Keys)?;
-    Ok(both(secrets, Keys::of_server(next)))
+pub fn of_server(connection: UnbufferedServerConnection, secrets: &Secrets) -> Result<(Sealer, Opener), RecordError> {
+    let (client, server) = successors(connection.negotiated_cipher_suite(), secrets)?;
+    let (keys, _) = connection.dangerous_into_kernel_connection().map_err(RecordError::Keys)?;
+    Ok(both(keys, server, client))
 }
 
-fn both(secrets: rustls::ExtractedSecrets, keys: Keys) -> (Sealer, Opener) {
-    let sealer = Sealer { key: Key::new(secrets.tx.0, &secrets.tx.1), keys: keys.clone() };
-    (sealer, Opener { key: Key::new(secrets.rx.0, &secrets.rx.1), keys, empty: 0 })
+/// What the keys that come after the first are derived from: the client's, and the server's.
+fn successors(suite: Option<SupportedCipherSuite>, secrets: &Secrets) -> Result<(Successor, Successor), RecordError> {
+    suite.and_then(|suite| secrets.successors(suite)).ok_or(RecordError::Keys(TlsError::HandshakeNotComplete))
+}
+
+fn both(keys: ExtractedSecrets, ours: Successor, theirs: Successor) -> (Sealer, Opener) {
+    let key = |(sequence, secrets)| Key::new(sequence, Material::from(&secrets));
+    let is_update_requested = Arc::<AtomicBool>::default();
+    (
+        Sealer { key: key(keys.tx), next: ours, is_update_requested: is_update_requested.clone() },
+        Opener { key: key(keys.rx), next: theirs, is_update_requested, empty: 0 },
+    )
 }
 
 /// Seals what we send.
 #[derive(Debug)]
 pub struct Sealer {
     key: Key,
-    keys: Keys,
+    next: Successor,
+    /// The other side has asked for a key update and has not got it yet.
+    is_update_requested: Arc<AtomicBool>,
 }
 
 impl Sealer {
@@ -127,18 +144,18 @@ impl Sealer {
 
     /// A key update to be sent before anything else, where one is due: the other side asked for it, or the key has sealed
     /// as much as it should. The next record is sealed by the next key.
-    ///
-    /// # Errors
-    /// There is no next key.
-    pub fn key_update(&mut self) -> Result<Option<Vec<u8>>, RecordError> {
-        if !self.keys.take_request() && self.key.used() < RENEW_AFTER {
-            return Ok(None);
+    pub fn key_update(&mut self) -> Option<Vec<u8>> {
+        // A plain look first: this runs for every write.
+        let is_requested =
+            self.is_update_requested.load(Ordering::Relaxed) && self.is_update_requested.swap(false, Ordering::Relaxed);
+        if !is_requested && self.key.used() < RENEW_AFTER {
+            return None;
         }
         let [kind, high, middle, low] = KEY_UPDATE;
         // `update_not_requested`: the other side counts its own records.
         let record = self.message(HANDSHAKE, &[kind, high, middle, low, 0]);
-        self.key = self.keys.next_to_seal()?;
-        Ok(Some(record))
+        self.key = self.next.of(&self.key);
+        Some(record)
     }
 
     /// The record that says that nothing follows (section 6.1).
@@ -170,7 +187,8 @@ pub enum Opened {
 #[derive(Debug)]
 pub struct Opener {
     key: Key,
-    keys: Keys,
+    next: Successor,
+    is_update_requested: Arc<AtomicBool>,
     empty: u8,
 }
 
@@ -214,7 +232,10 @@ impl Opener {
                 };
             }
             (HANDSHAKE, [message @ .., request @ (0 | 1)]) if *message == KEY_UPDATE => {
-                self.key = self.keys.next_to_open(*request == 1)?;
+                if *request == 1 {
+                    self.is_update_requested.store(true, Ordering::Relaxed);
+                }
+                self.key = self.next.of(&self.key);
             }
             _ => return Err(RecordError::Unexpected),
         }

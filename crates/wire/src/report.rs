@@ -20,7 +20,8 @@ const LONGEST_UID: usize = 64;
 pub struct Report {
     /// The pods that are captured.
     pub captured: BTreeSet<PodUid>,
-    /// The pods that run, are to be captured, and are not, each with the reason.
+    /// The pods that run, are to be captured, and are not, each with the reason; and those that are, and whose capture is damaged
+    /// and cannot be mended.
     pub failed: BTreeMap<PodUid, CaptureFailure>,
 }
 
@@ -51,8 +52,7 @@ impl Report {
             let pod = fits.then(|| PodUid::from(failed.pod_uid.as_str()))?;
             Some((pod, CaptureFailure::from_name(&failed.why)?))
         });
-        // What is captured has not failed.
-        let failed = failed.filter(|(pod, _)| !captured.contains(pod)).collect();
+        let failed = failed.collect();
         Self { captured, failed }
     }
 }

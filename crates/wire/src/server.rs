@@ -62,7 +62,7 @@ const WAITING: usize = 4;
 /// What the control plane does for nodes. Each call has a task of its own, which ends with the call.
 pub trait Handler: Send + Sync + 'static {
     /// Whom an accepted token stands for. Connections of nodes are counted by it.
-    type Known: Clone + Eq + Hash + Send + 'static;
+    type Known: Clone + Eq + Hash + Send + Sync + 'static;
 
     /// Looks up a token, before anything else of its call is looked at. Whoever it accepts is no stranger any more.
     fn authenticate(&self, caller: Caller) -> impl Future<Output = Result<Self::Known, Refused>> + Send;
@@ -162,7 +162,7 @@ pub async fn serve<H: Handler>(
     bounds: Bounds,
 ) -> Result<(), tonic::transport::Error> {
     let (close, closing) = watch::channel(false);
-    let service = Service { handler: handler.clone(), closing: closing.clone(), spread };
+    let service = Service { handler: handler.clone(), closing: closing.clone(), spread, trust: bounds.trust };
     let turned_away = move |address, because| handler.turned_away(address, because);
     let incoming = accept::incoming::<H::Known>(listener, config, bounds, turned_away, closing.clone());
     let mut stopped = closing.clone();
@@ -198,11 +198,13 @@ struct Service<H> {
     closing: watch::Receiver<bool>,
     /// Over which time streams end after that.
     spread: Duration,
+    trust: Duration,
 }
 
 impl<H> Clone for Service<H> {
     fn clone(&self) -> Self {
-        Self { handler: self.handler.clone(), closing: self.closing.clone(), spread: self.spread }
+        let Self { handler, closing, spread, trust } = self;
+        Self { handler: handler.clone(), closing: closing.clone(), spread: *spread, trust: *trust }
     }
 }
 
@@ -243,7 +245,7 @@ struct Presented<K> {
     peer: accept::Peer<K>,
 }
 
-impl<K: Clone + Eq + Hash + Send + 'static> Presented<K> {
+impl<K: Clone + Eq + Hash + Send + Sync + 'static> Presented<K> {
     fn of<T>(request: &Request<T>) -> Result<Self, Status> {
         let token = request
             .metadata()
@@ -256,8 +258,34 @@ impl<K: Clone + Eq + Hash + Send + 'static> Presented<K> {
         Ok(Self { caller: Caller { token: token.to_owned(), address: peer.address }, peer })
     }
 
-    async fn authenticate<H: Handler<Known = K>>(self, handler: &H) -> Result<K, Refused> {
-        self.peer.review(handler.authenticate(self.caller)).await
+    async fn authenticate<H: Handler<Known = K>>(&self, handler: &H) -> Result<K, Refused> {
+        self.peer.review(handler.authenticate(self.caller.clone())).await
+    }
+
+    /// Serves a stream for as long as its token stands for whom it did. One that cannot be looked up stands: an API server that is
+    /// away ends nothing.
+    async fn serve<H: Handler<Known = K>>(
+        self,
+        handler: &H,
+        trust: Duration,
+        known: K,
+        stream: impl Future<Output = Result<(), Refused>>,
+    ) -> Result<(), Refused> {
+        let doubt = async {
+            loop {
+                // Not all that began together at once.
+                tokio::time::sleep(trust.mul_f64(0.5 + crate::dice::fraction() / 2.0)).await;
+                match handler.authenticate(self.caller.clone()).await {
+                    Err(Refused::UnknownCaller(_) | Refused::NotAllowed(_)) => return,
+                    Ok(now) if now != known => return,
+                    Ok(_) | Err(_) => {}
+                }
+            }
+        };
+        tokio::select! {
+            result = stream => result,
+            () = doubt => Err(Refused::Unavailable("the token of this stream does not count any more".to_owned())),
+        }
     }
 }
 
@@ -272,10 +300,10 @@ impl<H: Handler> AggregatedDiscoveryService for Service<H> {
         let presented = Presented::of(&request)?;
         let (answers, outgoing) = mpsc::channel(WAITING);
         let stream = DiscoveryStream::new(request.into_inner(), answers.clone());
-        let handler = self.handler.clone();
+        let (handler, trust) = (self.handler.clone(), self.trust);
         self.run(answers, async move {
             let caller = presented.authenticate(&*handler).await?;
-            handler.discovery(caller, stream).await
+            presented.serve(&*handler, trust, caller.clone(), handler.discovery(caller, stream)).await
         });
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }
@@ -312,10 +340,10 @@ impl<H: Handler> Reports for Service<H> {
         let presented = Presented::of(&request)?;
         let (answers, outgoing) = mpsc::channel(WAITING);
         let stream = CaptureStream::new(request.into_inner(), answers.clone());
-        let handler = self.handler.clone();
+        let (handler, trust) = (self.handler.clone(), self.trust);
         self.run(answers, async move {
             let caller = presented.authenticate(&*handler).await?;
-            handler.captures(caller, stream).await
+            presented.serve(&*handler, trust, caller.clone(), handler.captures(caller, stream)).await
         });
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }

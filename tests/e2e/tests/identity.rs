@@ -54,6 +54,18 @@ fn each_node_holds_certificates_of_its_own_pods_alone() {
     }
 }
 
+#[test]
+fn a_certificate_lives_as_long_as_the_administrator_says_also_longer_than_a_day() {
+    needs!("root");
+    const WEEK: u64 = 7 * 86_400;
+    let cluster = Cluster::start_with(&["--leaf-lifetime", "7d"], include_str!("../manifests/mesh.yaml"));
+    let left = wait_until("a certificate", PATIENCE, || {
+        let shown = cluster.admin("node-a", "/certificates");
+        shown["svids"][0]["left"].as_u64().ok_or_else(|| format!("{shown:#}"))
+    });
+    assert!((WEEK - 600..=WEEK).contains(&left), "{left} s");
+}
+
 /// A TLS client of the outsider that claims to speak our protocol, with its further options.
 fn stranger(cluster: &Cluster, options: &[&str]) -> Program {
     let target = cluster.socket("app/server", Family::V4, 7010).to_string();

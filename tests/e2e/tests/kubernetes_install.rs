@@ -30,6 +30,14 @@ fn ask(cluster: &Kubernetes, from: &str) -> bool {
     cluster.ask(from, "web.shop:80", ANSWER).success()
 }
 
+/// A Service that has this address, so that no other gets it.
+const TAKEN: &str = "
+apiVersion: v1
+kind: Service
+metadata: { name: taken, namespace: default }
+spec: { clusterIP: ADDRESS, ports: [{ port: 80 }] }
+";
+
 /// There is traffic, and an edge that says how it passes.
 #[track_caller]
 fn edge(cluster: &Kubernetes, from: &str, security: &str, reason: Option<&str>) {
@@ -107,6 +115,21 @@ fn one_command_installs_and_the_table_shows_mtls() {
 
     pods_say_why(&cluster);
     assert_eq!(cluster.control_logged(&["is forbidden"]), 0, "{}", cluster.control_log());
+
+    println!("the control plane's Service is deleted, and made anew with another address");
+    let address = |cluster: &Kubernetes| {
+        cluster.get(&["-n", "justmtls-system", "service", "justmtls-control"])["spec"]["clusterIP"].to_string()
+    };
+    let before = address(&cluster);
+    cluster.kubectl(&["-n", "justmtls-system", "delete", "service", "justmtls-control"]).run().ok();
+    // Or it could have the same one again.
+    cluster.apply(&TAKEN.replace("ADDRESS", &before));
+    let said = cluster.install(&[]);
+    assert!(said.contains("its pods are made anew"), "{said}");
+    assert_ne!(address(&cluster), before);
+    eventually("the nodes to be whole", PATIENCE * 6, || cluster.justmtls(&["check"]).run().status.code() != Some(1));
+    assert!(cluster.install(&[]).contains("nothing changed"));
+    cluster.delete(&TAKEN.replace("ADDRESS", &before));
 
     println!("an image that no node has");
     let broken = cluster.justmtls(&[

@@ -141,6 +141,7 @@ impl Node {
 
     /// Something was found when captures were looked at.
     pub(crate) fn found(&mut self, found: Vec<(PodUid, Found)>) {
+        let mut is_news = false;
         for (pod, found) in found {
             match found {
                 Found::Repaired { broken } => {
@@ -178,12 +179,21 @@ impl Node {
                     self.shown.metrics.guard_drops.inc_by(packets);
                 }
                 // It has gone while it was looked at.
-                Found::Failed { .. } if !self.captures.contains_key(&pod) => {}
+                Found::Failed { .. } | Found::Damaged(_) if !self.captures.contains_key(&pod) => {}
+                Found::Damaged(failure) => {
+                    self.shown.metrics.repair_failures.inc();
+                    self.shown.journal.problem("repair-failed", pod.as_str(), &failure.to_string());
+                    is_news |= self.pods.damaged(&pod, Some(failure));
+                }
+                Found::Mended => is_news |= self.pods.damaged(&pod, None),
                 Found::Failed { sentence } => {
                     self.shown.metrics.repair_failures.inc();
                     self.shown.journal.problem("repair-failed", pod.as_str(), &sentence);
                 }
             }
+        }
+        if is_news {
+            self.publish();
         }
     }
 }

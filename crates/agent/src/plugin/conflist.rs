@@ -42,12 +42,7 @@ pub(crate) fn embed(name: &str, text: &[u8], entry: &Entry) -> Result<Vec<u8>, S
             "{name} sorts before {FILE}, so runtimes would take it and not ours; give it a name after that"
         ));
     }
-    if text.len() > LARGEST {
-        return Err(format!("{name} has {} bytes, and more than {LARGEST} are no CNI configuration", text.len()));
-    }
-    let parsed: Value = serde_json::from_slice(text).map_err(|error| format!("{name} is not JSON: {error}"))?;
-    let Value::Object(mut primary) = parsed else { return Err(format!("{name} is JSON, and no object")) };
-    let mut list = if name.ends_with(".conflist") { primary } else { list_of_one(name, &mut primary)? };
+    let mut list = list(name, text)?;
     let version = list.get("cniVersion").and_then(Value::as_str).unwrap_or_default();
     if TOO_OLD.contains(&version) {
         return Err(format!("{name} says cniVersion {version:?}; a chain needs 0.3.1 or later"));
@@ -63,6 +58,27 @@ pub(crate) fn embed(name: &str, text: &[u8], entry: &Entry) -> Result<Vec<u8>, S
     let mut text = serde_json::to_vec_pretty(&list).map_err(|error| format!("{name}: {error}"))?;
     text.push(b'\n');
     Ok(text)
+}
+
+/// The plugins that a primary's file names, but ours.
+///
+/// # Errors
+/// As for [`embed`].
+pub(crate) fn plugins(name: &str, text: &[u8]) -> Result<Vec<String>, String> {
+    let list = list(name, text)?;
+    let all = list.get("plugins").and_then(Value::as_array).into_iter().flatten();
+    let names = all.filter_map(|plugin| plugin.get("type")?.as_str()).filter(|plugin| *plugin != NAME);
+    Ok(names.map(ToOwned::to_owned).collect())
+}
+
+/// The list that a file is, or stands for.
+fn list(name: &str, text: &[u8]) -> Result<Map<String, Value>, String> {
+    if text.len() > LARGEST {
+        return Err(format!("{name} has {} bytes, and more than {LARGEST} are no CNI configuration", text.len()));
+    }
+    let parsed: Value = serde_json::from_slice(text).map_err(|error| format!("{name} is not JSON: {error}"))?;
+    let Value::Object(mut primary) = parsed else { return Err(format!("{name} is JSON, and no object")) };
+    if name.ends_with(".conflist") { Ok(primary) } else { list_of_one(name, &mut primary) }
 }
 
 /// A file with one plugin is a list with that one: the runtime makes the same of it.

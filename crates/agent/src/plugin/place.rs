@@ -129,6 +129,7 @@ impl Place {
         let path = self.folders.configurations.join(&primary);
         let (text, mode) = read(&path, conflist::LARGEST)?;
         let wanted = conflist::embed(&primary, &text, &self.entry)?;
+        self.is_the_runtimes(&primary, &text)?;
         self.keep_binary()?;
         let found = match read(&ours, 2 * conflist::LARGEST) {
             Ok((found, _)) => Some(found),
@@ -155,6 +156,20 @@ impl Place {
         }
         self.written = Some(wanted);
         Ok((Standing::InPlace { primary }, done))
+    }
+
+    /// Whether the folder of plugins is one that the runtime looks into: it has one of the primary's own. In any other ours would
+    /// not be found, and no pod of the node could start, or end.
+    fn is_the_runtimes(&self, primary: &str, text: &[u8]) -> Result<(), String> {
+        let plugins = conflist::plugins(primary, text)?;
+        if plugins.iter().any(|plugin| self.folders.binaries.join(plugin).exists()) {
+            return Ok(());
+        }
+        Err(format!(
+            "{} has no plugin {}, which {primary} names: it is not the runtime's folder of plugins; set cni.binDir",
+            self.folders.binaries.display(),
+            plugins.join(" or "),
+        ))
     }
 
     /// The program itself, compared byte for byte once, as an upgrade may change it.
@@ -293,6 +308,7 @@ mod tests {
             let text = format!(r#"{{"cniVersion":"1.0.0","name":"net","plugins":[{{"type":"{plugin}"}}]}}"#);
             fs::write(&path, text).unwrap();
             fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
+            fs::write(self.folders.binaries.join(plugin), b"another's").unwrap();
         }
 
         fn ours(&self) -> PathBuf {
@@ -348,6 +364,17 @@ mod tests {
     }
 
     #[test]
+    fn a_folder_of_plugins_that_the_runtime_does_not_use_is_refused_by_name_and_nothing_is_written() {
+        let node = Node::new();
+        node.primary("10-net.conflist", "bridge");
+        fs::remove_file(node.folders.binaries.join("bridge")).unwrap();
+        let (Standing::Failed(sentence), Done::Nothing) = node.place().keep() else { panic!("a failure") };
+        assert!(sentence.contains("has no plugin bridge, which 10-net.conflist names"), "{sentence}");
+        assert_eq!(names(&node.folders.binaries).unwrap(), Vec::<String>::new());
+        assert!(!node.ours().exists());
+    }
+
+    #[test]
     fn a_primary_that_goes_takes_no_capture_along_and_one_that_is_broken_is_named() {
         let node = Node::new();
         node.primary("10-net.conflist", "bridge");
@@ -386,7 +413,7 @@ mod tests {
         place.remove().unwrap();
         place.remove().unwrap();
         let left = |folder: &Path| names(folder).unwrap();
-        assert_eq!(left(&node.folders.binaries), Vec::<String>::new());
+        assert_eq!(left(&node.folders.binaries), ["bridge"]);
         assert_eq!(left(&node.folders.configurations), ["10-net.conflist"]);
     }
 }

@@ -1,4 +1,4 @@
-//! Pods that run, are to be captured, and are not: what people are told where they look for a pod.
+//! Pods that run, are to be captured, and are not, or not as they must be: what people are told where they look for a pod.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -25,6 +25,13 @@ impl Pods {
         failing.filter_map(|(uid, pod)| Some((uid.clone(), self.why(pod)?))).collect()
     }
 
+    /// A look at a pod's capture found that it is not what was made, and could not make it anew; or that it stands again.
+    /// Whether that is news.
+    pub(crate) fn damaged(&mut self, uid: &PodUid, damage: Option<Failure>) -> bool {
+        let Some(sandbox) = self.pods.get_mut(uid).and_then(|pod| pod.sandbox.as_mut()) else { return false };
+        std::mem::replace(&mut sandbox.damage, damage) != sandbox.damage
+    }
+
     fn why(&self, pod: &Pod) -> Option<CaptureFailure> {
         let failure = pod.failure.as_ref().map(Failure::name);
         let Some(sandbox) = &pod.sandbox else {
@@ -35,7 +42,8 @@ impl Pods {
             return None;
         }
         match &sandbox.stage {
-            Stage::Found | Stage::Captured | Stage::Leaving(_) => None,
+            Stage::Captured => sandbox.damage.as_ref().map(Failure::name),
+            Stage::Found | Stage::Leaving(_) => None,
             Stage::Offered { ready: false } if !self.proxy => Some(CaptureFailure::NoProxy),
             Stage::Offered { ready: false } => Some(CaptureFailure::ProxyNotReady),
             // While it is tried again what went wrong before is how things are.

@@ -45,6 +45,7 @@ impl Shown {
                 Stage::Preparing(_) => "preparing",
                 Stage::Offered { .. } => "offered",
                 Stage::Beginning(_) => "beginning",
+                Stage::Captured if sandbox.damage.is_some() => "damaged",
                 Stage::Captured => "captured",
                 Stage::Leaving(_) => "leaving",
             },
@@ -61,7 +62,7 @@ impl Shown {
             stands: sandbox.is_some_and(Sandbox::was_captured),
             namespace: sandbox.map(|sandbox| sandbox.namespace),
             waiting: sandbox.map_or(0, |sandbox| sandbox.waiting.len()),
-            failure: pod.failure.as_ref().map(ToString::to_string),
+            failure: sandbox.and_then(|it| it.damage.as_ref()).or(pod.failure.as_ref()).map(ToString::to_string),
         }
     }
 }

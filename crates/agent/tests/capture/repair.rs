@@ -1,10 +1,12 @@
 //! The agent notices what is done to a capture, and undoes it: at once, by name, and without working itself to death.
 
+use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use agent::rules;
+use linux::links::Links;
 use linux::netlink::Protocol;
 use linux::netns::NetNs;
 use linux::nft::{self, IpFamily, Table};
@@ -13,6 +15,7 @@ use linux::tc;
 use mesh::PodUid;
 use socket2::SockRef;
 use wire::pods::{FromAgent, SocketKind, ToAgent};
+use wire::report::CaptureFailure;
 
 use crate::armed::{disarm, interface, netlink};
 use crate::lab::{A, eventually, with_privilege};
@@ -96,6 +99,33 @@ fn whatever_is_taken_away_is_seen_named_counted_and_back_within_a_second() {
                     && nft::read(&mut netlink(inside, Protocol::Netfilter), rules::TABLE).unwrap().is_some()
             });
         }
+    });
+}
+
+/// The pod's interface is gone, and with it the guard, which cannot stand anywhere until there is another.
+#[test]
+fn what_cannot_be_made_anew_is_shown_and_reported_until_it_stands_again() {
+    with_privilege(what_cannot_be_made_anew_is_shown_and_reported_until_it_stands_again, || {
+        let world = World::new(|_| ());
+        world.control.publish([pod("a", A)]);
+        let proxy = world.proxy();
+        world.capture(&proxy, "a", &Room::of(&world.lab.a));
+        assert!(world.page("/pods").contains(r#""state":"captured""#) && world.control.failed().is_empty());
+
+        let mut links = Links::of(&world.lab.a).unwrap();
+        links.remove("eth0").unwrap();
+        eventually("it is damaged", || world.page("/pods").contains(r#""state":"damaged""#));
+        assert!(world.page("/pods").contains("it cannot be made anew"), "{}", world.page("/pods"));
+        let told = BTreeMap::from([(PodUid::from("a"), CaptureFailure::NoInterface)]);
+        eventually("the control plane is told", || world.control.failed() == told);
+
+        links.add_veth("eth0", "a-again", &world.lab.node).unwrap();
+        for address in A {
+            links.add_address("eth0", address.into()).unwrap();
+        }
+        links.up("eth0").unwrap();
+        eventually("it is captured again", || world.page("/pods").contains(r#""state":"captured""#));
+        eventually("the control plane is told of that", || world.control.failed().is_empty());
     });
 }
 

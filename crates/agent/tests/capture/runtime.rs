@@ -30,6 +30,7 @@ impl Host {
         }
         let primary = r#"{"cniVersion":"1.0.0","name":"net","plugins":[{"type":"ptp"}]}"#;
         std::fs::write(host.at("conf/10-net.conflist"), primary).unwrap();
+        std::fs::write(host.at("bin/ptp"), "the primary's own plugin").unwrap();
         let (runtime, socket) = (host.runtime.clone(), host.at("cri.sock"));
         std::thread::spawn(move || {
             let events = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

@@ -21,8 +21,8 @@ const NAME: &str = "justmtls-ca";
 /// How problems name it.
 pub(crate) const PLACE: &str = "Secret justmtls-system/justmtls-ca";
 /// What to do about one that is at its end or no good.
-const NEW_SECRET: &str = "put back the one that nodes trust, or delete it while no control plane runs for a new authority, and \
-                          restart every node's pods";
+const NEW_SECRET: &str = "put back the one that nodes trust, or delete it while no control plane runs, for a new authority, which \
+                          each node trusts when its kubelet has the new roots";
 
 /// Why there is no authority yet.
 #[derive(Debug, thiserror::Error)]

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::jiff::{Timestamp, Unit};
 use serde_json::Value;
 
 use super::finding::{Finding, all_or, failed, ok, warning};
@@ -146,7 +147,10 @@ fn ready(pages: &NodePages, process: Process) -> Result<(), String> {
     let fields = said.as_object().into_iter().flatten();
     let missing: Vec<_> = fields
         .filter_map(|(name, value)| match value {
-            Value::Bool(false) if name != "ready" && name != "inherited" => Some(format!("no {name}")),
+            // An agent that has none to wait for, or waits for none, lacks nothing.
+            Value::Bool(false) if !["ready", "inherited", "stands_by"].contains(&name.as_str()) => {
+                Some(format!("no {name}"))
+            }
             Value::Array(list) if !list.is_empty() => Some(format!("{name}: {}", names(list))),
             _ => None,
         })
@@ -208,8 +212,11 @@ fn certificates(all: &[(&str, &NodePages)]) -> Vec<Finding> {
     all_or(Id::NodeCertificates, wrong, format!("{count} certificates are valid"))
 }
 
-/// Whether each pod that is to be captured is. Those of silent nodes are counted.
-pub(super) fn captures(rows: &[PodRow], silent: &BTreeMap<String, String>) -> Vec<Finding> {
+/// After how many minutes a pod that has a node and does not start is worth a warning: images take their time.
+const LONG_START: f64 = 5.0;
+
+/// Whether each pod that is to be captured is, and each pod starts. Those of silent nodes are counted.
+pub(super) fn captures(rows: &[PodRow], silent: &BTreeMap<String, String>, now: Timestamp) -> Vec<Finding> {
     let (unheard, amiss): (Vec<_>, Vec<_>) =
         rows.iter().filter(|row| row.is_amiss()).partition(|row| silent.contains_key(&row.node));
     let mut by_node: BTreeMap<&str, usize> = BTreeMap::new();
@@ -221,7 +228,15 @@ pub(super) fn captures(rows: &[PodRow], silent: &BTreeMap<String, String>) -> Ve
         let reason = row.reason.as_deref().unwrap_or("no reason is known");
         failed(Id::PodsCaptured, format!("{}/{} on {}: {} ({reason})", row.namespace, row.name, row.node, row.capture))
     });
-    let wrong: Vec<_> = unheard.chain(amiss).collect();
+    let long = rows.iter().filter_map(|row| {
+        let minutes = row.starting_since?.until(now).ok()?.total(Unit::Minute).ok()?;
+        let hint = format!("`kubectl -n {} describe pod {}` says why", row.namespace, row.name);
+        (minutes >= LONG_START).then(|| {
+            let pod = format!("{}/{} on {}", row.namespace, row.name, row.node);
+            warning(Id::PodsCaptured, format!("{pod} has been starting for {minutes:.0} minutes; {hint}"))
+        })
+    });
+    let wrong: Vec<_> = unheard.chain(amiss).chain(long).collect();
     let count = |state: &str| rows.iter().filter(|row| row.capture == state).count();
     let (captured, out, starting) = (count("captured"), count("not-captured"), count("starting"));
     let left =
@@ -384,7 +399,7 @@ mod tests {
     fn pods_that_have_left_a_mesh_that_is_uninstalled_are_not_left_out_by_name() {
         let mut gone = row("a", "not-captured");
         gone.reason = Some(leaving::REASON.to_owned());
-        let found = captures(&[gone, row("b", "not-captured")], &BTreeMap::new());
+        let found = captures(&[gone, row("b", "not-captured")], &BTreeMap::new(), Timestamp::UNIX_EPOCH);
         let said = "0 pods are captured, 1 are left out by name, 0 are starting, 1 have left the mesh, which is being uninstalled";
         assert_eq!((found.len(), &*found[0].message), (1, said));
     }
@@ -398,22 +413,39 @@ mod tests {
             capture: capture.to_owned(),
             reason: None,
             mode: None,
+            starting_since: None,
         }
     }
 
     #[test]
     fn a_pod_that_is_not_captured_and_should_be_fails_by_name() {
         assert_eq!(
-            captures(&[row("a", "captured"), row("b", "not-captured"), row("c", "starting")], &BTreeMap::new())[0]
-                .state,
+            captures(
+                &[row("a", "captured"), row("b", "not-captured"), row("c", "starting")],
+                &BTreeMap::new(),
+                Timestamp::UNIX_EPOCH
+            )[0]
+            .state,
             State::Ok
         );
+        let mut starting = row("c", "starting");
+        starting.starting_since = Some(Timestamp::UNIX_EPOCH);
+        let after = |minutes: i64| Timestamp::from_second(minutes * 60).unwrap();
+        assert_eq!(captures(std::slice::from_ref(&starting), &BTreeMap::new(), after(4))[0].state, State::Ok);
+        let found = captures(&[starting], &BTreeMap::new(), after(7));
+        assert!(
+            found[0].state == State::Warning && found[0].message.contains("shop/c on a has been starting for 7 min")
+        );
         // What is well with others is no news where something is not.
-        let found = captures(&[row("a", "captured"), row("b", "failed")], &BTreeMap::new());
+        let found = captures(&[row("a", "captured"), row("b", "failed")], &BTreeMap::new(), Timestamp::UNIX_EPOCH);
         assert_eq!((found[0].state, found.len()), (State::Failed, 1));
         assert!(found[0].message.contains("shop/b on a"));
         let silent = BTreeMap::from([("a".to_owned(), "why".to_owned())]);
-        let found = captures(&[row("a", "unknown"), row("b", "unknown"), row("c", "not-captured")], &silent);
+        let found = captures(
+            &[row("a", "unknown"), row("b", "unknown"), row("c", "not-captured")],
+            &silent,
+            Timestamp::UNIX_EPOCH,
+        );
         assert_eq!((found[0].state, found.len()), (State::Failed, 1));
         assert!(found[0].message.starts_with("a: ") && found[0].message.ends_with("2 of them"), "{}", found[0].message);
     }

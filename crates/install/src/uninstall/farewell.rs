@@ -9,8 +9,9 @@ use kube::Error;
 use serde_json::Value;
 
 use super::standing::{self, NotLeft, doubts};
-use super::{Looks, Progress, RECORDED, RECORDS, Work};
+use super::{Progress, RECORDED, RECORDS, Work};
 use crate::leaving::{self, Stage};
+use crate::looks::Looks;
 use crate::objects::{Object, settings_object};
 use crate::pages::{self, NodePages, Process};
 use crate::status;
@@ -39,7 +40,8 @@ impl Work {
         let stage = Stage::of(&settings);
         if !self.dry_run {
             // One that was interrupted goes on, and what that one changed is changed.
-            self.progress.set(stage.into());
+            let is_taken = !has_nodes && stage != Stage::No;
+            self.progress.set(if is_taken { Progress::Taken } else { stage.into() });
         }
         let not_left = self.not_left(has_nodes && stage == Stage::Begun).await?;
         if not_left.is_empty() {

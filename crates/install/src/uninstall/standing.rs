@@ -12,7 +12,8 @@ pub(super) const PAGES: &[(Process, &str)] = &[(Process::Agent, "/pods"), (Proce
 
 /// States in which a pod has rules, or may have: who is still looked at may turn out to have them. `failed` is none of them: whose
 /// taking over fails is said to stand besides, until it is known that nothing does.
-const STANDS: &[&str] = &["waiting", "looking", "found", "preparing", "offered", "beginning", "captured", "leaving"];
+const STANDS: &[&str] =
+    &["waiting", "looking", "found", "preparing", "offered", "beginning", "captured", "damaged", "leaving"];
 
 /// A pod with rules of ours.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -237,19 +237,18 @@ impl TunnelSink {
     }
 
     /// Puts a frame behind what waits to be written.
-    pub(super) fn queue(&mut self, control: &Control) -> Result<(), EndedEarly> {
+    pub(super) fn queue(&mut self, control: &Control) {
         let mut buffer = [0; MAX_CONTROL_FRAME];
-        self.queue_content(control.encode(&mut buffer))
+        self.queue_content(control.encode(&mut buffer));
     }
 
     /// Puts a record of this content, which is not empty, behind what waits to be written.
-    pub(super) fn queue_content(&mut self, content: &[u8]) -> Result<(), EndedEarly> {
-        self.renew_key()?;
+    pub(super) fn queue_content(&mut self, content: &[u8]) {
+        self.renew_key();
         let mut record = vec![0; records::BEFORE + content.len() + records::AFTER];
         record[records::BEFORE..records::BEFORE + content.len()].copy_from_slice(content);
         self.sealer.seal(&mut record);
         self.waiting.push(&record);
-        Ok(())
     }
 
     /// Says that nothing follows.
@@ -258,17 +257,16 @@ impl TunnelSink {
         self.waiting.push(&record);
     }
 
-    fn renew_key(&mut self) -> Result<(), EndedEarly> {
-        if let Some(update) = self.sealer.key_update().map_err(broken)? {
+    fn renew_key(&mut self) {
+        if let Some(update) = self.sealer.key_update() {
             self.waiting.push(&update);
         }
-        Ok(())
     }
 }
 
 impl Sink for TunnelSink {
     fn take(&mut self, batch: &mut Batch) -> Result<(), EndedEarly> {
-        self.renew_key()?;
+        self.renew_key();
         batch.seal(&mut self.sealer);
         self.waiting.take(&self.tcp, batch).map_err(|_| EndedEarly::Reset(self.far))
     }
@@ -278,7 +276,7 @@ impl Sink for TunnelSink {
     }
 
     fn fin(&mut self, last: bool) -> Result<bool, EndedEarly> {
-        self.queue(&Control::Fin { lease: self.lease })?;
+        self.queue(&Control::Fin { lease: self.lease });
         // Of the two sides the server has the last word: its `Closed` goes with its `Fin`.
         if last && self.far == Side::Client {
             return Ok(false);

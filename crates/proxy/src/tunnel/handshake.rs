@@ -14,7 +14,7 @@ use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, InsufficientSizeError, UnbufferedStatus};
 use rustls::{ClientConfig, CommonState, Error as TlsError, ServerConfig};
 use tokio::net::TcpStream;
-use wire::records::{self, BEFORE, Opener, Sealer};
+use wire::records::{self, BEFORE, Opener, Sealer, Secrets};
 
 use crate::offload::Offload;
 use crate::reasons::EndedEarly;
@@ -43,7 +43,8 @@ pub(super) async fn client(
     config: Arc<ClientConfig>,
     pays: (&Offload, Payer),
 ) -> Result<Finished, EndedEarly> {
-    finish(|| UnbufferedClientConnection::new(config, unnamed()), tcp, Vec::new(), pays).await
+    let (config, secrets) = Secrets::of_client(&config);
+    finish(|| UnbufferedClientConnection::new(config, unnamed()), &secrets, tcp, Vec::new(), pays).await
 }
 
 /// Handshakes as the side that was connected to; `first` is what came already.
@@ -53,7 +54,8 @@ pub(super) async fn server(
     first: Vec<u8>,
     pays: (&Offload, Payer),
 ) -> Result<Finished, EndedEarly> {
-    finish(|| UnbufferedServerConnection::new(config), tcp, first, pays).await
+    let (config, secrets) = Secrets::of_server(&config);
+    finish(|| UnbufferedServerConnection::new(config), &secrets, tcp, first, pays).await
 }
 
 /// What the two kinds of rustls' connection have in common.
@@ -61,7 +63,7 @@ trait Connection: Send + Sized + 'static {
     type Data;
     fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data>;
     fn common(&self) -> &CommonState;
-    fn records(self) -> Result<(Sealer, Opener), records::RecordError>;
+    fn records(self, secrets: &Secrets) -> Result<(Sealer, Opener), records::RecordError>;
 }
 
 impl Connection for UnbufferedClientConnection {
@@ -75,8 +77,8 @@ impl Connection for UnbufferedClientConnection {
         self
     }
 
-    fn records(self) -> Result<(Sealer, Opener), records::RecordError> {
-        records::of_client(self)
+    fn records(self, secrets: &Secrets) -> Result<(Sealer, Opener), records::RecordError> {
+        records::of_client(self, secrets)
     }
 }
 
@@ -91,8 +93,8 @@ impl Connection for UnbufferedServerConnection {
         self
     }
 
-    fn records(self) -> Result<(Sealer, Opener), records::RecordError> {
-        records::of_server(self)
+    fn records(self, secrets: &Secrets) -> Result<(Sealer, Opener), records::RecordError> {
+        records::of_server(self, secrets)
     }
 }
 
@@ -183,6 +185,7 @@ impl<C: Connection> Shake<C> {
 /// Says and hears what is needed until both sides are proven, and says why where they are not.
 async fn finish<C: Connection>(
     make: impl FnOnce() -> Result<C, TlsError> + Send + 'static,
+    secrets: &Secrets,
     tcp: &TcpStream,
     came: Vec<u8>,
     (offload, payer): (&Offload, Payer),
@@ -215,7 +218,7 @@ async fn finish<C: Connection>(
         EndedEarly::Handshake(refusal)
     };
     let peer = VerifiedPeer::from_handshake(shake.connection.common(), JUSTMTLS_1).map_err(refused)?;
-    let (sealer, opener) = shake.connection.records().map_err(|error| refused(error.refusal()))?;
+    let (sealer, opener) = shake.connection.records(secrets).map_err(|error| refused(error.refusal()))?;
     Ok(Finished { peer, sealer, opener, rest: shake.came })
 }
 

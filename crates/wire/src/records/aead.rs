@@ -2,23 +2,91 @@
 
 use std::fmt;
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustls::ConnectionTrafficSecrets as Secrets;
+use rustls::ConnectionTrafficSecrets;
+use zeroize::Zeroizing;
 
-use super::{AFTER, APPLICATION_DATA, BEFORE, MAX_CONTENT, TAG};
+use super::{AFTER, APPLICATION_DATA, BEFORE, MAX_CONTENT, TAG, ciphers};
 
 const NONCE: usize = 12;
 
-/// A key, and how many records it has sealed or opened.
+/// The most bytes of a key, of all algorithms.
+const LONGEST_KEY: usize = 32;
+
+/// A key, and how many records it has sealed or opened. It is a hundred bytes; the cipher that is made of it is six times that,
+/// and with the core that it was last used on ([`ciphers`]).
 pub(super) struct Key {
-    cipher: Cipher,
-    iv: [u8; NONCE],
+    material: Material,
     sequence: u64,
+    /// Whose cipher is whose. Never given twice.
+    id: u64,
+    /// Which library makes the cipher.
+    ring: bool,
+}
+
+/// What a cipher is made of.
+pub(super) struct Material {
+    algorithm: Algorithm,
+    key: Zeroizing<[u8; LONGEST_KEY]>,
+    pub(super) iv: [u8; NONCE],
+}
+
+/// The AEAD of a suite.
+#[derive(Clone, Copy)]
+pub(super) enum Algorithm {
+    Aes128Gcm,
+    Aes256Gcm,
+    Chacha20Poly1305,
+}
+
+impl Algorithm {
+    /// Bytes of its key.
+    fn key_length(self) -> usize {
+        match self {
+            Self::Aes128Gcm => 16,
+            Self::Aes256Gcm | Self::Chacha20Poly1305 => LONGEST_KEY,
+        }
+    }
+}
+
+impl Material {
+    /// All zeroes, to be filled.
+    pub(super) fn empty(algorithm: Algorithm) -> Self {
+        Self { algorithm, key: Zeroizing::new([0; LONGEST_KEY]), iv: [0; NONCE] }
+    }
+
+    fn key(&self) -> &[u8] {
+        &self.key[..self.algorithm.key_length()]
+    }
+
+    /// The bytes of the key.
+    pub(super) fn key_mut(&mut self) -> &mut [u8] {
+        &mut self.key[..self.algorithm.key_length()]
+    }
+}
+
+impl From<&ConnectionTrafficSecrets> for Material {
+    fn from(secrets: &ConnectionTrafficSecrets) -> Self {
+        use ConnectionTrafficSecrets::{Aes128Gcm, Aes256Gcm, Chacha20Poly1305};
+        let (algorithm, key, iv) = match secrets {
+            Aes128Gcm { key, iv } => (Algorithm::Aes128Gcm, key, iv),
+            Aes256Gcm { key, iv } => (Algorithm::Aes256Gcm, key, iv),
+            Chacha20Poly1305 { key, iv } => (Algorithm::Chacha20Poly1305, key, iv),
+            // The enum may grow with suites that our provider does not offer.
+            _ => unreachable!("a cipher suite that was not offered"),
+        };
+        let mut material = Self::empty(algorithm);
+        // rustls gives a key of the suite's own length.
+        material.key_mut().copy_from_slice(key.as_ref());
+        material.iv.copy_from_slice(iv.as_ref());
+        material
+    }
 }
 
 /// Two libraries with one interface. AWS-LC is what everything else here uses; ring has code for processors with VAES and
 /// without AVX-512 (AMD's Zen 3, for one) that takes half of the time.
-enum Cipher {
+pub(super) enum Cipher {
     AwsLc(aws_lc_rs::aead::LessSafeKey),
     Ring(Box<ring::aead::LessSafeKey>),
 }
@@ -42,25 +110,21 @@ static RING: LazyLock<bool> = LazyLock::new(|| {
 static RING: LazyLock<bool> = LazyLock::new(|| false);
 
 impl Cipher {
-    fn new(secrets: &Secrets, ring: bool) -> (Self, [u8; NONCE]) {
+    fn new(material: &Material, ring: bool) -> Self {
         use {aws_lc_rs::aead as aws, ring::aead as ring_aead};
-        let (aws_algorithm, ring_algorithm, key, iv) = match secrets {
-            Secrets::Aes128Gcm { key, iv } => (&aws::AES_128_GCM, &ring_aead::AES_128_GCM, key, iv),
-            Secrets::Aes256Gcm { key, iv } => (&aws::AES_256_GCM, &ring_aead::AES_256_GCM, key, iv),
-            Secrets::Chacha20Poly1305 { key, iv } => (&aws::CHACHA20_POLY1305, &ring_aead::CHACHA20_POLY1305, key, iv),
-            // The enum may grow with suites that our provider does not offer.
-            _ => unreachable!("a cipher suite that was not offered"),
+        let (aws_algorithm, ring_algorithm) = match material.algorithm {
+            Algorithm::Aes128Gcm => (&aws::AES_128_GCM, &ring_aead::AES_128_GCM),
+            Algorithm::Aes256Gcm => (&aws::AES_256_GCM, &ring_aead::AES_256_GCM),
+            Algorithm::Chacha20Poly1305 => (&aws::CHACHA20_POLY1305, &ring_aead::CHACHA20_POLY1305),
         };
-        const LENGTH: &str = "rustls gives a key of the suite's own length";
-        let iv = iv.as_ref().try_into().expect(LENGTH);
-        let cipher = if ring {
-            let key = ring_aead::UnboundKey::new(ring_algorithm, key.as_ref()).expect(LENGTH);
+        const LENGTH: &str = "material has a key of its algorithm's own length";
+        if ring {
+            let key = ring_aead::UnboundKey::new(ring_algorithm, material.key()).expect(LENGTH);
             Self::Ring(Box::new(ring_aead::LessSafeKey::new(key)))
         } else {
-            let key = aws::UnboundKey::new(aws_algorithm, key.as_ref()).expect(LENGTH);
+            let key = aws::UnboundKey::new(aws_algorithm, material.key()).expect(LENGTH);
             Self::AwsLc(aws::LessSafeKey::new(key))
-        };
-        (cipher, iv)
+        }
     }
 
     /// Encrypts `content` where it lies and returns its tag.
@@ -102,14 +166,24 @@ impl Cipher {
 
 impl Key {
     /// A key of which `sequence` records were used already.
-    pub(super) fn new(sequence: u64, secrets: &Secrets) -> Self {
-        Self::with(sequence, secrets, *RING)
+    pub(super) fn new(sequence: u64, material: Material) -> Self {
+        Self::with(sequence, material, *RING)
     }
 
     /// The same by one of the two libraries.
-    pub(super) fn with(sequence: u64, secrets: &Secrets, ring: bool) -> Self {
-        let (cipher, iv) = Cipher::new(secrets, ring);
-        Self { cipher, iv, sequence }
+    pub(super) fn with(sequence: u64, material: Material, ring: bool) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self { material, sequence, id: NEXT.fetch_add(1, Ordering::Relaxed), ring }
+    }
+
+    /// What it is a key of.
+    pub(super) fn algorithm(&self) -> Algorithm {
+        self.material.algorithm
+    }
+
+    /// Does something with the cipher of this key.
+    fn with_cipher<T>(&self, work: impl FnOnce(&Cipher) -> T) -> T {
+        ciphers::with(self.id, || Cipher::new(&self.material, self.ring), work)
     }
 
     /// How many records it was used for.
@@ -132,24 +206,30 @@ impl Key {
         record[BEFORE + content] = kind;
         let (plain, tag) = record[BEFORE..].split_at_mut(content + 1);
         let nonce = self.nonce();
-        tag.copy_from_slice(&self.cipher.seal(nonce, header, plain));
+        tag.copy_from_slice(&self.with_cipher(|cipher| cipher.seal(nonce, header, plain)));
     }
 
     /// Opens a whole record in place; `None` where its seal is broken.
     pub(super) fn open<'r>(&mut self, record: &'r mut [u8]) -> Option<&'r [u8]> {
         let (header, sealed) = record.split_first_chunk_mut::<BEFORE>()?;
         let nonce = self.nonce();
-        self.cipher.open(nonce, *header, sealed)
+        self.with_cipher(|cipher| cipher.open(nonce, *header, sealed))
     }
 
     fn nonce(&mut self) -> [u8; NONCE] {
-        let mut nonce = self.iv;
+        let mut nonce = self.material.iv;
         for (byte, sequence) in nonce[NONCE - 8..].iter_mut().zip(self.sequence.to_be_bytes()) {
             *byte ^= sequence;
         }
         // A key update comes long before; were it not to, a repeated nonce would be the end of secrecy.
         self.sequence = self.sequence.checked_add(1).expect("no key is used 2^64 times");
         nonce
+    }
+}
+
+impl Drop for Key {
+    fn drop(&mut self) {
+        ciphers::forget(self.id);
     }
 }
 

@@ -12,8 +12,9 @@ use identity::{PrivateKey, SpiffeId, Svid, UnixTime};
 use proptest::prelude::*;
 use rustls::time_provider::TimeProvider;
 use rustls::unbuffered::{ConnectionState, EncodeError, InsufficientSizeError, UnbufferedStatus};
-use rustls::{ClientConfig, ServerConfig, ServerConnection};
+use rustls::{ClientConfig, KeyLog, ServerConfig, ServerConnection};
 
+use super::aead::Algorithm;
 use super::*;
 
 #[derive(Debug)]
@@ -51,6 +52,7 @@ struct Pair {
 fn pair() -> Pair {
     let (client, server) = configs();
     let mut peer = ServerConnection::new(server).unwrap();
+    let (client, secrets) = Secrets::of_client(&client);
     let mut connection = UnbufferedClientConnection::new(client, unnamed()).unwrap();
     let (mut incoming, mut outgoing) = (Vec::new(), Vec::new());
     while connection.is_handshaking() || peer.is_handshaking() {
@@ -79,7 +81,7 @@ fn pair() -> Pair {
         }
         incoming.drain(..discard);
     }
-    let (sealer, opener) = of_client(connection).unwrap();
+    let (sealer, opener) = of_client(connection, &secrets).unwrap();
     Pair { sealer, opener, peer }
 }
 
@@ -157,13 +159,13 @@ fn the_largest_record_passes_and_both_libraries_seal_alike() {
     let secrets = rustls::ConnectionTrafficSecrets::Aes256Gcm { key, iv };
     let seal = |ring| {
         let mut record = vec![3; BEFORE + 100 + AFTER];
-        Key::with(5, &secrets, ring).seal(APPLICATION_DATA, &mut record);
+        Key::with(5, (&secrets).into(), ring).seal(APPLICATION_DATA, &mut record);
         record
     };
     assert_eq!(seal(true), seal(false));
-    assert!(Key::with(5, &secrets, true).open(&mut seal(false)).is_some());
-    assert!(Key::with(5, &secrets, false).open(&mut seal(true)).is_some());
-    assert!(Key::with(6, &secrets, false).open(&mut seal(true)).is_none(), "in another place");
+    assert!(Key::with(5, (&secrets).into(), true).open(&mut seal(false)).is_some());
+    assert!(Key::with(5, (&secrets).into(), false).open(&mut seal(true)).is_some());
+    assert!(Key::with(6, (&secrets).into(), false).open(&mut seal(true)).is_none(), "in another place");
 }
 
 #[test]
@@ -174,8 +176,8 @@ fn keys_are_updated_both_ways_when_the_peer_asks() {
         pair.peer.refresh_traffic_keys().unwrap();
         pair.peer.writer().write_all(b"by the new key").unwrap();
         assert_eq!(pair.open_all().unwrap(), b"by the new key");
-        let update = pair.sealer.key_update().unwrap().expect("it was asked for");
-        assert_eq!(pair.sealer.key_update().unwrap(), None, "once");
+        let update = pair.sealer.key_update().expect("it was asked for");
+        assert_eq!(pair.sealer.key_update(), None, "once");
         give(&mut pair.peer, &update);
         let record = sealed(&mut pair.sealer, b"and ours");
         give(&mut pair.peer, &record);
@@ -183,13 +185,82 @@ fn keys_are_updated_both_ways_when_the_peer_asks() {
     }
 }
 
+/// The second successors of secrets that count from 0, by another implementation of RFC 8446, section 7.2.
+#[test]
+fn keys_of_every_suite_follow_as_the_specification_says() {
+    use rustls::crypto::aws_lc_rs::cipher_suite as suite;
+    let bytes = |hex: &str| -> Vec<u8> {
+        (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect()
+    };
+    for (suite, algorithm, hash, key, iv) in [
+        (
+            suite::TLS13_AES_128_GCM_SHA256,
+            Algorithm::Aes128Gcm,
+            32,
+            "f795fc0182a370f8af96a1d6dfba76ac",
+            "2739edacb4dc79885391a769",
+        ),
+        (
+            suite::TLS13_AES_256_GCM_SHA384,
+            Algorithm::Aes256Gcm,
+            48,
+            "2d9c985947a6214bd2d1eef320171612b39ade8f7b8f0df6c09023ab183d172e",
+            "fd5be82f2a1fe585114075cc",
+        ),
+        (
+            suite::TLS13_CHACHA20_POLY1305_SHA256,
+            Algorithm::Chacha20Poly1305,
+            32,
+            "a0bbbcfeba507420e29aff13ebeaeb194782449236bef1c04640793d86732721",
+            "2739edacb4dc79885391a769",
+        ),
+    ] {
+        let (key, iv): (_, [u8; 12]) = (bytes(key), bytes(iv).try_into().unwrap());
+        let material = || {
+            let mut material = Material::empty(algorithm);
+            material.key_mut().copy_from_slice(&key);
+            Material { iv, ..material }
+        };
+        let secrets = Secrets::default();
+        let secret: Vec<u8> = (0..hash).collect();
+        secrets.log("CLIENT_TRAFFIC_SECRET_0", &[], &secret);
+        assert!(secrets.successors(suite).is_none(), "the server's is not there");
+        secrets.log("SERVER_TRAFFIC_SECRET_0", &[], &[7; 32]);
+        let (mut client, _) = secrets.successors(suite).unwrap();
+        let first = Key::with(0, Material::empty(algorithm), false);
+        let second = client.of(&first);
+        let mut third = client.of(&second);
+        let mut record = vec![3; BEFORE + 100 + AFTER];
+        Key::with(0, material(), false).seal(APPLICATION_DATA, &mut record);
+        assert!(third.open(&mut record).is_some(), "{suite:?}");
+    }
+}
+
+/// More connections than a core has places for ciphers, in turn, and on two threads.
+#[test]
+fn whose_cipher_is_gone_gets_it_again_and_nobody_gets_anothers() {
+    let mut pairs: Vec<Pair> = (0..150).map(|_| pair()).collect();
+    let mut talk = |text: &[u8]| {
+        for pair in &mut pairs {
+            let record = sealed(&mut pair.sealer, text);
+            give(&mut pair.peer, &record);
+            assert_eq!(pair.read_at_peer(text.len()), text);
+            pair.peer.writer().write_all(text).unwrap();
+            assert_eq!(pair.open_all().unwrap(), text);
+        }
+    };
+    talk(b"here");
+    std::thread::scope(|scope| scope.spawn(|| talk(b"elsewhere")).join().unwrap());
+    talk(b"here again");
+}
+
 #[test]
 fn a_key_that_has_sealed_enough_is_replaced() {
     let mut pair = pair();
     pair.sealer.key.skip_to(RENEW_AFTER);
-    assert!(pair.sealer.key_update().unwrap().is_some());
+    assert!(pair.sealer.key_update().is_some());
     assert_eq!(pair.sealer.key.used(), 0);
-    assert_eq!(pair.sealer.key_update().unwrap(), None);
+    assert_eq!(pair.sealer.key_update(), None);
 }
 
 #[test]
@@ -227,10 +298,10 @@ fn what_may_not_come_ends_the_connection_by_name() {
     let secrets = || rustls::ConnectionTrafficSecrets::Aes256Gcm { key: [9; 32].into(), iv: [1; 12].into() };
     let open = |kind: u8, content: &[u8]| {
         let mut pair = pair();
-        pair.opener.key = Key::with(0, &secrets(), false);
+        pair.opener.key = Key::with(0, (&secrets()).into(), false);
         let mut record = vec![0; BEFORE + content.len() + AFTER];
         record[BEFORE..BEFORE + content.len()].copy_from_slice(content);
-        Key::with(0, &secrets(), false).seal(kind, &mut record);
+        Key::with(0, (&secrets()).into(), false).seal(kind, &mut record);
         (pair.opener.open(&mut record.clone()), record)
     };
     let (broken, mut record) = open(APPLICATION_DATA, b"x");

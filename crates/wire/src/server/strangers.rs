@@ -48,6 +48,10 @@ const RESERVED: usize = super::accept::ENDING + 384;
 /// What is served even where the limit of descriptors is lower than anybody sets it.
 const LEAST: usize = 64;
 
+/// A token ends with its pod, and within the hour: a stream that began with it ends soon after. For all nodes of a large cluster it
+/// is a few questions a second.
+const TRUST: Duration = Duration::from_secs(900);
+
 /// How many connections there may be, and for how long without a token.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Bounds {
@@ -59,6 +63,8 @@ pub struct Bounds {
     pub strangers_of_source: usize,
     /// From the start of a connection to its first accepted token. What is spent on looking it up does not count.
     pub patience: Duration,
+    /// How long an accepted token counts on a stream before it is looked up again.
+    pub trust: Duration,
 }
 
 impl Bounds {
@@ -68,7 +74,7 @@ impl Bounds {
         let all = descriptors.saturating_sub(RESERVED).clamp(LEAST, NODES + STRANGERS);
         let strangers = (all / 4).min(STRANGERS);
         let strangers_of_source = (strangers / SHARE_OF_SOURCE).max(2 * FEW);
-        Self { nodes: all - strangers, strangers, strangers_of_source, patience: PATIENCE }
+        Self { nodes: all - strangers, strangers, strangers_of_source, patience: PATIENCE, trust: TRUST }
     }
 
     /// Connections of any kind.

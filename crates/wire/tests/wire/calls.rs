@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use wire::client::{ClientError, Connected};
 use wire::discovery::{Asked, Change, Kind, Known, Published, Resource};
 use wire::report::{CaptureFailure, Report};
-use wire::server::TurnedAway;
+use wire::server::{Bounds, TurnedAway};
 
 use crate::control::{CONTROL, KINDS, Running};
 use crate::files::Files;
@@ -99,6 +99,29 @@ async fn a_node_that_comes_back_is_sent_what_differs() {
     let connected = files.control_plane(running.address).connect().await.unwrap();
     let mut discovery = connected.discover(&[Kind::Settings], known).await.unwrap();
     assert_eq!(discovery.next().await.unwrap().changes, [], "the same version is not sent twice");
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_stream_ends_when_its_token_stands_for_nobody_any_more_and_not_while_nobody_can_say() {
+    let authority = Authority::new("cluster.local");
+    let bounds = Bounds { trust: Duration::from_millis(20), ..Bounds::within(1024) };
+    let running = Running::start_with(&authority, CONTROL, bounds).await;
+    running.publish(vec![Published::new(&settings("10.0.0.0/8"))]);
+    let files = Files::new(&authority);
+    let connected = files.control_plane(running.address).connect().await.unwrap();
+    let mut discovery = connected.discover(&[Kind::Settings], Known::default()).await.unwrap();
+    discovery.next().await.unwrap();
+    let mut asked = running.control.asked.subscribe();
+    asked.wait_for(|asked| *asked > 3).await.unwrap();
+    // Whoever knows is away, for many times as long as a token counts.
+    running.control.reviews.send_replace(false);
+    let wait = tokio::time::timeout(Duration::from_millis(400), discovery.next()).await;
+    assert!(wait.is_err(), "{wait:?}");
+    *running.control.revoked.lock().unwrap() = true;
+    running.control.reviews.send_replace(true);
+    let ended = discovery.next().await.unwrap_err();
+    assert!(ended.to_string().contains("does not count any more"), "{ended}");
     running.stop().await;
 }
 

@@ -29,6 +29,8 @@ pub(crate) struct Control {
     pub(crate) turned_away: watch::Sender<Vec<(SocketAddr, TurnedAway)>>,
     /// Tokens are looked up only while this is so: whoever knows may be away.
     pub(crate) reviews: watch::Sender<bool>,
+    /// The token stands for nobody any more.
+    pub(crate) revoked: Mutex<bool>,
     /// How many it was asked to look up.
     pub(crate) asked: watch::Sender<usize>,
 }
@@ -40,7 +42,7 @@ impl Handler for Control {
         assert_ne!(caller.address.port(), 0, "the caller's address is known");
         self.asked.send_modify(|asked| *asked += 1);
         self.reviews.subscribe().wait_for(|reviews| *reviews).await.unwrap();
-        match caller.token == TOKEN {
+        match caller.token == TOKEN && !*self.revoked.lock().unwrap() {
             true => Ok(()),
             false => Err(Refused::UnknownCaller("this token is nobody's".to_owned())),
         }
@@ -118,6 +120,7 @@ impl Running {
             asked_for: Mutex::new(None),
             turned_away: watch::Sender::new(Vec::new()),
             reviews: watch::Sender::new(true),
+            revoked: Mutex::new(false),
             asked: watch::Sender::new(0),
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

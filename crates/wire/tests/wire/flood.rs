@@ -23,7 +23,7 @@ use crate::pki::{Authority, clock};
 const LONG: Duration = Duration::from_secs(20);
 /// How long a stranger may wait in tests that wait for it.
 const PATIENCE: Duration = Duration::from_millis(300);
-const BOUNDS: Bounds = Bounds { nodes: 16, strangers: 64, strangers_of_source: 32, patience: LONG };
+const BOUNDS: Bounds = Bounds { nodes: 16, strangers: 64, strangers_of_source: 32, patience: LONG, trust: LONG };
 
 /// HTTP/2's first bytes, with settings that ask for nothing.
 const HTTP_2: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";

@@ -285,7 +285,7 @@ async fn pods_that_run_and_cannot_be_captured_have_events_and_others_have_none()
     timeout(LONG, reports.next()).await.expect("no confirmation").unwrap();
     let written = || {
         let events = cluster.fake.all_below("/api/v1/namespaces/shop/events/");
-        (events.len() > 1).then_some(events)
+        (events.len() > 2).then_some(events)
     };
     let events = until(written).await;
     assert!(began.elapsed() >= Duration::from_secs(10), "they may only be late");
@@ -293,14 +293,16 @@ async fn pods_that_run_and_cannot_be_captured_have_events_and_others_have_none()
         .iter()
         .map(|event| (event["involvedObject"]["uid"].to_string(), event["message"].as_str().unwrap().to_owned()))
         .collect();
-    let [(foreign, because), (web, why)] = &said.into_iter().collect::<Vec<_>>()[..] else { panic!("two: {events:?}") };
-    assert_eq!([foreign, web], ["\"uid-foreign\"", "\"uid-web\""]);
+    let said: Vec<_> = said.into_iter().collect();
+    let [(damaged, how), (foreign, because), (web, why)] = &said[..] else { panic!("three: {events:?}") };
+    assert_eq!([damaged, foreign, web], ["\"uid-captured\"", "\"uid-foreign\"", "\"uid-web\""]);
+    assert!(how.contains("no-interface"), "{how}");
     assert!(because.contains("not-capturable: its packets are Istio's"), "{because}");
     assert!(why.contains("no-interface") && why.ends_with("(node node-a)"), "{why}");
 
     one.stop().await;
     two.stop().await;
-    assert_eq!(cluster.fake.all_below("/api/v1/namespaces/shop/events/").len(), 2);
+    assert_eq!(cluster.fake.all_below("/api/v1/namespaces/shop/events/").len(), 3);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -78,7 +78,7 @@ fn of_http(container: &core::Container, http: &core::HTTPGetAction) -> Result<Pr
     let headers = http.http_headers.iter().flatten();
     let headers = headers.map(|header| (header.name.as_str(), header.value.as_str()));
     let request = HttpProbe::new(http.path.as_deref().unwrap_or_default(), http.host.as_deref(), headers);
-    let request = request.ok_or("has a host or a header that no request can carry")?;
+    let request = request.ok_or("has a path, a host or a header that no request can carry")?;
     Ok(Probe { port, check: Check::Http(request) })
 }
 

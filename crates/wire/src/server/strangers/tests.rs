@@ -6,7 +6,8 @@ use proptest::prelude::*;
 
 use super::*;
 
-const BOUNDS: Bounds = Bounds { nodes: 3, strangers: 12, strangers_of_source: 8, patience: Duration::from_secs(10) };
+const BOUNDS: Bounds =
+    Bounds { nodes: 3, strangers: 12, strangers_of_source: 8, patience: Duration::from_secs(10), trust: Duration::MAX };
 
 fn address(last: u8) -> IpAddr {
     Ipv4Addr::new(10, 0, 0, last).into()
