@@ -219,7 +219,8 @@ fn keys_of_every_suite_follow_as_the_specification_says() {
         let material = || {
             let mut material = Material::empty(algorithm);
             material.key_mut().copy_from_slice(&key);
-            Material { iv, ..material }
+            material.iv = iv;
+            material
         };
         let secrets = Secrets::default();
         let secret: Vec<u8> = (0..hash).collect();
