@@ -150,8 +150,6 @@ pub struct Capture {
     changes: Option<[Changes; 2]>,
     /// Packets that the guard had dropped when it was last asked.
     dropped: u64,
-    /// The last look found something that could not be made anew.
-    pub(crate) damaged: bool,
     /// Of a pod that leaves: the last look found no connection of the data path.
     idle: bool,
     /// Packets that opened a connection and were dropped by the rules, when that was last asked.
@@ -306,7 +304,6 @@ impl Capture {
             changes: Some(changes),
             dropped: 0,
             uncaptured: 0,
-            damaged: false,
             idle: false,
             looks: None,
             repaired: 0,

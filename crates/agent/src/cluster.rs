@@ -21,8 +21,10 @@ use crate::plugin::place::{Folders, Place};
 use crate::plugin::records::Records;
 use crate::running;
 
-/// For how long an agent that ends asks what becomes of its DaemonSet, and the pause between two questions.
+/// For how long an agent that ends asks what becomes of its DaemonSet, at once or when it has asked and waited before, and the pause
+/// between two questions. Kubelet gives it thirty seconds and the drain time.
 const ASK_FOR: Duration = Duration::from_secs(20);
+const ASK_ON: Duration = Duration::from_secs(4);
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// What is mounted into the agent's container, and what is around it.
@@ -119,8 +121,8 @@ impl Args {
 
     /// The same, asked again for a while where nobody can say: when all agents of a cluster end at once, some get no answer, and
     /// a plugin that stays where no agent comes keeps pods of its node from starting.
-    async fn fate_in_the_end(&self) -> Fate {
-        let until = Instant::now() + ASK_FOR;
+    async fn fate_in_the_end(&self, has_waited: bool) -> Fate {
+        let until = Instant::now() + if has_waited { ASK_ON } else { ASK_FOR };
         loop {
             match self.fate().await {
                 Fate::Unknown(why) if Instant::now() < until => {
@@ -142,8 +144,8 @@ impl Args {
 
     /// The agent ends. Where nobody comes after it the plugin is taken out, as it would keep every pod of the node waiting.
     /// Whether nobody comes.
-    pub(crate) async fn leave(&self, keeper: &Keeper, sockets: [&PathBuf; 3]) -> bool {
-        let fate = self.fate_in_the_end().await;
+    pub(crate) async fn leave(&self, keeper: &Keeper, sockets: [&PathBuf; 3], has_waited: bool) -> bool {
+        let fate = self.fate_in_the_end(has_waited).await;
         let goes = fate == Fate::Goes;
         match fate {
             Fate::Stays => tracing::info!("the plugin stays for the next agent"),

@@ -342,6 +342,7 @@ impl Pods {
             _ if cancelled => sandbox.stage = Stage::Bare,
             Ok(()) => {
                 sandbox.stage = Stage::Captured;
+                sandbox.damage = None;
                 pod.failure = None;
             }
             Err(failure) => {

@@ -386,7 +386,7 @@ async fn hold(args: &Args, estate: Option<Vec<Said>>, terminate: &mut Signal) ->
         return Ok(Some(Place { taken, estate, pages }));
     }
     if let Some(keeper) = &keeper
-        && args.cluster.leave(keeper, [&args.cni_socket, &args.proxy_socket, &args.admin]).await
+        && args.cluster.leave(keeper, [&args.cni_socket, &args.proxy_socket, &args.admin], wake.ends.is_some()).await
     {
         node.end_leaving().await;
     }

@@ -53,8 +53,8 @@ pub(crate) enum Found {
     Forgotten(usize),
     /// It is not as it must be and could not be made anew, or nobody knows how it is. The next look tries again.
     Damaged(Failure),
-    /// It stands again after that.
-    Mended,
+    /// All of it stands.
+    Stands,
     /// Something else about it could not be done. The next look tries again.
     Failed {
         /// What happened.
@@ -158,8 +158,6 @@ fn look(capture: &mut Capture, depth: Depth) -> Vec<Found> {
         let failure = Failure::Capture { name: error.name(), sentence: format!("{what}: {error}") };
         vec![Found::Damaged(failure)]
     };
-    let was_damaged = capture.damaged;
-    capture.damaged = true;
     match capture.verify() {
         Ok(Standing::Intact) => {}
         Ok(Standing::Broken(broken)) => match capture.repair() {
@@ -171,10 +169,7 @@ fn look(capture: &mut Capture, depth: Depth) -> Vec<Found> {
         },
         Err(error) => return damaged("it cannot be verified", &error),
     }
-    capture.damaged = false;
-    if was_damaged {
-        found.push(Found::Mended);
-    }
+    found.push(Found::Stands);
     match capture.strengthen() {
         Ok(false) => {}
         Ok(true) => found.push(Found::Strengthened),

@@ -85,6 +85,8 @@ pub(crate) struct Registered {
 
 /// How long a node that was told may keep others from going on by saying nothing, or no.
 const DEAF: Duration = Duration::from_secs(60);
+/// How long any may, whatever it was told: one that reads nothing, asks for nothing, or comes and goes.
+const IN_THE_END: Duration = Duration::from_secs(300);
 
 impl Nodes {
     /// Notes a new stream; `None` where its process has too many.
@@ -124,7 +126,7 @@ impl Nodes {
     /// Whether all proxies have taken in a change that was published `ago`: those that are connected, those that were, and those
     /// of `nodes`. One that is not connected cannot say so; it counts when it has been away for as long as a view lives (T4),
     /// from the time `since` where it was never there. One that was told and refuses, or says nothing for [`DEAF`], holds
-    /// nobody up: whoever it is, he must not decide when a mesh can be left.
+    /// nobody up, and none does [`IN_THE_END`]: whoever it is, he must not decide when a mesh can be left.
     pub(crate) fn know<'a>(
         &self,
         (change, ago): (u64, Duration),
@@ -132,6 +134,9 @@ impl Nodes {
         since: Instant,
         lifetime: Duration,
     ) -> bool {
+        if ago >= IN_THE_END.max(lifetime) {
+            return true;
+        }
         let open = self.lock();
         let role = Role::Proxy.as_str();
         let proxies = || open.streams.values().filter(|stream| stream.role == role);
@@ -232,6 +237,7 @@ mod tests {
         proxy.note(Kind::Address, |progress| progress.refusal = Some("no".to_owned()));
         assert!(!know(3, &["node-a"]));
         assert!(!know_since(5, DEAF, &["node-a"]), "it was not told of it");
+        assert!(know_since(5, IN_THE_END, &["node-a"]), "whatever it does");
         assert!(know_since(4, DEAF, &["node-a"]) && !know_since(4, DEAF - Duration::from_secs(1), &["node-a"]));
         drop(proxy);
         assert!(!know(3, &["node-a"]), "it may still use what it knew");

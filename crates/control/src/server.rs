@@ -65,7 +65,7 @@ impl Served {
                 Refused::NotAllowed(_) => "not-allowed",
                 Refused::BadRequest(_) => "bad-request",
                 Refused::TooMany(_) => "too-many",
-                Refused::Unavailable(_) => "unavailable",
+                Refused::Unavailable(_) | Refused::Outdated(_) => "unavailable",
             });
         }
         result
@@ -114,6 +114,10 @@ impl Handler for Served {
                 _ => Refused::UnknownCaller(sentence),
             }
         })
+    }
+
+    async fn is_disowned(&self, caller: server::Caller, known: &Caller) -> bool {
+        self.tokens.is_disowned(&caller.token, known).await
     }
 
     async fn discovery(&self, caller: Caller, stream: DiscoveryStream) -> Result<(), Refused> {

@@ -130,7 +130,10 @@ fn of_pod(workload: &str, pod: &Pod, events: &[Event]) -> Option<Hang> {
     if let Some(event) = latest(events.iter().filter(|event| of_pod(event, "FailedMount"))) {
         let message = event.message.as_deref().unwrap_or_default();
         let (kind, hint) = if message.contains("hostPath type check failed") {
-            ("directory", "the node keeps it elsewhere: name it by --set cni.binDir=…, cni.confDir=… or cri.socket=…")
+            (
+                "directory",
+                "the node keeps it elsewhere: run `justmtls uninstall`, and name it by --set cni.binDir=…, cni.confDir=… or cri.socket=…",
+            )
         } else if message.contains(crate::objects::TRUST_BUNDLE) {
             ("trust-bundle", "the control plane has not published the roots yet: look at it first")
         } else {

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail};
 use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::jiff::Timestamp;
 use serde_json::Value;
 
 use crate::apply::{self, Outcome};
@@ -56,15 +57,19 @@ pub(crate) async fn run(verb: Verb, arguments: &Arguments, judge: Judge) -> anyh
     let cluster = Cluster::connect(&arguments.place).await?;
     let (numbers, version) = cluster.version().await?;
     supported(numbers, &version)?;
-    let namespace = cluster.get(&format!("/api/v1/namespaces/{NAMESPACE}")).await?;
+    let goes = |namespace: &Option<Value>| match namespace.as_ref().is_some_and(is_going) {
+        true => bail!("the namespace {NAMESPACE} is being deleted; wait until it is gone, and run the command again"),
+        false => Ok(()),
+    };
+    goes(&cluster.get(&namespace_place()).await?)?;
     let until = Instant::now() + Duration::from_secs(arguments.timeout);
     let installed = standing_nodes(&cluster, arguments.dry_run, until).await?;
     if verb == Verb::Upgrade && installed.is_none() {
         bail!("there is nothing to upgrade: no DaemonSet {NODE} in {NAMESPACE}; `justmtls install` installs");
     }
-    if namespace.as_ref().is_some_and(is_going) {
-        bail!("the namespace {NAMESPACE} is being deleted; wait until it is gone, and run the command again");
-    }
+    // After the wait, in which an uninstallation may have gone on.
+    let namespace = cluster.get(&namespace_place()).await?;
+    goes(&namespace)?;
     let recorded =
         namespace.as_ref().filter(|_| !arguments.reset_values).map(recorded).transpose()?.unwrap_or_default();
     let mut values = recorded.overlaid(&given);
@@ -87,10 +92,8 @@ pub(crate) async fn run(verb: Verb, arguments: &Arguments, judge: Judge) -> anyh
     work.definitions().await?;
     let wanted = objects(&values);
     let (nodes, control): (Vec<_>, Vec<_>) = wanted.iter().partition(|object| object.kind() == "DaemonSet");
-    let mut is_elsewhere = false;
     for object in control {
-        let outcome = work.make(object).await?;
-        is_elsewhere |= object.kind() == "Service" && outcome == Outcome::Created && installed.is_some();
+        work.make(object).await?;
     }
     let waits = !arguments.no_wait && !arguments.dry_run;
     if waits {
@@ -98,8 +101,7 @@ pub(crate) async fn run(verb: Verb, arguments: &Arguments, judge: Judge) -> anyh
     }
     for object in nodes {
         let outcome = work.make(object).await?;
-        // The nodes' containers were given the address of the Service that was there when they were made.
-        if is_elsewhere && outcome == Outcome::Unchanged {
+        if outcome == Outcome::Unchanged && work.is_elsewhere().await? {
             work.restart(object).await?;
         }
     }
@@ -108,7 +110,7 @@ pub(crate) async fn run(verb: Verb, arguments: &Arguments, judge: Judge) -> anyh
         wait::ready(&work.cluster, "daemonsets", NODE, until).await?;
     }
     if !arguments.dry_run {
-        let namespace = work.cluster.get(&format!("/api/v1/namespaces/{NAMESPACE}")).await?.unwrap_or_default();
+        let namespace = work.cluster.get(&namespace_place()).await?.unwrap_or_default();
         let record = |namespace: &Value| namespace["metadata"]["annotations"][crate::objects::VALUES].clone();
         if wanted.iter().any(|object| object.kind() == "Namespace" && record(&object.value) != record(&namespace)) {
             bail!(
@@ -119,6 +121,10 @@ pub(crate) async fn run(verb: Verb, arguments: &Arguments, judge: Judge) -> anyh
     }
     anstream::println!("{}", last_word(arguments, work.changed));
     Ok(0)
+}
+
+fn namespace_place() -> String {
+    format!("/api/v1/namespaces/{NAMESPACE}")
 }
 
 /// The DaemonSet that is installed. One that is being deleted is waited for: what is changed in it is not made.
@@ -176,9 +182,21 @@ impl Work {
         Ok(outcome)
     }
 
+    /// Whether the control plane's Service is younger than pods of nodes, whose containers were given the address of the one that was
+    /// there when they were made.
+    async fn is_elsewhere(&self) -> anyhow::Result<bool> {
+        let service = self.cluster.get(&format!("/api/v1/namespaces/{NAMESPACE}/services/{CONTROL}")).await?;
+        let made = service.as_ref().and_then(|service| service["metadata"]["creationTimestamp"].as_str());
+        // A dry run does not make it.
+        let Some(made) = made.and_then(|made| made.parse::<Timestamp>().ok()) else { return Ok(true) };
+        let pods = wait::pods_of(&self.cluster, NODE).await?;
+        let pods = pods.iter().filter(|pod| pod.metadata.deletion_timestamp.is_none());
+        Ok(pods.filter_map(|pod| pod.metadata.creation_timestamp.as_ref()).any(|time| time.0 < made))
+    }
+
     /// Has the pods of a workload made anew.
     async fn restart(&self, object: &Object) -> anyhow::Result<()> {
-        let why = "the control plane's Service is new, and has another address";
+        let why = "the control plane's Service is newer, and may have another address";
         if self.dry_run {
             anstream::println!("{}: its pods would be made anew: {why}", object.title());
         } else {
@@ -237,16 +255,14 @@ fn lines(title: &str, outcome: &Outcome) -> Vec<String> {
 /// Why these values cannot be installed over nodes that use other CNI folders. An agent sees the folders that it was made with:
 /// the next one could not take out what it put there, and no pod starts where a configuration names a plugin that is gone.
 fn other_folders(daemonset: &Value, values: &Values) -> Option<String> {
-    // Where no node was ever ready no plugin is in place, and the folders may be what is wrong.
-    daemonset["status"]["numberReady"].as_u64().filter(|ready| *ready > 0)?;
     let volumes = daemonset["spec"]["template"]["spec"]["volumes"].as_array()?;
     [("cni-bin", Key::CniBinDir), ("cni-conf", Key::CniConfDir)].into_iter().find_map(|(volume, key)| {
         let is = volumes.iter().find(|it| it["name"] == volume)?["hostPath"]["path"].as_str()?;
         let wanted = values.get(key);
         (is != wanted).then(|| {
             format!(
-                "{} is {} here and cannot become {wanted} while nodes use it, as the CNI plugin would stay behind; run \
-                 `justmtls uninstall` first, or leave it",
+                "{} is {} here and cannot become {wanted} while it is installed, as the CNI plugin would stay behind where it stands; \
+                 run `justmtls uninstall` first, or leave it",
                 key.as_str(),
                 printable(is)
             )
@@ -319,21 +335,16 @@ mod tests {
     }
 
     #[test]
-    fn the_cni_folders_of_nodes_that_are_ready_stay() {
-        let daemonset = |ready: u64| {
-            let all = objects(&Values::default());
-            let mut daemonset = all.into_iter().find(|object| object.kind() == "DaemonSet").unwrap().value;
-            daemonset["status"] = json!({ "numberReady": ready });
-            daemonset
-        };
+    fn the_cni_folders_of_what_is_installed_stay() {
+        let all = objects(&Values::default());
+        let daemonset = all.into_iter().find(|object| object.kind() == "DaemonSet").unwrap().value;
         let other = |word: &str| Values::from_words(&[word.to_owned()]).unwrap();
-        assert_eq!(other_folders(&daemonset(2), &Values::default()), None);
-        assert_eq!(other_folders(&daemonset(2), &other("drain=60")), None);
+        assert_eq!(other_folders(&daemonset, &Values::default()), None);
+        assert_eq!(other_folders(&daemonset, &other("drain=60")), None);
         for word in ["cni.binDir=/other", "cni.confDir=/other"] {
-            let sentence = other_folders(&daemonset(1), &other(word)).unwrap();
+            let sentence = other_folders(&daemonset, &other(word)).unwrap();
             let key = word.split('=').next().unwrap();
             assert!(sentence.starts_with(key) && sentence.contains("cannot become /other"), "{sentence}");
-            assert_eq!(other_folders(&daemonset(0), &other(word)), None, "they may be what is wrong");
         }
     }
 

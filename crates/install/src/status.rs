@@ -210,7 +210,7 @@ fn capture(pod: &Pod, agent: &Value, pages: &NodePages) -> (String, Option<Strin
     let text = |field: &str| agent[field].as_str().map(str::to_owned);
     let stands = agent["stands"] == true && text("not_captured").is_some();
     match text("state") {
-        Some(state) if stands && !["captured", "leaving"].contains(&state.as_str()) => {
+        Some(state) if stands && !["captured", "damaged", "leaving"].contains(&state.as_str()) => {
             ("rules-left".to_owned(), Some("not captured, and its rules still stand in the kernel".to_owned()))
         }
         Some(state) if state == "captured" => (state, text("failure")),

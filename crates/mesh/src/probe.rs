@@ -65,6 +65,18 @@ impl HttpProbe {
         host: Option<&str>,
         headers: impl IntoIterator<Item = (&'a str, &'a str)>,
     ) -> Option<Self> {
+        Self::requesting(&target::requested(path)?, host, headers)
+    }
+
+    /// The same of the target of the request itself, as [`HttpProbe::target`] gives it: whoever hears of a probe reads no path.
+    pub fn requesting<'a>(
+        target: &str,
+        host: Option<&str>,
+        headers: impl IntoIterator<Item = (&'a str, &'a str)>,
+    ) -> Option<Self> {
+        if !target::is_one(target) {
+            return None;
+        }
         let mut host = host.filter(|host| !host.is_empty()).map(ToOwned::to_owned);
         let mut kept = Vec::new();
         for (name, value) in headers {
@@ -81,8 +93,7 @@ impl HttpProbe {
             }
         }
         let is_host = |host: &String| is_visible(host) && !host.contains(' ');
-        let target = target::requested(path)?;
-        host.as_ref().is_none_or(is_host).then_some(Self { target, host, headers: kept })
+        host.as_ref().is_none_or(is_host).then(|| Self { target: target.to_owned(), host, headers: kept })
     }
 
     /// Path and query, as they stand in the request.

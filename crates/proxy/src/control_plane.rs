@@ -87,7 +87,7 @@ impl ControlPlane {
                 Err(error) => error,
             };
             failures = failures.saturating_add(1);
-            tracing::warn!(reason = lost.as_str(), failures, "{lost}");
+            lost.log(failures);
             sleep(lifecycle::reconnect_after(failures, wire::dice::fraction())).await;
         }
     }

@@ -160,6 +160,14 @@ pub enum ClientError {
         /// What it says.
         because: String,
     },
+    /// The stream is over in the order of things, as its token is: the next one begins with the next token.
+    #[error("the stream of the control plane at {address} is over: {because}")]
+    Outdated {
+        /// Where it was.
+        address: SocketAddr,
+        /// Why.
+        because: String,
+    },
     /// The connection or stream ended.
     #[error("the connection to the control plane at {address} ended: {because}")]
     Lost {
@@ -182,7 +190,17 @@ impl ClientError {
             Self::Certificate { .. } => "certificate",
             Self::TokenRefused { .. } => "token-refused",
             Self::Refused { .. } => "refused",
+            Self::Outdated { .. } => "outdated",
             Self::Lost { .. } => "lost",
+        }
+    }
+
+    /// Says it in the log: as something amiss, unless it is none.
+    pub fn log(&self, failures: u32) {
+        let reason = self.as_str();
+        match self {
+            Self::Outdated { .. } => tracing::info!(reason, "{self}"),
+            _ => tracing::warn!(reason, failures, "{self}"),
         }
     }
 }
@@ -223,6 +241,7 @@ impl Connected {
             Code::InvalidArgument | Code::FailedPrecondition | Code::ResourceExhausted | Code::NotFound => {
                 ClientError::Refused { address, because }
             }
+            Code::Aborted => ClientError::Outdated { address, because },
             _ if because.is_empty() => self.lost(status.code().description()),
             _ => ClientError::Lost { address, because },
         }

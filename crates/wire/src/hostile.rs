@@ -90,8 +90,8 @@ pub fn first_words(bytes: &[u8]) {
     let Some(Said::Get(request)) = said(bytes) else { return };
     assert!(bytes.len() <= MAX_HEAD && bytes.ends_with(b"\n"));
     assert!(!request.target.is_empty() && !request.target.bytes().any(|byte| byte <= b' '));
-    if let Some(probe) = HttpProbe::new(request.target, Some(request.host), request.headers.iter().copied()) {
-        let again = HttpProbe::new(probe.target(), probe.host(), probe.headers());
+    if let Some(probe) = HttpProbe::requesting(request.target, Some(request.host), request.headers.iter().copied()) {
+        let again = HttpProbe::requesting(probe.target(), probe.host(), probe.headers());
         assert_eq!(again.as_ref(), Some(&probe), "what was declared once cannot be declared again");
     }
 }

@@ -119,7 +119,7 @@ pub(crate) fn decode(probes: &[v1::Probe], calls: &[v1::ApiServerCall]) -> Optio
             v1::Check::Unspecified => return None,
             v1::Check::Http => {
                 let headers = probe.headers.iter().map(|header| (header.name.as_str(), header.value.as_str()));
-                Check::Http(HttpProbe::new(&probe.target, Some(&probe.host), headers)?)
+                Check::Http(HttpProbe::requesting(&probe.target, Some(&probe.host), headers)?)
             }
             v1::Check::Https => Check::Https,
             v1::Check::Tcp => Check::Tcp,

@@ -67,6 +67,9 @@ pub trait Handler: Send + Sync + 'static {
     /// Looks up a token, before anything else of its call is looked at. Whoever it accepts is no stranger any more.
     fn authenticate(&self, caller: Caller) -> impl Future<Output = Result<Self::Known, Refused>> + Send;
 
+    /// Whether a token that stood for `known` stands for nobody any more, or for somebody else. It stands where nobody can say.
+    fn is_disowned(&self, caller: Caller, known: &Self::Known) -> impl Future<Output = bool> + Send;
+
     /// Serves a discovery stream until it ends.
     fn discovery(
         &self,
@@ -133,6 +136,9 @@ pub enum Refused {
     /// Not now: try again.
     #[error("{0}")]
     Unavailable(String),
+    /// What was begun is over in the order of things: begin anew.
+    #[error("{0}")]
+    Outdated(String),
 }
 
 impl From<Refused> for Status {
@@ -143,6 +149,7 @@ impl From<Refused> for Status {
             Refused::BadRequest(_) => Code::InvalidArgument,
             Refused::TooMany(_) => Code::ResourceExhausted,
             Refused::Unavailable(_) => Code::Unavailable,
+            Refused::Outdated(_) => Code::Aborted,
         };
         Status::new(code, refused.to_string())
     }
@@ -275,16 +282,14 @@ impl<K: Clone + Eq + Hash + Send + Sync + 'static> Presented<K> {
             loop {
                 // Not all that began together at once.
                 tokio::time::sleep(trust.mul_f64(0.5 + crate::dice::fraction() / 2.0)).await;
-                match handler.authenticate(self.caller.clone()).await {
-                    Err(Refused::UnknownCaller(_) | Refused::NotAllowed(_)) => return,
-                    Ok(now) if now != known => return,
-                    Ok(_) | Err(_) => {}
+                if handler.is_disowned(self.caller.clone(), &known).await {
+                    return;
                 }
             }
         };
         tokio::select! {
             result = stream => result,
-            () = doubt => Err(Refused::Unavailable("the token of this stream does not count any more".to_owned())),
+            () = doubt => Err(Refused::Outdated("the token that the stream began with does not count any more".to_owned())),
         }
     }
 }

@@ -185,7 +185,7 @@ impl Node {
                     self.shown.journal.problem("repair-failed", pod.as_str(), &failure.to_string());
                     is_news |= self.pods.damaged(&pod, Some(failure));
                 }
-                Found::Mended => is_news |= self.pods.damaged(&pod, None),
+                Found::Stands => is_news |= self.pods.damaged(&pod, None),
                 Found::Failed { sentence } => {
                     self.shown.metrics.repair_failures.inc();
                     self.shown.journal.problem("repair-failed", pod.as_str(), &sentence);

@@ -162,7 +162,8 @@ impl Place {
     /// not be found, and no pod of the node could start, or end.
     fn is_the_runtimes(&self, primary: &str, text: &[u8]) -> Result<(), String> {
         let plugins = conflist::plugins(primary, text)?;
-        if plugins.iter().any(|plugin| self.folders.binaries.join(plugin).exists()) {
+        // Also as a link, whose end is not seen from here.
+        if plugins.iter().any(|plugin| self.folders.binaries.join(plugin).symlink_metadata().is_ok()) {
             return Ok(());
         }
         Err(format!(
@@ -372,6 +373,8 @@ mod tests {
         assert!(sentence.contains("has no plugin bridge, which 10-net.conflist names"), "{sentence}");
         assert_eq!(names(&node.folders.binaries).unwrap(), Vec::<String>::new());
         assert!(!node.ours().exists());
+        std::os::unix::fs::symlink("/nowhere/bin/cni", node.folders.binaries.join("bridge")).unwrap();
+        assert_eq!(node.place().keep(), (in_place("10-net.conflist"), Done::Installed));
     }
 
     #[test]

@@ -93,6 +93,10 @@ impl Handler for Control {
         Ok(())
     }
 
+    async fn is_disowned(&self, _: Caller, (): &()) -> bool {
+        false
+    }
+
     async fn discovery(&self, (): (), mut stream: DiscoveryStream) -> Result<(), Refused> {
         let mut changes = self.pods.subscribe();
         let mut subscribed = false;

@@ -106,6 +106,14 @@ impl Tokens {
         }
     }
 
+    /// Whether a token that stood for `known` does not any more, by the word of who knows: where he does not answer, it does.
+    pub(crate) async fn is_disowned(&self, token: &str, known: &Caller) -> bool {
+        match self {
+            Self::File(tokens) => tokens.authenticate(token).as_ref() != Some(known),
+            Self::Reviewed(reviews) => reviews.is_disowned(token, known).await,
+        }
+    }
+
     /// What is wrong with the source, if anything.
     pub(crate) fn problem(&self) -> Option<Problem> {
         match self {

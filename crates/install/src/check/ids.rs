@@ -79,7 +79,7 @@ ids! {
         NodeVersions = "node-versions", Nodes, "wait until the roll-out is through, or run `justmtls upgrade`";
         NodeAgents = "node-agents", Nodes, "look at that agent's log";
         NodeProxies = "node-proxies", Nodes, "look at that proxy's log";
-        NodePlugins = "node-plugins", Nodes, "name the CNI directories by --set cni.binDir=… and cni.confDir=…, and look at that agent's log";
+        NodePlugins = "node-plugins", Nodes, "look at that agent's log; if the CNI directories are others, run `justmtls uninstall`, and name them by --set cni.binDir=… and cni.confDir=…";
         NodeRoots = "node-roots", Nodes, "wait a minute; if it stays, look at the way from that node to the control plane";
         NodeCertificates = "node-certificates", Nodes, "look at the way from that node to the control plane, and at its clock";
         ApiServers = "api-servers", Nodes, "name them by --set apiServerAddresses=…";

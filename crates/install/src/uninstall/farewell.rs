@@ -49,9 +49,9 @@ impl Work {
         }
         if !has_nodes {
             stays.push(format!(
-                "rules in the network namespaces of pods on {}, which are cut off, since the DaemonSet was deleted before they had \
-                 left: they go when the pods are made anew, or with `justmtls install` and `justmtls uninstall`",
-                not_left.nodes()
+                "rules in the network namespaces of pods, perhaps ({}), which are cut off then, since the DaemonSet was deleted before \
+                 it was known that they had left: they go when the pods are made anew, or with `justmtls install` and `justmtls uninstall`",
+                not_left.who()
             ));
             return Ok(());
         }

@@ -95,6 +95,14 @@ impl NotLeft {
         self.pods.iter().filter(|pod| pod.leaving).map(|pod| pod.name.clone()).collect()
     }
 
+    /// All of it, as short as it can be said.
+    pub(super) fn who(&self) -> String {
+        let pods: Vec<_> = self.pods.iter().map(|pod| pod.name.clone()).chain(self.unseen.iter().cloned()).collect();
+        let pods = Some(some(&pods)).filter(|_| !pods.is_empty());
+        let nodes = Some(format!("all on {}", self.nodes())).filter(|_| !self.silent.is_empty());
+        pods.into_iter().chain(nodes).collect::<Vec<_>>().join(", and ")
+    }
+
     /// The nodes of which nothing is known.
     pub(super) fn nodes(&self) -> String {
         self.silent.keys().cloned().collect::<Vec<_>>().join(", ")

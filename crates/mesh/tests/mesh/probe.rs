@@ -212,6 +212,13 @@ fn what_no_request_can_carry_is_no_probe_and_their_number_is_bounded() {
     assert_eq!(HttpProbe::new("/", Some("a\r\nb"), []), None);
     assert_eq!(HttpProbe::new("/", None, [("A:", "b")]), None);
     assert_eq!(HttpProbe::new("http:live", None, []), None);
+    for none in ["", "live", "/a b", "/a#b", "/a\n"] {
+        assert_eq!(HttpProbe::requesting(none, None, []), None, "{none}");
+    }
+    // What was read once is not read again by whoever hears of it.
+    let declared = HttpProbe::new("//a//b//c_d", None, []).unwrap();
+    assert_eq!(declared.target(), "//b//c_d");
+    assert_eq!(HttpProbe::requesting(declared.target(), None, []), Some(declared));
     assert_eq!(HttpProbe::new("/", None, [("A", "b\n")]), None);
     let plain = HttpProbe::new("/", None, [("A", "b")]);
     assert!(plain.is_some());

@@ -264,6 +264,48 @@ fn a_key_that_has_sealed_enough_is_replaced() {
     assert_eq!(pair.sealer.key_update(), None);
 }
 
+/// One step of a handshake: what of the incoming bytes is done with.
+fn step<D>(UnbufferedStatus { discard, state }: UnbufferedStatus<'_, '_, D>, outgoing: &mut Vec<u8>) -> usize {
+    match state.unwrap() {
+        ConnectionState::EncodeTlsData(mut data) => {
+            let start = outgoing.len();
+            outgoing.resize(start + MAX_RECORD, 0);
+            let written = data.encode(&mut outgoing[start..]).unwrap();
+            outgoing.truncate(start + written);
+        }
+        ConnectionState::TransmitTlsData(data) => data.done(),
+        ConnectionState::BlockedHandshake | ConnectionState::WriteTraffic(_) => {}
+        _ => panic!("an end"),
+    }
+    discard
+}
+
+#[test]
+fn both_sides_of_ours_follow_each_others_keys() {
+    let (client, server) = configs();
+    let ((client, of_clients), (server, of_servers)) = (Secrets::of_client(&client), Secrets::of_server(&server));
+    let mut client = UnbufferedClientConnection::new(client, unnamed()).unwrap();
+    let mut server = UnbufferedServerConnection::new(server).unwrap();
+    let (mut to_client, mut to_server) = (Vec::new(), Vec::new());
+    while client.is_handshaking() || server.is_handshaking() || !to_server.is_empty() || !to_client.is_empty() {
+        let discard = step(client.process_tls_records(&mut to_client), &mut to_server);
+        to_client.drain(..discard);
+        let discard = step(server.process_tls_records(&mut to_server), &mut to_client);
+        to_server.drain(..discard);
+    }
+    let (mut client, mut server) = (of_client(client, &of_clients).unwrap(), of_server(server, &of_servers).unwrap());
+    for (sealer, opener) in [(&mut client.0, &mut server.1), (&mut server.0, &mut client.1)] {
+        for _ in 0..3 {
+            sealer.key.skip_to(RENEW_AFTER);
+            opener.key.skip_to(RENEW_AFTER);
+            let mut update = sealer.key_update().expect("the key has sealed enough");
+            assert_eq!(opener.open(&mut update), Ok(Opened::Nothing));
+            let mut record = sealed(sealer, b"by the next key");
+            assert_eq!(opener.open(&mut record), Ok(Opened::Data(BEFORE..BEFORE + 15)));
+        }
+    }
+}
+
 #[test]
 fn the_end_and_alerts_are_told_apart() {
     let mut pair = pair();

@@ -42,10 +42,16 @@ impl Handler for Control {
         assert_ne!(caller.address.port(), 0, "the caller's address is known");
         self.asked.send_modify(|asked| *asked += 1);
         self.reviews.subscribe().wait_for(|reviews| *reviews).await.unwrap();
-        match caller.token == TOKEN && !*self.revoked.lock().unwrap() {
+        match caller.token == TOKEN {
             true => Ok(()),
             false => Err(Refused::UnknownCaller("this token is nobody's".to_owned())),
         }
+    }
+
+    async fn is_disowned(&self, caller: Caller, (): &()) -> bool {
+        assert_eq!(caller.token, TOKEN);
+        self.asked.send_modify(|asked| *asked += 1);
+        *self.revoked.lock().unwrap()
     }
 
     async fn discovery(&self, (): (), mut stream: DiscoveryStream) -> Result<(), Refused> {

@@ -152,6 +152,19 @@ impl Reviews {
         }
     }
 
+    /// Whether the API server says, now, that a token does not stand for `known` any more. One that has expired, too: kubelet has
+    /// another one for its process by then, which it could not have without an API server.
+    pub(crate) async fn is_disowned(&self, token: &str, known: &Caller) -> bool {
+        let hash: Hash = Sha256::digest(token.as_bytes()).into();
+        let _lane = self.lanes[usize::from(hash[0]) % LANES].lock().await;
+        match self.review(token).await {
+            Ok(Ok(caller)) => caller != *known,
+            // Whether its pod is bound may not be known now, and no answer is none.
+            Ok(Err(Unknown::Unbound)) | Err(_) => false,
+            Ok(Err(_)) => true,
+        }
+    }
+
     fn known(&self, hash: &Hash) -> Option<Result<Caller, Unknown>> {
         match self.cache().get(hash, self.clock.monotonic(), self.seconds()) {
             Answer::Fresh(caller) => Some(Ok(caller)),
@@ -344,6 +357,24 @@ mod tests {
         assert_eq!(bed.ask(&stranger).await, Err(Unknown::CannotAsk));
         bed.clock.advance(Duration::from_secs(3600));
         assert_eq!(bed.ask(&token).await, Err(Unknown::NotVouchedFor));
+    }
+
+    #[tokio::test]
+    async fn a_token_is_disowned_by_the_word_of_the_api_server_alone() {
+        let bed = bed();
+        let (token, known) = (bed.token(|_| {}), Caller { role: Role::Proxy, node: "node-a".to_owned() });
+        bed.fake.review_by(|_| status(|_| {}));
+        assert!(!bed.reviews.is_disowned(&token, &known).await);
+        let other = Caller { role: Role::Proxy, node: "node-b".to_owned() };
+        assert!(bed.reviews.is_disowned(&token, &other).await);
+        bed.fake.review_by(|_| status(|status| status["user"]["extra"] = json!({})));
+        assert!(!bed.reviews.is_disowned(&token, &known).await, "whose it is may not be known now");
+        bed.fake.review_by(|_| json!({ "authenticated": false }));
+        assert!(bed.reviews.is_disowned(&token, &known).await);
+        // Also where it has expired meanwhile: nobody can have another one.
+        bed.fake.fail_with(Some(503));
+        bed.clock.advance(Duration::from_secs(7200));
+        assert!(!bed.reviews.is_disowned(&token, &known).await);
     }
 
     #[tokio::test]
