@@ -13,7 +13,7 @@ use crate::looks::Looks;
 use crate::objects::{CONTROL, NAMESPACE, NODE, Object, SETTINGS, all, definitions, objects};
 use crate::source::Source;
 use crate::table::printable;
-use crate::uninstall::is_going;
+use crate::uninstall::{is_going, namespace_place, nodes_place};
 use crate::values::{Key, VERSION, Values};
 use crate::wait::LOOK;
 use crate::warn::{self, Judge};
@@ -123,16 +123,11 @@ pub(crate) async fn run(verb: Verb, arguments: &Arguments, judge: Judge) -> anyh
     Ok(0)
 }
 
-fn namespace_place() -> String {
-    format!("/api/v1/namespaces/{NAMESPACE}")
-}
-
 /// The DaemonSet that is installed. One that is being deleted is waited for: what is changed in it is not made.
 async fn standing_nodes(cluster: &Cluster, dry_run: bool, until: Instant) -> anyhow::Result<Option<Value>> {
-    let place = format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/{NODE}");
     let (mut looks, mut said) = (Looks::default(), false);
     loop {
-        match looks.heard(cluster.get(&place).await)? {
+        match looks.heard(cluster.get(&nodes_place()).await)? {
             Some(Some(there)) if is_going(&there) => {
                 let hint = "its pods end when their open connections have, or the drain time is over";
                 if dry_run || Instant::now() >= until {

@@ -171,9 +171,8 @@ pub(crate) fn rows(pods: &[Pod], pages: &BTreeMap<String, NodePages>, leaving: &
             let (capture, reason) = capture(pod, agent, pages.get(&node).unwrap_or(&none));
             let reason = reason.map(|said| leaving.reason(pod, said));
             let identity = agent["identity"].as_str().or(view["identity"].as_str());
-            let waits = pod.status.as_ref().is_none_or(|status| status.phase.as_deref() == Some("Pending"));
             PodRow {
-                starting_since: waits.then(|| scheduled(pod)).flatten(),
+                starting_since: waits(pod).then(|| scheduled(pod)).flatten(),
                 namespace: pod.metadata.namespace.clone().unwrap_or_default(),
                 name: pod.metadata.name.clone().unwrap_or_default(),
                 identity: identity.filter(|_| capture == "captured").map(str::to_owned),
@@ -188,6 +187,11 @@ pub(crate) fn rows(pods: &[Pod], pages: &BTreeMap<String, NodePages>, leaving: &
     rows
 }
 
+/// Whether a pod has not started.
+fn waits(pod: &Pod) -> bool {
+    pod.status.as_ref().is_none_or(|status| status.phase.as_deref() == Some("Pending"))
+}
+
 /// When a node was chosen for a pod.
 fn scheduled(pod: &Pod) -> Option<Timestamp> {
     let mut conditions = pod.status.as_ref()?.conditions.iter().flatten();
@@ -200,7 +204,7 @@ fn scheduled(pod: &Pod) -> Option<Timestamp> {
 /// How far the capture of a pod is, by its node's agent, and why no further.
 fn capture(pod: &Pod, agent: &Value, pages: &NodePages) -> (String, Option<String>) {
     let spec = pod.spec.as_ref();
-    let waits = pod.status.as_ref().is_none_or(|status| status.phase.as_deref() == Some("Pending"));
+    let waits = waits(pod);
     if spec.and_then(|spec| spec.host_network) == Some(true) {
         return ("not-captured".to_owned(), Some("host-network".to_owned()));
     }

@@ -156,7 +156,7 @@ struct Work {
 
 impl Work {
     async fn all(&self) -> anyhow::Result<()> {
-        let namespace = self.cluster.get(&format!("/api/v1/namespaces/{NAMESPACE}")).await?;
+        let namespace = self.cluster.get(&namespace_place()).await?;
         let nodes = self.cluster.get(&nodes_place()).await?;
         let has_nodes = nodes.is_some();
         let serves = nodes.is_some_and(|nodes| !is_going(&nodes));
@@ -352,7 +352,7 @@ impl Work {
             stays.push(format!("Namespace {NAMESPACE}: others have {} in it", others.join(", ")));
             return Ok(0);
         }
-        let place = format!("/api/v1/namespaces/{NAMESPACE}");
+        let place = namespace_place();
         let gone = self.delete(&format!("Namespace {NAMESPACE}"), &place).await?;
         if self.dry_run {
             return Ok(gone);
@@ -376,8 +376,13 @@ impl Work {
     }
 }
 
+/// Where our namespace is.
+pub(crate) fn namespace_place() -> String {
+    format!("/api/v1/namespaces/{NAMESPACE}")
+}
+
 /// Where the DaemonSet is.
-fn nodes_place() -> String {
+pub(crate) fn nodes_place() -> String {
     format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/{NODE}")
 }
 

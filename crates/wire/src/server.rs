@@ -205,6 +205,7 @@ struct Service<H> {
     closing: watch::Receiver<bool>,
     /// Over which time streams end after that.
     spread: Duration,
+    /// As in [`Bounds`].
     trust: Duration,
 }
 

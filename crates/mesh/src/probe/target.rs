@@ -11,7 +11,7 @@ pub(super) fn requested(declared: &str) -> Option<String> {
     if scheme > 0 && !rest.starts_with('/') {
         return None;
     }
-    let (path, query) = rest.split_once('?').map_or((rest, None), |(path, query)| (path, Some(query)));
+    let (path, query) = parts(rest);
     let path = match path.strip_prefix("//") {
         Some(after) if scheme > 0 || !after.starts_with('/') => {
             let (host, path) = after.split_at(after.find('/').unwrap_or(after.len()));
@@ -46,11 +46,16 @@ pub(super) fn is_one(target: &str) -> bool {
 
 /// Whether two targets are the same but for the way in which they are escaped. What is sent is the declared one.
 pub(super) fn is_same(one: &str, other: &str) -> bool {
-    let parts = |target: &str| {
-        let (path, query) = target.split_once('?').map_or((target, None), |(path, query)| (path, Some(query)));
+    let unescaped = |target| {
+        let (path, query) = parts(target);
         (unescaped(path), query.map(unescaped))
     };
-    parts(one) == parts(other)
+    unescaped(one) == unescaped(other)
+}
+
+/// Path and query.
+fn parts(target: &str) -> (&str, Option<&str>) {
+    target.split_once('?').map_or((target, None), |(path, query)| (path, Some(query)))
 }
 
 /// How long the scheme is that a URL begins with, its colon included: 0 where there is none.
