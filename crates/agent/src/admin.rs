@@ -41,13 +41,17 @@ pub(crate) struct Shown {
     plugin: Mutex<Option<Standing>>,
     /// Whether there is to be one.
     has_plugin: bool,
+    /// Why the container runtime cannot be asked; `None` where it can, or is none of ours.
+    runtime_failure: Mutex<Option<String>>,
     config: Value,
 }
 
 impl Shown {
     /// Nothing yet; `config` is how the process was started.
-    pub(crate) fn new(config: Value, has_plugin: bool) -> Self {
+    pub(crate) fn new(config: Value, has_plugin: bool, has_runtime: bool) -> Self {
+        let runtime_failure = has_runtime.then(|| "the container runtime has not answered yet".to_owned());
         Self {
+            runtime_failure: Mutex::new(runtime_failure),
             metrics: Metrics::default(),
             journal: Journal::default(),
             pods: Mutex::default(),
@@ -72,6 +76,11 @@ impl Shown {
         let news = before.as_ref() != Some(standing);
         *before = Some(standing.clone());
         news
+    }
+
+    /// Why the container runtime cannot be asked, if it cannot.
+    pub(crate) fn runtime(&self, failure: Option<String>) {
+        *self.runtime_failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
     }
 
     /// What an agent before this one had was taken over: its pods are captured, whether or not the control plane is there to
@@ -172,8 +181,8 @@ async fn plugin(State(shown): Shared) -> Json<Value> {
     }))
 }
 
-/// Ready means: the pods that there were are captured, and one that starts here gets captured, for which the runtime must
-/// ask. What was inherited of an agent before needs no control plane. A pod whose capture fails
+/// Ready means: the pods that there were are captured, for which the runtime must answer, and one that starts here gets captured,
+/// for which it must ask. Once that was so, a runtime that is away makes nothing unready: it comes back by itself. What was inherited of an agent before needs no control plane. A pod whose capture fails
 /// is named, and does not hold up its node; nor do pods that come later.
 async fn ready(State(shown): Shared) -> impl IntoResponse {
     let named = shown.complete.load(Ordering::Relaxed);
@@ -188,7 +197,8 @@ async fn ready(State(shown): Shared) -> impl IntoResponse {
     };
     let pending = of_state(&["waiting", "looking", "preparing", "offered", "beginning"]);
     let known = named || inherited;
-    if known && proxy && pending.is_empty() {
+    let runtime_failure = shown.runtime_failure.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    if known && proxy && runtime_failure.is_none() && pending.is_empty() {
         shown.settled.store(true, Ordering::Relaxed);
     }
     let stands_by = shown.stands_by.load(Ordering::Relaxed);
@@ -202,6 +212,7 @@ async fn ready(State(shown): Shared) -> impl IntoResponse {
         "plugin": plugin,
         "proxy": proxy,
         "control_plane": control_plane,
+        "runtime_failure": runtime_failure,
         "pending": pending,
         "failed": of_state(&["failed"]),
     });

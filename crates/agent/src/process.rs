@@ -261,7 +261,7 @@ async fn hold(args: &Args, estate: Option<Vec<Said>>, terminate: &mut Signal) ->
     let (events, inbox) = mpsc::channel(MOST_EVENTS);
     let inform = events.clone();
     let on_kubernetes = args.cluster.kubernetes;
-    let shown = Arc::new(Shown::new(config(args), args.cluster.has_plugin()));
+    let shown = Arc::new(Shown::new(config(args), args.cluster.has_plugin(), on_kubernetes));
     let mut node = Node::new(args.listener_owner, events.clone(), shown.clone());
     if on_kubernetes {
         cluster::prepare(args).context("cannot prepare the folders of the agent's sockets")?;

@@ -1,30 +1,21 @@
-//! Whether the process lives, whether it serves, and its numbers, over HTTP for anybody who reaches the port. It reads one
-//! request for each connection, and a source that holds many takes nothing from the next one: kubelet asks here, too.
+//! Whether the process lives, whether it serves, and its numbers, over HTTP for anybody who reaches the port
+//! ([`wire::bounded`]). It reads one request for each connection.
 
-use std::collections::HashMap;
 use std::future::Future;
-use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result};
+use axum::serve::Listener;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
-use tokio::time::{sleep, timeout};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use wire::bounded::{Bounded, Brief};
 
 use crate::admin::{self, Shown};
 
-/// Connections at a time, of all and of one address.
-const AT_ONCE: usize = 256;
-const OF_ONE: usize = 8;
-/// How long one may last.
-const LASTS: Duration = Duration::from_secs(5);
 /// The longest request that is read.
 const MAX_REQUEST: usize = 8 * 1024;
-/// The pause after the system refused a connection.
-const PAUSE: Duration = Duration::from_millis(100);
-
 /// What answers are made of.
 #[derive(Clone)]
 pub(crate) struct Probes {
@@ -56,7 +47,7 @@ impl Probes {
         let listener =
             TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address} (--metrics)"))?;
         let address = listener.local_addr().context("cannot read the address that is listened on")?;
-        tokio::spawn(accept(listener, self.clone()));
+        tokio::spawn(accept(Bounded::new(listener), self.clone()));
         Ok(address)
     }
 
@@ -74,65 +65,20 @@ impl Probes {
     }
 }
 
-/// How many connections each address has.
-type Sources = Arc<Mutex<HashMap<IpAddr, usize>>>;
-
-/// One address's place, until it is dropped.
-struct Place {
-    sources: Sources,
-    address: IpAddr,
-}
-
-impl Place {
-    fn take(sources: &Sources, address: IpAddr) -> Option<Self> {
-        let mut held = sources.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = held.entry(address).or_default();
-        if *count >= OF_ONE {
-            return None;
-        }
-        *count += 1;
-        Some(Self { sources: sources.clone(), address })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut held = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = held.get_mut(&self.address) {
-            *count -= 1;
-            if *count == 0 {
-                held.remove(&self.address);
-            }
-        }
-    }
-}
-
-async fn accept(listener: TcpListener, probes: Probes) {
-    let (places, sources) = (Arc::new(Semaphore::new(AT_ONCE)), Sources::default());
+async fn accept(mut listener: Bounded, probes: Probes) {
     loop {
-        let Ok(place) = places.clone().acquire_owned().await else { return };
-        let (stream, peer) = match listener.accept().await {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                tracing::warn!(%error, "a connection could not be accepted");
-                sleep(PAUSE).await;
-                continue;
-            }
-        };
-        // Who has too many is closed at once.
-        if let Some(source) = Place::take(&sources, peer.ip()) {
-            let probes = probes.clone();
-            tokio::spawn(async move {
-                let _held = (place, source);
-                let _ = timeout(LASTS, converse(stream, |path| async move { probes.answer(&path).await })).await;
-            });
-        }
+        let (stream, _) = listener.accept().await;
+        let probes = probes.clone();
+        tokio::spawn(async move {
+            // Who breaks off has no answer, and needs none.
+            let _ = converse(stream, |path| async move { probes.answer(&path).await }).await;
+        });
     }
 }
 
 /// Reads one request and answers it.
 async fn converse<F: Future<Output = (u16, String)>>(
-    mut stream: TcpStream,
+    mut stream: Brief,
     answer: impl FnOnce(String) -> F,
 ) -> std::io::Result<()> {
     let mut request = Vec::new();
@@ -168,6 +114,8 @@ async fn converse<F: Future<Output = (u16, String)>>(
 
 #[cfg(test)]
 mod tests {
+    use tokio::net::TcpStream;
+
     use super::*;
 
     async fn ask(address: SocketAddr, request: &str) -> String {
@@ -192,21 +140,5 @@ mod tests {
         assert!(ask(address, &get("/secrets")).await.contains("there are /livez"));
         assert!(ask(address, "POST /livez HTTP/1.1\r\n\r\n").await.starts_with("HTTP/1.1 405"));
         assert_eq!(ask(address, &"x".repeat(MAX_REQUEST + 1)).await, "");
-    }
-
-    #[tokio::test]
-    async fn one_address_holds_few_places_and_for_a_short_time() {
-        let probes = Probes::new();
-        let address = probes.listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
-        let mut silent = Vec::new();
-        for _ in 0..OF_ONE {
-            silent.push(TcpStream::connect(address).await.unwrap());
-        }
-        let mut next = TcpStream::connect(address).await.unwrap();
-        assert!(matches!(next.read(&mut [0; 8]).await, Ok(0) | Err(_)), "it is closed at once");
-        for stream in &mut silent {
-            assert!(matches!(timeout(LASTS * 2, stream.read(&mut [0; 8])).await, Ok(Ok(0) | Err(_))));
-        }
-        assert!(ask(address, &get("/livez")).await.starts_with("HTTP/1.1 200"));
     }
 }

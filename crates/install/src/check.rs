@@ -6,6 +6,7 @@ mod ids;
 mod nodes;
 mod problems;
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod};
@@ -16,6 +17,8 @@ use crate::cluster::{Cluster, Place};
 use crate::install::supported;
 use crate::leaving::Leaving;
 use crate::objects::{CONTROL, NAMESPACE, NODE, TRUST_BUNDLE};
+use crate::pages::NodePages;
+use crate::status::PodRow;
 use crate::{pages, status, wait};
 
 use finding::{Finding, State, as_json, exit_status, failed, ok, print, warning, worst};
@@ -45,6 +48,9 @@ pub struct Arguments {
 const FEW_DAYS: i64 = 90;
 /// The pause between two looks.
 const AGAIN: Duration = Duration::from_secs(2);
+/// In how many looks something of a pod must be wrong: one that ends is gone from its agent, or from its node, before the API
+/// server has heard of it.
+const LOOKS: usize = 3;
 
 /// Checks. The exit status is 0 where all is well, 1 where something failed and 2 where there are warnings alone.
 pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<i32> {
@@ -174,23 +180,54 @@ fn roots(bundle: Option<Value>, now: i64) -> Vec<Finding> {
         0..FEW_DAYS => warning(Id::RootDaysLeft, message),
         _ => ok(Id::RootDaysLeft, message),
     };
-    vec![ok(Id::RootsPublished, format!("{} roots are published", ends.len())), left]
+    vec![
+        ok(
+            Id::RootsPublished,
+            match ends.len() {
+                1 => "one root is published".to_owned(),
+                count => format!("{count} roots are published"),
+            },
+        ),
+        left,
+    ]
+}
+
+/// What the API server and the nodes say of nodes and pods.
+struct Asked {
+    nodes: Vec<Node>,
+    pods_of_nodes: Vec<Pod>,
+    rows: Vec<PodRow>,
+    pages: BTreeMap<String, NodePages>,
+}
+
+async fn ask(cluster: &Cluster, namespace: Option<&str>) -> anyhow::Result<Asked> {
+    let pods_of_nodes = wait::pods_of(cluster, NODE).await?;
+    let nodes: Vec<Node> = cluster.list("/api/v1/nodes", "").await?;
+    let pods = status::pods(cluster, namespace).await?;
+    let pages = pages::of_pods(cluster, &pods_of_nodes, nodes::PAGES).await;
+    let rows = status::rows(&pods, &pages, &Leaving::look(cluster).await);
+    Ok(Asked { nodes, pods_of_nodes, rows, pages })
 }
 
 async fn nodes_and_pods(cluster: &Cluster, namespace: Option<&str>) -> Vec<Finding> {
     let mut findings = workload(cluster, Id::NodePods, "daemonsets", NODE).await;
-    let asked = async {
-        let pods_of_nodes = wait::pods_of(cluster, NODE).await?;
-        let nodes: Vec<Node> = cluster.list("/api/v1/nodes", "").await?;
-        let pods = status::pods(cluster, namespace).await?;
-        let pages = pages::of_pods(cluster, &pods_of_nodes, nodes::PAGES).await;
-        let rows = status::rows(&pods, &pages, &Leaving::look(cluster).await);
-        anyhow::Ok((nodes, pods_of_nodes, rows, pages))
-    };
-    match asked.await {
+    let mut asked = ask(cluster, namespace).await;
+    for _ in 1..LOOKS {
+        let Ok(Asked { rows: before, .. }) = &asked else { break };
+        if !before.iter().any(PodRow::is_amiss) {
+            break;
+        }
+        tokio::time::sleep(AGAIN).await;
+        let mut again = ask(cluster, namespace).await;
+        if let Ok(Asked { rows, .. }) = &mut again {
+            rows.retain(|row| !row.is_amiss() || before.iter().any(|before| before.is_amiss() && before.is_of(row)));
+        }
+        asked = again;
+    }
+    match asked {
         // Nobody can be asked, for the cause that is named already.
-        Ok((_, pods_of_nodes, ..)) if pods_of_nodes.is_empty() => {}
-        Ok((nodes, pods_of_nodes, rows, pages)) => {
+        Ok(Asked { pods_of_nodes, .. }) if pods_of_nodes.is_empty() => {}
+        Ok(Asked { nodes, pods_of_nodes, rows, pages }) => {
             let silent = nodes::silent(&nodes, &pages);
             findings.extend(nodes::versions(&pods_of_nodes));
             findings.extend(nodes::of_pages(&nodes, &pages, &silent));

@@ -256,7 +256,7 @@ fn other_folders(daemonset: &Value, values: &Values) -> Option<String> {
         let wanted = values.get(key);
         (is != wanted).then(|| {
             format!(
-                "{} is {} here and cannot become {wanted} while it is installed, as the CNI plugin would stay behind where it stands; \
+                "{} is {} here and cannot become {wanted} while it is installed, as a CNI plugin that stands would stay behind; \
                  run `justmtls uninstall` first, or leave it",
                 key.as_str(),
                 printable(is)

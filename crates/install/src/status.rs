@@ -49,6 +49,11 @@ pub(crate) struct PodRow {
 }
 
 impl PodRow {
+    /// Whether both are of the same pod.
+    pub(crate) fn is_of(&self, other: &Self) -> bool {
+        (&self.namespace, &self.name, &self.node) == (&other.namespace, &other.name, &other.node)
+    }
+
     /// Whether it should be captured, and is not. One that leaves should not, from the moment it does.
     pub(crate) fn is_amiss(&self) -> bool {
         !["captured", "not-captured", "starting", "leaving"].contains(&self.capture.as_str())
@@ -226,8 +231,8 @@ fn capture(pod: &Pod, agent: &Value, pages: &NodePages) -> (String, Option<Strin
         // Nobody need be asked about a pod that is left out by its namespace, unless a label says otherwise.
         None if is_system(pod) => ("not-captured".to_owned(), Some("system-namespace".to_owned())),
         None => match pages.failure(Process::Agent, "/pods") {
+            why if waits => ("starting".to_owned(), why.map(str::to_owned)),
             Some(why) => ("unknown".to_owned(), Some(why.to_owned())),
-            None if waits => ("starting".to_owned(), None),
             None => ("unknown".to_owned(), Some("its node's agent does not know it".to_owned())),
         },
     }

@@ -20,7 +20,7 @@ use crate::leaving::Stage;
 use crate::looks::Looks;
 use crate::objects::{AUTHORITY, CONTROL, NAMESPACE, NODE, PART_OF, SETTINGS, TRUST_BUNDLE, all, definitions};
 use crate::source::Source;
-use crate::table::printable;
+use crate::table::{printable, some};
 use crate::values::Values;
 use crate::wait::{EVENTS, LOOK, pods_of};
 
@@ -250,7 +250,7 @@ impl Work {
         }
         let begun = Instant::now();
         let until = self.until(values.drain() + 120);
-        let mut said = usize::MAX;
+        let mut said = 0;
         let mut looks = Looks::default();
         loop {
             let look = async { anyhow::Ok((pods_of(&self.cluster, NODE).await?, self.cluster.get(&place).await?)) };
@@ -263,8 +263,9 @@ impl Work {
             }
             // While one agent takes another's place a node has two.
             let nodes: BTreeSet<_> = pods.iter().filter_map(|pod| pod.spec.as_ref()?.node_name.as_deref()).collect();
-            if nodes.len() != said {
-                anstream::eprintln!("waiting until the pods of {} nodes have ended", nodes.len());
+            if nodes.len() != said && !nodes.is_empty() {
+                let named: Vec<_> = nodes.iter().map(|node| printable(node)).collect();
+                anstream::eprintln!("waiting until the pods of {} have ended", some(&named));
                 said = nodes.len();
             }
             if Instant::now() >= until {

@@ -8,21 +8,35 @@ use std::time::Duration;
 use e2e::{Cluster, Family, Load, Loaded, PORT, Running, Server, needs};
 
 const MESH: &str = include_str!("../manifests/mesh.yaml");
-/// Beside the client and the server of the quiet ones, on the same two nodes.
-const HOSTILE: &str = "
+/// Beside the client and the server of the quiet ones, on the same two nodes; and two that are as quiet and opted out.
+const OTHERS: &str = "
 apiVersion: v1
 kind: Pod
 metadata: { name: hostile, namespace: app }
 spec: { nodeName: node-a, serviceAccountName: hostile, containers: [{ name: idle, command: [sleep, infinity] }] }
+---
+apiVersion: v1
+kind: Pod
+metadata: { name: client, namespace: legacy, labels: { justmtls.dev/mode: \"off\" } }
+spec: { nodeName: node-a, containers: [{ name: idle, command: [sleep, infinity] }] }
+---
+apiVersion: v1
+kind: Pod
+metadata: { name: server, namespace: legacy, labels: { justmtls.dev/mode: \"off\" } }
+spec: { nodeName: node-b, containers: [{ name: idle, command: [sleep, infinity] }] }
 ";
-/// Requests of the quiet pod, alone and besieged each.
-const ENOUGH: u64 = 1_000;
-/// How many times its time alone a request may take.
+/// Requests of a quiet pair in a round, alone and besieged each: half on a connection each, half on two that stay open.
+const ENOUGH: u64 = 800;
+/// What those are called in a load's report.
+const WORKS: [&str; 2] = ["short", "long"];
+/// How many times its time alone a request may take, times what the siege makes of one outside of the mesh: that one waits
+/// for the machine's processors, too, and for no proxy.
 const MOST: f64 = 2.0;
-/// And how much longer besides: processors that have nothing else to do wake sooner at one time than at another.
-const WAKING: Duration = Duration::from_micros(500);
+/// Rounds at most. What else happens on the machine comes and goes, and what a neighbour costs is in every round.
+const ROUNDS: usize = 6;
 
 /// What the hostile pod does.
+#[derive(Clone, Copy)]
 enum Siege {
     /// Short connections, as many as it can.
     Connections,
@@ -71,33 +85,53 @@ impl Besieged<'_> {
     }
 }
 
-/// A quiet pod asks alone, and then besieged.
-fn a_quiet_pod_beside(siege: Siege) {
-    let cluster = Cluster::start(&format!("{MESH}---{HOSTILE}"));
-    let server = Server::start(&cluster, "app/server", PORT);
-    let load = server.load("app/client", Family::V4).short_at(1, 100).long(2, Duration::from_millis(10));
-    let mut load = load.start();
-    load.wait_for_more(ENOUGH);
-    load.event();
-    let besieged = siege.start(&cluster);
-    load.wait_for_more(ENOUGH / 2);
-    load.over();
-    load.wait_for_more(ENOUGH);
-    let attacks = besieged.attacks();
-    println!("{attacks} attacks");
-    drop(besieged);
-    let report = load.finish();
-    println!("{report}");
-    report.assert_nothing_failed();
-    assert!(attacks >= 50, "a siege of {attacks} attacks is none");
-    for work in ["short", "long"] {
-        let [alone, beside] = ["before", "after"].map(|phase| report.of_phase(phase, work));
-        println!(
-            "{work}: alone {:.1?}, p99 {:.1?}; besieged {:.1?}, p99 {:.1?}",
-            alone.median, alone.p99, beside.median, beside.p99
-        );
-        assert!(beside.median <= alone.median.mul_f64(MOST) + WAKING, "{work}: {report}");
+/// What half of the requests of one kind took at most.
+#[derive(Clone, Copy, Debug)]
+struct Median {
+    alone: Duration,
+    besieged: Duration,
+}
+
+impl Median {
+    fn times(self) -> f64 {
+        self.besieged.as_secs_f64() / self.alone.as_secs_f64()
     }
+}
+
+/// A quiet pod asks alone and besieged, round after round, until the siege costs it little.
+fn a_quiet_pod_beside(siege: Siege) {
+    let cluster = Cluster::start(&format!("{MESH}---{OTHERS}"));
+    let servers = ["app", "legacy"].map(|namespace| Server::start(&cluster, &format!("{namespace}/server"), PORT));
+    let little = (1..=ROUNDS).any(|round| {
+        let [meshed, outside] = a_round(&cluster, &servers, siege);
+        println!("round {round}: {WORKS:?}, meshed {meshed:.1?}, outside {outside:.1?}");
+        meshed.iter().zip(outside).all(|(meshed, outside)| meshed.times() <= MOST * outside.times().max(1.0))
+    });
+    assert!(little, "besieged it takes too long, in each of {ROUNDS} rounds");
+}
+
+fn a_round(cluster: &Cluster, servers: &[Server<'_>; 2], siege: Siege) -> [[Median; 2]; 2] {
+    let pairs = [(&servers[0], "app/client"), (&servers[1], "legacy/client")];
+    let quiet = |load: Load| load.short_at(1, 200).long(2, Duration::from_millis(10)).start();
+    let mut loads = pairs.map(|(server, client)| quiet(server.load(client, Family::V4)));
+    let more = |loads: &[Loaded; 2], requests| loads.iter().for_each(|load| load.wait_for_more(requests));
+    more(&loads, ENOUGH);
+    loads.iter_mut().for_each(Loaded::event);
+    let besieged = siege.start(cluster);
+    more(&loads, ENOUGH / 4);
+    loads.iter_mut().for_each(Loaded::over);
+    more(&loads, ENOUGH);
+    let attacks = besieged.attacks();
+    drop(besieged);
+    assert!(attacks >= 50, "a siege of {attacks} attacks is none");
+    loads.map(|load| {
+        let report = load.finish();
+        report.assert_nothing_failed();
+        WORKS.map(|work| {
+            let [alone, besieged] = ["before", "after"].map(|phase| report.of_phase(phase, work).median);
+            Median { alone, besieged }
+        })
+    })
 }
 
 #[test]

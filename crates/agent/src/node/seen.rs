@@ -30,12 +30,14 @@ impl Node {
         let actions = match seen {
             Seen::Runtime(Ok(name)) => {
                 self.shown.metrics.runtime.set(1);
+                self.shown.runtime(None);
                 self.shown.journal.change("runtime-connected", "", &name);
                 return;
             }
             Seen::Runtime(Err(why)) => {
                 self.shown.metrics.runtime.set(0);
                 self.shown.journal.problem("runtime-unreachable", "", &why);
+                self.shown.runtime(Some(why));
                 return;
             }
             Seen::Found { running, namespace, missed } => self.find(&running, namespace, missed),

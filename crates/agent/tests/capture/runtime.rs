@@ -24,6 +24,12 @@ struct Host {
 
 impl Host {
     fn new() -> Host {
+        let host = Host::without_runtime();
+        host.start_runtime();
+        host
+    }
+
+    fn without_runtime() -> Host {
         let host = Host { files: tempfile::tempdir().unwrap(), runtime: Double::default() };
         for folder in ["bin", "conf"] {
             std::fs::create_dir(host.at(folder)).unwrap();
@@ -31,13 +37,16 @@ impl Host {
         let primary = r#"{"cniVersion":"1.0.0","name":"net","plugins":[{"type":"ptp"}]}"#;
         std::fs::write(host.at("conf/10-net.conflist"), primary).unwrap();
         std::fs::write(host.at("bin/ptp"), "the primary's own plugin").unwrap();
-        let (runtime, socket) = (host.runtime.clone(), host.at("cri.sock"));
+        host
+    }
+
+    fn start_runtime(&self) {
+        let (runtime, socket) = (self.runtime.clone(), self.at("cri.sock"));
         std::thread::spawn(move || {
             let events = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             events.block_on(async { runtime.serve(UnixListener::bind(socket).unwrap()).await }).unwrap();
         });
-        eventually("the container runtime listens", || host.at("cri.sock").exists());
-        host
+        eventually("the container runtime listens", || self.at("cri.sock").exists());
     }
 
     fn at(&self, name: &str) -> PathBuf {
@@ -101,6 +110,21 @@ fn a_pod_that_ran_before_is_captured_and_what_it_has_open_goes_on() {
         client.echo().unwrap();
         assert_eq!(number(&world, "justmtls_agent_missed_pods_total"), "0");
         assert!(world.page("/readyz").starts_with("HTTP/1.1 200"));
+    });
+}
+
+#[test]
+fn an_agent_is_ready_when_the_runtime_has_answered_and_says_why_it_is_not() {
+    with_privilege(an_agent_is_ready_when_the_runtime_has_answered_and_says_why_it_is_not, || {
+        let host = Host::without_runtime();
+        let (world, _proxy) = started(&host);
+        let why = format!("no container runtime listens at {}", host.at("none.sock").display());
+        eventually("it is said why", || world.page("/readyz").contains(&why));
+        eventually("pods are named", || world.page("/readyz").contains(r#""pods_named":true"#));
+        assert!(world.page("/readyz").starts_with("HTTP/1.1 503"));
+        host.start_runtime();
+        eventually("it is ready", || world.page("/readyz").starts_with("HTTP/1.1 200"));
+        assert!(world.page("/readyz").contains(r#""runtime_failure":null"#));
     });
 }
 

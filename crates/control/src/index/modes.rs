@@ -128,7 +128,7 @@ impl PeerAuthentications {
         let shadowed = self.of(namespace).filter(|policy| oldest[&policy.selector].age != policy.age);
         let problem = |policy: &PeerAuthentication| {
             let message = format!(
-                "has no effect: the older {} speaks for the same pods; merge the two",
+                "has no effect: {} comes before it for the same pods; merge the two",
                 oldest[&policy.selector].age.name()
             );
             let name = policy.age.name();

@@ -219,7 +219,7 @@ impl Kubernetes {
     }
 
     fn read(&mut self, reading: Reading, changes: &mut Vec<Change>) {
-        let Reading { key, object, stand_in, concerns, problems, condition, version: _ } = reading;
+        let Reading { key, object, stand_in, concerns, mut problems, condition, version: _ } = reading;
         let is_policy = crate::kubernetes::status::concerns(key.kind);
         match condition {
             Some(condition) => drop(self.conditions.insert(key.clone(), condition)),
@@ -244,7 +244,10 @@ impl Kubernetes {
                     Some(labels) => drop(self.unreadable.insert(key.clone(), labels)),
                     None => drop(self.unreadable.remove(&key)),
                 }
-                changes.extend(stand_in.map(Change::Applied));
+                if let Some((stand_in, problem)) = stand_in {
+                    problems.push(problem);
+                    changes.push(Change::Applied(stand_in));
+                }
             }
         }
         if problems.is_empty() {

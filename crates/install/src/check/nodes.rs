@@ -140,8 +140,10 @@ fn page<'a>(pages: &'a NodePages, process: Process, name: &'static str) -> Resul
 
 fn ready(pages: &NodePages, process: Process) -> Result<(), String> {
     let said = page(pages, process, "/readyz")?;
+    // One that was ready once stays it; pods that it does not know yet it cannot find.
+    let runtime = said["runtime_failure"].as_str();
     if said["ready"] == true {
-        return Ok(());
+        return runtime.map_or(Ok(()), |why| Err(format!("the container runtime does not answer: {why}")));
     }
     // What is false, and which lists are not empty, is what is missing.
     let fields = said.as_object().into_iter().flatten();
@@ -152,6 +154,7 @@ fn ready(pages: &NodePages, process: Process) -> Result<(), String> {
                 Some(format!("no {name}"))
             }
             Value::Array(list) if !list.is_empty() => Some(format!("{name}: {}", names(list))),
+            Value::String(why) => Some(why.clone()),
             _ => None,
         })
         .collect();
@@ -317,6 +320,16 @@ mod tests {
                 with(Process::Agent, "/readyz", json!({ "ready": false, "proxy": false, "pending": ["shop/web"] })),
                 Id::NodeAgents,
                 "no proxy",
+            ),
+            (
+                with(Process::Agent, "/readyz", json!({ "ready": false, "runtime_failure": "no runtime at /run/x" })),
+                Id::NodeAgents,
+                "is not ready (no runtime at /run/x)",
+            ),
+            (
+                with(Process::Agent, "/readyz", json!({ "ready": true, "runtime_failure": "it is gone" })),
+                Id::NodeAgents,
+                "the container runtime does not answer: it is gone",
             ),
             (with(Process::Proxy, "/readyz", json!({ "ready": false, "view": false })), Id::NodeProxies, "no view"),
             (

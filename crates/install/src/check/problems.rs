@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::finding::{Finding, all_or, failed, warning};
 use super::ids::Id;
+use super::{AGAIN, LOOKS};
 use crate::cluster::Cluster;
 use crate::objects::CONTROL;
 use crate::pages::{self, Process};
@@ -18,11 +19,40 @@ pub(super) async fn findings(cluster: &Cluster) -> Vec<Finding> {
         Ok(pods) => pods,
         Err(error) => return vec![failed(Id::ControlProblems, format!("{error:#}"))],
     };
-    let mut said = Vec::new();
-    for name in pods.iter().filter(|pod| wait::runs(pod)).filter_map(|pod| pod.metadata.name.as_deref()) {
-        said.push(pages::ask(cluster, name, Process::Control, "/problems").await.map_err(|error| format!("{error:#}")));
+    let names: Vec<_> =
+        pods.iter().filter(|pod| wait::runs(pod)).filter_map(|pod| pod.metadata.name.as_deref()).collect();
+    let mut said = ask(cluster, &names).await;
+    if said.iter().flatten().any(|page| problems(page).any(is_of_pod)) {
+        tokio::time::sleep(AGAIN * LOOKS as u32).await;
+        let before = std::mem::replace(&mut said, ask(cluster, &names).await);
+        said.iter_mut().flatten().for_each(|page| retain(page, &before));
     }
     judge(&said)
+}
+
+async fn ask(cluster: &Cluster, names: &[&str]) -> Vec<Result<Value, String>> {
+    let mut said = Vec::new();
+    for name in names {
+        said.push(pages::ask(cluster, name, Process::Control, "/problems").await.map_err(|error| format!("{error:#}")));
+    }
+    said
+}
+
+fn problems(page: &Value) -> impl Iterator<Item = &Value> {
+    page.as_array().into_iter().flatten()
+}
+
+/// Whether a problem is that of a pod, which may be about to end.
+fn is_of_pod(problem: &Value) -> bool {
+    problem["subject"].as_str().is_some_and(|subject| subject.starts_with("Pod "))
+}
+
+/// Takes out what is said of pods and was not said before by anybody.
+fn retain(page: &mut Value, before: &[Result<Value, String>]) {
+    if let Some(all) = page.as_array_mut() {
+        let is_old = |problem: &Value| before.iter().flatten().any(|page| problems(page).any(|old| old == problem));
+        all.retain(|problem| !is_of_pod(problem) || is_old(problem));
+    }
 }
 
 /// Each once, whichever replicas say it.
@@ -32,8 +62,7 @@ fn judge(said: &[Result<Value, String>]) -> Vec<Finding> {
         return vec![warning(Id::ControlProblems, message).advised("look at `control-replicas`")];
     }
     let sentences = |page: &Value| -> Vec<String> {
-        let all = page.as_array().into_iter().flatten();
-        all.filter_map(|problem| problem["sentence"].as_str()).map(str::to_owned).collect()
+        problems(page).filter_map(|problem| problem["sentence"].as_str()).map(str::to_owned).collect()
     };
     let all: BTreeSet<_> = said
         .iter()
@@ -63,5 +92,14 @@ mod tests {
         assert_eq!(judge(&[Ok(json!([])), Ok(json!([]))])[0].state, State::Ok);
         // Nobody has nothing to say.
         assert_eq!(judge(&[])[0].state, State::Warning);
+    }
+
+    #[test]
+    fn what_is_said_of_a_pod_counts_when_it_is_said_twice() {
+        let of = |subject: &str, sentence: &str| json!({ "subject": subject, "sentence": sentence });
+        let (ends, stays, policy) = (of("Pod a/ends", "1"), of("Pod a/stays", "2"), of("PeerAuthentication a/x", "3"));
+        let mut page = json!([ends, stays, policy]);
+        retain(&mut page, &[Err("b does not answer".to_owned()), Ok(json!([stays]))]);
+        assert_eq!(page, json!([stays, policy]));
     }
 }

@@ -117,6 +117,10 @@ fn peer_authentication() -> Value {
                  self.selector.matchLabels.size() > 0",
         "message": "modes of ports need a selector: add spec.selector.matchLabels, or remove portLevelMtls",
     }]);
+    spec["properties"]["portLevelMtls"]["x-kubernetes-validations"] = json!([{
+        "rule": "self.all(port, port.matches('^[1-9][0-9]{0,4}$') && int(port) <= 65535)",
+        "message": "a port is a number from 1 to 65535",
+    }]);
     spec
 }
 

@@ -86,7 +86,7 @@ fn the_oldest_policy_of_a_scope_counts_and_then_the_first_by_name() {
         for text in [shop() + &first + &second, shop() + &second + &first] {
             let index = index(&text);
             assert_eq!(workload(&index, "shop", "web").modes.at(80), expected, "{text}");
-            assert_problem(&index, "PeerAuthentication shop/", "has no effect: the older");
+            assert_problem(&index, "PeerAuthentication shop/", "comes before it for the same pods");
         }
     }
 }

@@ -9,8 +9,9 @@ use kube::api::{DynamicObject, ObjectMeta};
 use manifests::istio::{Mtls, MtlsMode, PeerAuthentication, PeerAuthenticationSpec};
 use manifests::{Kind, Object, ObjectKey, Severity};
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use crate::ROOT_NAMESPACE;
 use crate::kubernetes::status::Condition;
 use crate::problem::Problem;
 
@@ -25,8 +26,8 @@ pub(super) struct Reading {
     pub(super) version: Option<String>,
     /// `None`: it is there, and cannot be read.
     pub(super) object: Option<Object>,
-    /// What then stands in for it, where no earlier state is known.
-    pub(super) stand_in: Option<Object>,
+    /// What then stands in for it, where no earlier state is known, and what that does.
+    pub(super) stand_in: Option<(Object, Problem)>,
     /// The labels of the pods that an object that cannot be read is about, none if that may be anybody; `None`: nothing depends on
     /// what it says.
     pub(super) concerns: Option<BTreeMap<String, String>>,
@@ -51,7 +52,11 @@ pub(super) fn policy(kind: Kind, json: &str) -> serde_json::Result<Reading> {
     let key =
         ObjectKey { kind, namespace: metadata.namespace.clone(), name: metadata.name.clone().unwrap_or_default() };
     let condition = Condition::in_status(&data["status"]);
-    let stand_in = (kind == Kind::PeerAuthentication).then(|| stand_in(&metadata, &data["spec"]));
+    let stand_in = (kind == Kind::PeerAuthentication).then(|| {
+        let stand_in = stand_in(&metadata, &data["spec"]);
+        let problem = Problem::error(&key, closes(&stand_in));
+        (stand_in.into(), problem)
+    });
     let mut parsed = manifests::parse_policy(&key.to_string(), kind, metadata.clone(), &data["spec"]);
     let object = parsed.objects.pop().map(|(object, _)| object);
     let concerns = match kind {
@@ -87,11 +92,21 @@ fn concerns(metadata: ObjectMeta, spec: &Value) -> Option<BTreeMap<String, Strin
 
 /// What stands in for a PeerAuthentication that cannot be read and of which no earlier state is known. (The index makes what stands
 /// in for an AuthorizationPolicy.) It may say STRICT, and to take it for less would open what it closes: it is taken as STRICT for
-/// its namespace, and for no other.
+/// the pods that it selects, or, where its selector cannot be read either or a field is not known, for its namespace (the root
+/// namespace: for the mesh).
 ///
-/// Beside others of its namespace it has its own age, as the oldest is the one that counts whatever it says; but one with a
-/// selector, which would count for some pods before any other, comes before all.
-fn stand_in(metadata: &ObjectMeta, spec: &Value) -> Object {
+/// Beside others it has its own age, as the oldest is the one that counts whatever it says; but one whose selector cannot be read,
+/// which would count for some pods before any other, comes before all.
+fn stand_in(metadata: &ObjectMeta, spec: &Value) -> PeerAuthentication {
+    let mut whom = spec.clone();
+    if let Some(fields) = whom.as_object_mut() {
+        fields.remove("portLevelMtls");
+        fields.insert("mtls".to_owned(), json!({ "mode": "STRICT" }));
+    }
+    let parsed = manifests::parse_policy("", Kind::PeerAuthentication, metadata.clone(), &whom);
+    if let Some((Object::PeerAuthentication(policy), _)) = parsed.objects.into_iter().next() {
+        return *policy;
+    }
     let created = metadata.creation_timestamp.clone().filter(|_| spec["selector"].is_null());
     let metadata = ObjectMeta {
         name: metadata.name.clone(),
@@ -100,5 +115,21 @@ fn stand_in(metadata: &ObjectMeta, spec: &Value) -> Object {
         ..Default::default()
     };
     let spec = PeerAuthenticationSpec { mtls: Some(Mtls { mode: MtlsMode::Strict }), ..Default::default() };
-    PeerAuthentication { metadata, spec, ..Default::default() }.into()
+    PeerAuthentication { metadata, spec, ..Default::default() }
+}
+
+/// What is to be said of a PeerAuthentication for which this one stands in.
+fn closes(policy: &PeerAuthentication) -> String {
+    let namespace = policy.metadata.namespace.as_deref().unwrap_or_default();
+    let selects = policy.spec.selector.as_ref().is_some_and(|selector| !selector.match_labels.is_empty());
+    let whom = match (selects, namespace == ROOT_NAMESPACE) {
+        (true, true) => "no pod, as it has a selector in that namespace".to_owned(),
+        (true, false) => "the pods that it selects".to_owned(),
+        (false, true) => "every pod of the mesh".to_owned(),
+        (false, false) => format!("the pods of namespace {namespace}"),
+    };
+    format!(
+        "cannot be read, and no earlier state of it is known; it is taken as STRICT for {whom}, because it may be meant \
+         to be: correct it or remove it"
+    )
 }

@@ -225,25 +225,45 @@ async fn a_policy_that_cannot_be_read_keeps_its_last_state_or_closes_its_namespa
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_stands_in_for_a_policy_is_as_old_as_that_unless_it_selects() {
+async fn what_stands_in_for_a_policy_selects_as_it_does_and_is_as_old_where_its_selector_can_be_read() {
     let fake = Fake::default();
     let created = "2026-11-30T06:31:55Z";
-    for (name, selector) in [("plain", json!(null)), ("selects", json!({ "matchLabels": { "app": "web" } }))] {
-        let mut policy = strict("MAYBE");
+    let web = json!({ "matchLabels": { "app": "web" } });
+    let put = |namespace: &str, name: &str, selector: Value, unknown: Option<&str>| {
+        let mut policy = strict("PERMISSIVE");
         policy["metadata"]["creationTimestamp"] = json!(created);
         policy["spec"]["selector"] = selector;
-        fake.put(&format!("{POLICIES}/peerauthentications/{name}"), policy);
-    }
-    let heard = Heard::whole(&fake.client()).await;
-    let ages = heard.there.values().filter_map(|object| match object {
-        Object::PeerAuthentication(policy) => {
-            Some(policy.metadata.creation_timestamp.as_ref().map(|it| it.0.to_string()))
+        policy["spec"]["portLevelMtls"] = json!({ "99999": { "mode": "PERMISSIVE" } });
+        if let Some(unknown) = unknown {
+            policy["spec"][unknown] = json!({});
         }
+        fake.put(&format!("/apis/security.istio.io/v1/namespaces/{namespace}/peerauthentications/{name}"), policy);
+    };
+    put("shop", "field", web.clone(), Some("selectsToo"));
+    put("shop", "label", json!({ "matchLabels": { "app": "no label" } }), None);
+    put("shop", "plain", json!(null), None);
+    put("shop", "selects", web.clone(), None);
+    put(crate::ROOT_NAMESPACE, "all", json!(null), None);
+    put(crate::ROOT_NAMESPACE, "selects", web, None);
+    let heard = Heard::whole(&fake.client()).await;
+    let of_policies = heard.there.values().filter_map(|object| match object {
+        Object::PeerAuthentication(policy) => Some(policy),
         _ => None,
     });
-    assert_eq!(ages.collect::<Vec<_>>(), [Some(created.to_owned()), None]);
-    let told: Vec<_> = heard.last.of_policies.keys().map(|key| key.name.as_str()).collect();
-    assert_eq!(told, ["plain", "selects"]);
+    let seen: Vec<_> = of_policies
+        .map(|policy| {
+            assert_eq!(policy.spec.mtls.unwrap().mode, manifests::istio::MtlsMode::Strict);
+            let (metadata, selector) = (&policy.metadata, policy.spec.selector.as_ref());
+            let selects = selector.is_some_and(|selector| !selector.match_labels.is_empty());
+            (metadata.name.as_deref().unwrap(), selects, metadata.creation_timestamp.is_some())
+        })
+        .collect();
+    let of_mesh = [("all", false, true), ("selects", true, true)];
+    let of_shop = [("field", false, false), ("label", false, false), ("plain", false, true), ("selects", true, true)];
+    assert_eq!(seen, [&of_mesh[..], &of_shop[..]].concat());
+    for whom in ["every pod of the mesh,", "no pod,", "the pods of namespace shop,", "the pods that it selects,"] {
+        assert!(heard.problem(&format!("taken as STRICT for {whom}")), "{whom}: {:?}", heard.last.problems);
+    }
 }
 
 #[tokio::test(start_paused = true)]
