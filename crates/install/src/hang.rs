@@ -158,7 +158,7 @@ fn of_pod(workload: &str, pod: &Pod, events: &[Event]) -> Option<Hang> {
         false => format!("the container {} has not started yet", container.name),
     };
     let log = running.then(|| (name.clone(), container.name.clone(), false));
-    hang("not-ready", &what, "its last line may say why", log)
+    hang("not-ready", &what, "its log may say why", log)
 }
 
 fn last_exit(container: &ContainerStatus) -> String {
@@ -177,11 +177,12 @@ fn latest<'a>(events: impl Iterator<Item = &'a Event>) -> Option<&'a Event> {
     })
 }
 
-/// The line of a log that says why: the last one that is an error, or the last one.
+/// The line of a log that says why: the last one that is an error, or else a warning, or the last one.
 pub(crate) fn telling_line(log: &str) -> Option<String> {
     let lines: Vec<_> = log.lines().filter(|line| !line.trim().is_empty()).collect();
-    let error = lines.iter().rev().find(|line| line.contains("ERROR") || line.contains("error"));
-    error.or(lines.last()).map(|line| printable(line).chars().take(400).collect())
+    let last_of = |words: &[&str]| lines.iter().rev().find(|line| words.iter().any(|word| line.contains(word)));
+    let worst = last_of(&["ERROR", "error"]).or_else(|| last_of(&["WARN"]));
+    worst.or(lines.last()).map(|line| printable(line).chars().take(400).collect())
 }
 
 /// Where the last lines of a container's log are.
@@ -288,7 +289,9 @@ mod tests {
     }
 
     #[test]
-    fn the_line_that_says_why_is_the_last_error() {
+    fn the_line_that_says_why_is_the_last_error_or_else_a_warning() {
+        assert_eq!(telling_line("WARN a\nerror: b\nWARN c\nd").as_deref(), Some("error: b"));
+        assert_eq!(telling_line("WARN a\nWARN b\nINFO c").as_deref(), Some("WARN b"));
         assert_eq!(telling_line("a\nerror: b\nc\n\n").as_deref(), Some("error: b"));
         assert_eq!(telling_line("a\nb\n").as_deref(), Some("b"));
         assert_eq!(telling_line("\n"), None);

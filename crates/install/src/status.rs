@@ -54,9 +54,10 @@ impl PodRow {
         (&self.namespace, &self.name, &self.node) == (&other.namespace, &other.name, &other.node)
     }
 
-    /// Whether it should be captured, and is not. One that leaves should not, from the moment it does.
+    /// Whether it should be captured, and is not. One that leaves should not, from the moment it does, and of one that is deleted
+    /// the sandbox goes before the object.
     pub(crate) fn is_amiss(&self) -> bool {
-        !["captured", "not-captured", "starting", "leaving"].contains(&self.capture.as_str())
+        !["captured", "not-captured", "starting", "leaving", "ending"].contains(&self.capture.as_str())
     }
 }
 
@@ -209,7 +210,7 @@ fn scheduled(pod: &Pod) -> Option<Timestamp> {
 /// How far the capture of a pod is, by its node's agent, and why no further.
 fn capture(pod: &Pod, agent: &Value, pages: &NodePages) -> (String, Option<String>) {
     let spec = pod.spec.as_ref();
-    let waits = waits(pod);
+    let (waits, is_deleted) = (waits(pod), pod.metadata.deletion_timestamp.is_some());
     if spec.and_then(|spec| spec.host_network) == Some(true) {
         return ("not-captured".to_owned(), Some("host-network".to_owned()));
     }
@@ -226,6 +227,7 @@ fn capture(pod: &Pod, agent: &Value, pages: &NodePages) -> (String, Option<Strin
         Some(state) if state == "no-sandbox" && text("not_captured").is_some() => {
             ("not-captured".to_owned(), text("not_captured"))
         }
+        Some(state) if state == "no-sandbox" && is_deleted => ("ending".to_owned(), None),
         Some(_) if waits => ("starting".to_owned(), text("failure").or_else(|| text("not_captured"))),
         Some(state) => (state, text("failure").or_else(|| text("not_captured"))),
         // Nobody need be asked about a pod that is left out by its namespace, unless a label says otherwise.
@@ -233,6 +235,7 @@ fn capture(pod: &Pod, agent: &Value, pages: &NodePages) -> (String, Option<Strin
         None => match pages.failure(Process::Agent, "/pods") {
             why if waits => ("starting".to_owned(), why.map(str::to_owned)),
             Some(why) => ("unknown".to_owned(), Some(why.to_owned())),
+            None if is_deleted => ("ending".to_owned(), None),
             None => ("unknown".to_owned(), Some("its node's agent does not know it".to_owned())),
         },
     }
@@ -268,6 +271,8 @@ fn node_rows(nodes: &[Node], pages: &BTreeMap<String, NodePages>) -> Vec<Value> 
 
 #[cfg(test)]
 mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
     use super::*;
 
     pub(crate) fn pod(name: &str, node: Option<&str>, phase: &str, host: bool) -> Pod {
@@ -279,12 +284,18 @@ mod tests {
         .unwrap()
     }
 
+    fn deleted(mut pod: Pod) -> Pod {
+        pod.metadata.deletion_timestamp = Some(Time(Timestamp::UNIX_EPOCH));
+        pod
+    }
+
     fn told() -> BTreeMap<String, NodePages> {
         let agent = json!([
             { "uid": "uid-web", "state": "captured", "identity": "spiffe://c/ns/shop/sa/web" },
             { "uid": "uid-out", "state": "not-captured", "not_captured": "opted-out" },
             { "uid": "uid-bad", "state": "failed", "failure": "no-interface" },
             { "uid": "uid-new", "state": "waiting" },
+            { "uid": "uid-gone-deleted", "state": "no-sandbox" },
             { "uid": "uid-ruled", "state": "not-captured", "not_captured": "opted-out", "stands": true },
         ]);
         let proxy = json!({ "workloads": [
@@ -307,24 +318,32 @@ mod tests {
             pod("away", Some("b"), "Running", false),
             pod("ruled", Some("a"), "Running", false),
             pod("unplaced", None, "Pending", false),
+            pod("unborn", Some("b"), "Pending", false),
+            deleted(pod("away-deleted", Some("b"), "Running", false)),
+            deleted(pod("lost-deleted", Some("a"), "Running", false)),
+            deleted(pod("gone-deleted", Some("a"), "Running", false)),
         ];
         let rows = rows(&pods, &told(), &Leaving::default());
         let found: Vec<_> =
             rows.iter().map(|row| (&*row.name, &*row.capture, row.reason.as_deref().unwrap_or(""))).collect();
         let expected = [
             ("away", "unknown", "there is no pod of justmtls that runs on this node"),
+            ("away-deleted", "unknown", "there is no pod of justmtls that runs on this node"),
             ("bad", "failed", "no-interface"),
+            ("gone-deleted", "ending", ""),
             ("host", "not-captured", "host-network"),
             ("lost", "unknown", "its node's agent does not know it"),
+            ("lost-deleted", "ending", ""),
             ("new", "starting", ""),
             ("out", "not-captured", "opted-out"),
             ("ruled", "rules-left", "not captured, and its rules still stand in the kernel"),
+            ("unborn", "starting", "there is no pod of justmtls that runs on this node"),
             ("unplaced", "starting", "no node yet"),
             ("web", "captured", ""),
         ];
         assert_eq!(found, expected);
         let amiss: Vec<_> = rows.iter().filter(|row| row.is_amiss()).map(|row| &*row.name).collect();
-        assert_eq!(amiss, ["away", "bad", "lost", "ruled"]);
+        assert_eq!(amiss, ["away", "away-deleted", "bad", "lost", "ruled"]);
         let web = rows.last().unwrap();
         assert_eq!(web.identity.as_deref(), Some("spiffe://c/ns/shop/sa/web"));
         assert_eq!(web.mode.as_deref(), Some("permissive (9090:strict)"));

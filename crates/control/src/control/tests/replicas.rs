@@ -241,8 +241,7 @@ async fn policies_that_cannot_be_read_or_have_no_effect_say_so_in_their_status()
     let ours = |name| Some(cluster.fake.get(&path(name))?["status"]["conditions"].as_array()?.first()?.clone());
     let later = until(|| ours("later")).await;
     assert_eq!(later["status"], "True");
-    let is_shadowed =
-        |condition: &Value| condition["message"].as_str().unwrap().contains("has no effect: shop/oldest");
+    let is_shadowed = |condition: &Value| condition["message"].as_str().unwrap().contains("has no effect: shop/oldest");
     assert!(is_shadowed(&later), "{later}");
     let broken = until(|| ours("broken")).await;
     assert_eq!(broken["status"], "False");
