@@ -49,7 +49,7 @@ pub(crate) struct Shown {
 impl Shown {
     /// Nothing yet; `config` is how the process was started.
     pub(crate) fn new(config: Value, has_plugin: bool, has_runtime: bool) -> Self {
-        let runtime_failure = has_runtime.then(|| "the container runtime has not answered yet".to_owned());
+        let runtime_failure = has_runtime.then(|| "the container runtime has not said yet which pods run".to_owned());
         Self {
             runtime_failure: Mutex::new(runtime_failure),
             metrics: Metrics::default(),
@@ -79,7 +79,7 @@ impl Shown {
     }
 
     /// Why the container runtime cannot be asked, if it cannot.
-    pub(crate) fn runtime(&self, failure: Option<String>) {
+    pub(crate) fn runtime_fails(&self, failure: Option<String>) {
         *self.runtime_failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
     }
 
@@ -181,9 +181,10 @@ async fn plugin(State(shown): Shared) -> Json<Value> {
     }))
 }
 
-/// Ready means: the pods that there were are captured, for which the runtime must answer, and one that starts here gets captured,
-/// for which it must ask. Once that was so, a runtime that is away makes nothing unready: it comes back by itself. What was inherited of an agent before needs no control plane. A pod whose capture fails
-/// is named, and does not hold up its node; nor do pods that come later.
+/// Ready means: the pods that there were are captured, for which the runtime must have said which these are, and one that starts
+/// here gets captured, for which it must ask. Once that was so, a runtime that is away makes nothing unready: it comes back by
+/// itself. What was inherited of an agent before needs no control plane. A pod whose capture fails is named, and does not hold up
+/// its node; nor do pods that come later.
 async fn ready(State(shown): Shared) -> impl IntoResponse {
     let named = shown.complete.load(Ordering::Relaxed);
     // In the box the control plane is always waited for.

@@ -209,6 +209,8 @@ impl Control {
                     let runs_there = self.index.runs_on(&application.node, &application.id);
                     let _ = answer.send(self.certifier.certify(&application, runs_there));
                 }
+                // Who asked may have gone while it waited.
+                Event::Dump { answer } if answer.is_closed() => {}
                 Event::Dump { answer } => {
                     let _ = answer.send(self.dump());
                 }

@@ -16,6 +16,7 @@ use crate::admin::{self, Shown};
 
 /// The longest request that is read.
 const MAX_REQUEST: usize = 8 * 1024;
+
 /// What answers are made of.
 #[derive(Clone)]
 pub(crate) struct Probes {
@@ -93,7 +94,13 @@ async fn converse<F: Future<Output = (u16, String)>>(
     let line = String::from_utf8_lossy(&request);
     let mut words = line.lines().next().unwrap_or_default().split(' ');
     let (code, text) = match (words.next(), words.next()) {
-        (Some("GET"), Some(target)) => answer(target.split('?').next().unwrap_or_default().to_owned()).await,
+        (Some("GET"), Some(target)) => {
+            let answer = answer(target.split('?').next().unwrap_or_default().to_owned());
+            tokio::select! {
+                answered = answer => answered,
+                () = stream.ended() => return Ok(()),
+            }
+        }
         _ => (405, "everything here is only read; use GET\n".to_owned()),
     };
     let reason = match code {

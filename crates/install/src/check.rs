@@ -213,16 +213,17 @@ async fn nodes_and_pods(cluster: &Cluster, namespace: Option<&str>) -> Vec<Findi
     let mut findings = workload(cluster, Id::NodePods, "daemonsets", NODE).await;
     let mut asked = ask(cluster, namespace).await;
     for _ in 1..LOOKS {
-        let Ok(Asked { rows: before, .. }) = &asked else { break };
-        if !before.iter().any(PodRow::is_amiss) {
+        let Ok(Asked { nodes, rows: before, pages, .. }) = &asked else { break };
+        // Of a node that is silent nothing else is to be expected so soon, and to ask it takes long.
+        let silent = nodes::silent(nodes, pages);
+        if !before.iter().any(|row| row.is_amiss() && !silent.contains_key(&row.node)) {
             break;
         }
         tokio::time::sleep(AGAIN).await;
-        let mut again = ask(cluster, namespace).await;
-        if let Ok(Asked { rows, .. }) = &mut again {
-            rows.retain(|row| !row.is_amiss() || before.iter().any(|before| before.is_amiss() && before.is_of(row)));
-        }
-        asked = again;
+        // What is known stays, where this look fails.
+        let Ok(mut again) = ask(cluster, namespace).await else { break };
+        again.rows.retain(|row| !row.is_amiss() || before.iter().any(|it| it.is_amiss() && it.uid == row.uid));
+        asked = Ok(again);
     }
     match asked {
         // Nobody can be asked, for the cause that is named already.

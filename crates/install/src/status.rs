@@ -43,17 +43,14 @@ pub(crate) struct PodRow {
     pub(crate) reason: Option<String>,
     /// `permissive` or `strict`, and ports that differ.
     pub(crate) mode: Option<String>,
+    #[serde(skip)]
+    pub(crate) uid: String,
     /// Since when it has had a node, where it has not started.
     #[serde(skip)]
     pub(crate) starting_since: Option<Timestamp>,
 }
 
 impl PodRow {
-    /// Whether both are of the same pod.
-    pub(crate) fn is_of(&self, other: &Self) -> bool {
-        (&self.namespace, &self.name, &self.node) == (&other.namespace, &other.name, &other.node)
-    }
-
     /// Whether it should be captured, and is not. One that leaves should not, from the moment it does, and of one that is deleted
     /// the sandbox goes before the object.
     pub(crate) fn is_amiss(&self) -> bool {
@@ -181,6 +178,7 @@ pub(crate) fn rows(pods: &[Pod], pages: &BTreeMap<String, NodePages>, leaving: &
                 starting_since: waits(pod).then(|| scheduled(pod)).flatten(),
                 namespace: pod.metadata.namespace.clone().unwrap_or_default(),
                 name: pod.metadata.name.clone().unwrap_or_default(),
+                uid: uid.to_owned(),
                 identity: identity.filter(|_| capture == "captured").map(str::to_owned),
                 mode: mode(view).filter(|_| capture == "captured"),
                 node,
@@ -198,6 +196,13 @@ fn waits(pod: &Pod) -> bool {
     pod.status.as_ref().is_none_or(|status| status.phase.as_deref() == Some("Pending"))
 }
 
+/// Whether a pod is deleted and nothing of it runs any more.
+fn is_ending(pod: &Pod) -> bool {
+    let containers = pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten());
+    let mut states = containers.filter_map(|container| container.state.as_ref());
+    pod.metadata.deletion_timestamp.is_some() && !states.any(|state| state.running.is_some())
+}
+
 /// When a node was chosen for a pod.
 fn scheduled(pod: &Pod) -> Option<Timestamp> {
     let mut conditions = pod.status.as_ref()?.conditions.iter().flatten();
@@ -210,7 +215,7 @@ fn scheduled(pod: &Pod) -> Option<Timestamp> {
 /// How far the capture of a pod is, by its node's agent, and why no further.
 fn capture(pod: &Pod, agent: &Value, pages: &NodePages) -> (String, Option<String>) {
     let spec = pod.spec.as_ref();
-    let (waits, is_deleted) = (waits(pod), pod.metadata.deletion_timestamp.is_some());
+    let (waits, is_ending) = (waits(pod), is_ending(pod));
     if spec.and_then(|spec| spec.host_network) == Some(true) {
         return ("not-captured".to_owned(), Some("host-network".to_owned()));
     }
@@ -227,7 +232,7 @@ fn capture(pod: &Pod, agent: &Value, pages: &NodePages) -> (String, Option<Strin
         Some(state) if state == "no-sandbox" && text("not_captured").is_some() => {
             ("not-captured".to_owned(), text("not_captured"))
         }
-        Some(state) if state == "no-sandbox" && is_deleted => ("ending".to_owned(), None),
+        Some(state) if state == "no-sandbox" && is_ending => ("ending".to_owned(), None),
         Some(_) if waits => ("starting".to_owned(), text("failure").or_else(|| text("not_captured"))),
         Some(state) => (state, text("failure").or_else(|| text("not_captured"))),
         // Nobody need be asked about a pod that is left out by its namespace, unless a label says otherwise.
@@ -235,7 +240,7 @@ fn capture(pod: &Pod, agent: &Value, pages: &NodePages) -> (String, Option<Strin
         None => match pages.failure(Process::Agent, "/pods") {
             why if waits => ("starting".to_owned(), why.map(str::to_owned)),
             Some(why) => ("unknown".to_owned(), Some(why.to_owned())),
-            None if is_deleted => ("ending".to_owned(), None),
+            None if is_ending => ("ending".to_owned(), None),
             None => ("unknown".to_owned(), Some("its node's agent does not know it".to_owned())),
         },
     }
@@ -289,6 +294,14 @@ mod tests {
         pod
     }
 
+    fn running(mut pod: Pod) -> Pod {
+        let statuses = json!([{
+            "name": "c", "image": "i", "imageID": "", "ready": true, "restartCount": 0, "state": { "running": {} },
+        }]);
+        pod.status.as_mut().unwrap().container_statuses = serde_json::from_value(statuses).unwrap();
+        pod
+    }
+
     fn told() -> BTreeMap<String, NodePages> {
         let agent = json!([
             { "uid": "uid-web", "state": "captured", "identity": "spiffe://c/ns/shop/sa/web" },
@@ -322,6 +335,7 @@ mod tests {
             deleted(pod("away-deleted", Some("b"), "Running", false)),
             deleted(pod("lost-deleted", Some("a"), "Running", false)),
             deleted(pod("gone-deleted", Some("a"), "Running", false)),
+            running(deleted(pod("lost-running", Some("a"), "Running", false))),
         ];
         let rows = rows(&pods, &told(), &Leaving::default());
         let found: Vec<_> =
@@ -334,6 +348,7 @@ mod tests {
             ("host", "not-captured", "host-network"),
             ("lost", "unknown", "its node's agent does not know it"),
             ("lost-deleted", "ending", ""),
+            ("lost-running", "unknown", "its node's agent does not know it"),
             ("new", "starting", ""),
             ("out", "not-captured", "opted-out"),
             ("ruled", "rules-left", "not captured, and its rules still stand in the kernel"),
@@ -343,7 +358,7 @@ mod tests {
         ];
         assert_eq!(found, expected);
         let amiss: Vec<_> = rows.iter().filter(|row| row.is_amiss()).map(|row| &*row.name).collect();
-        assert_eq!(amiss, ["away", "away-deleted", "bad", "lost", "ruled"]);
+        assert_eq!(amiss, ["away", "away-deleted", "bad", "lost", "lost-running", "ruled"]);
         let web = rows.last().unwrap();
         assert_eq!(web.identity.as_deref(), Some("spiffe://c/ns/shop/sa/web"));
         assert_eq!(web.mode.as_deref(), Some("permissive (9090:strict)"));

@@ -6,7 +6,8 @@
 //!
 //! That is half of it. A thread that is always busy is made to wait by the kernel where processors are short, for milliseconds, and
 //! everybody whom it serves waits with it. So a line that keeps a core busy beside others is advanced by another thread
-//! ([`Aside`]) for as long as it does: the core sleeps most of the time again, and is woken at once.
+//! ([`Aside`]) for as long as it does: the core sleeps most of the time again, and is woken at once. One that takes far less than the
+//! busiest beside it is not who keeps it busy, and would only wait there with that one.
 
 mod line;
 
@@ -35,9 +36,14 @@ const MEASURED: u32 = 8;
 const WATCHED: Duration = Duration::from_millis(50);
 const WATCHED_ASIDE: Duration = Duration::from_secs(1);
 
-/// The part of that time from which on it does, beside others, and below which it does not any more: one in so many.
-const BUSY: u32 = 8;
-const QUIET: u32 = 50;
+/// The part of that time from which on it does, beside others, and below which it does not any more, in thousandths.
+const BUSY: u64 = 125;
+const QUIET: u64 = 20;
+
+/// Who takes less than one part in so many of what the busiest one beside it takes is not who keeps the thread busy.
+const FAR_LESS: u64 = 2;
+/// And is none of the busy ones any more below one part in so many.
+const FAR_LESS_ASIDE: u64 = 3;
 
 /// A line counts as another one beside a busy one when it has had a turn within this time.
 const BESIDE: Duration = Duration::from_secs(1);
@@ -155,11 +161,17 @@ impl Turns {
             }
             let now = Instant::now();
             line.last.store(self.0.everybody.time(now), Ordering::Relaxed);
-            let is_elsewhere = match watch.is_busy(now) {
-                Some(true) => place == Place::Core && self.0.everybody.has_others(line, now),
-                Some(false) => place == Place::Aside,
-                None => false,
-            };
+            let took = watch.took(now);
+            if let Some(took) = took {
+                line.took.store(took, Ordering::Relaxed);
+            }
+            let is_elsewhere = took.is_some_and(|took| {
+                let beside = self.0.everybody.beside(line, now);
+                match place {
+                    Place::Core => beside.is_some_and(|most| is_busy(took, most)),
+                    Place::Aside => is_quiet(took, beside.unwrap_or(0)),
+                }
+            });
             if is_elsewhere && let Some(other) = self.other(place) {
                 return Until::Elsewhere(other);
             }
@@ -210,12 +222,17 @@ impl Everybody {
         now.saturating_duration_since(self.began).as_millis() as u64
     }
 
-    /// Whether others than a line's payer are served, too: on whichever core, as what one accepts another one may serve.
-    fn has_others(&self, line: &Line, now: Instant) -> bool {
+    /// The part of a processor that the busiest other payer takes; none where no other is served. On whichever core, as what one
+    /// accepts another one may serve.
+    fn beside(&self, line: &Line, now: Instant) -> Option<u64> {
         let since = self.time(now).saturating_sub(BESIDE.as_millis() as u64);
         let is_beside = |other: &Line| other.payer != line.payer && other.last.load(Ordering::Relaxed) >= since;
         let cores: Vec<_> = lock(&self.cores).iter().filter_map(Weak::upgrade).collect();
-        cores.iter().any(|core| lock(&core.by_payer).values().any(|other| is_beside(other)))
+        let most = |core: &Arc<Lines>| {
+            let lines = lock(&core.by_payer);
+            lines.values().filter(|other| is_beside(other)).map(|other| other.took.load(Ordering::Relaxed)).max()
+        };
+        cores.iter().filter_map(most).max()
     }
 }
 
@@ -274,23 +291,34 @@ impl Watch {
         Instant::now()
     }
 
-    /// A turn has ended. Says, each time that the line was watched for long enough, whether it keeps its thread busy.
-    fn is_busy(&mut self, now: Instant) -> Option<bool> {
+    /// A turn has ended. Says, each time that the line was watched for long enough, which part of a processor it took, in
+    /// thousandths.
+    fn took(&mut self, now: Instant) -> Option<u64> {
         if let Some(before) = self.measured.take() {
             self.used += linux::clock::of_thread().saturating_sub(before) * MEASURED;
         }
-        let (enough, part) = match self.place {
-            Place::Core => (WATCHED, BUSY),
-            Place::Aside => (WATCHED_ASIDE, QUIET),
+        let enough = match self.place {
+            Place::Core => WATCHED,
+            Place::Aside => WATCHED_ASIDE,
         };
         let watched = now - self.since;
         if watched < enough {
             return None;
         }
-        let is_busy = self.used >= watched / part;
+        let took = self.used.as_micros() * 1000 / watched.as_micros().max(1);
         (self.since, self.used) = (now, Duration::ZERO);
-        Some(is_busy)
+        Some(took as u64)
     }
+}
+
+/// Whether a line that takes so much keeps its core busy beside others, of whom one takes as much as `most`.
+fn is_busy(took: u64, most: u64) -> bool {
+    took >= BUSY && took * FAR_LESS >= most
+}
+
+/// Whether a line that is aside may be the core's again.
+fn is_quiet(took: u64, most: u64) -> bool {
+    took < QUIET || took * FAR_LESS_ASIDE < most
 }
 
 fn lock<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -383,6 +411,23 @@ mod tests {
                 looks.tick().await;
             }
         });
+    }
+
+    #[test]
+    fn who_takes_far_less_than_the_busiest_stays_and_comes_back() {
+        assert!(is_busy(BUSY, 0) && !is_busy(BUSY - 1, 0));
+        assert!(is_busy(300, 600) && !is_busy(299, 600));
+        assert!(is_quiet(QUIET - 1, 0) && !is_quiet(QUIET, 0));
+        assert!(is_quiet(199, 600) && !is_quiet(200, 600));
+    }
+
+    proptest! {
+        #[test]
+        fn nobody_goes_to_and_fro_who_takes_the_same(took in 0_u64..2000, most in 0_u64..2000) {
+            prop_assert!(!(is_busy(took, most) && is_quiet(took, most)));
+            // The busiest of all is who goes.
+            prop_assert!(took < BUSY || took < most || is_busy(took, most));
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
@@ -49,7 +49,7 @@ impl Listener for Bounded {
         // Errors of one connection are its own; where descriptors are short, axum's way is to wait.
         let (tcp, address) = Listener::accept(&mut self.listener).await;
         let place = Places::take(&self.places, address.ip());
-        (Brief { tcp, end: Box::pin(sleep(LASTS)), place }, address)
+        (Brief { tcp, end: Box::pin(sleep(LASTS)), place, is_over: false }, address)
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -127,16 +127,22 @@ pub struct Brief {
     tcp: TcpStream,
     end: Pin<Box<Sleep>>,
     place: Place,
+    is_over: bool,
 }
 
 impl Brief {
+    /// Waits until its time is over, or its place somebody else's: whoever waits for something else meanwhile must wait for this, too.
+    pub async fn ended(&mut self) {
+        poll_fn(|context| if self.check(context).is_err() { Poll::Ready(()) } else { Poll::Pending }).await;
+    }
+
     /// An error once its time is over, or its place somebody else's. Its task is woken then.
     fn check(&mut self, context: &mut Context<'_>) -> io::Result<()> {
-        let is_over = self.end.as_mut().poll(context).is_ready();
-        if is_over || Pin::new(&mut self.place.lost).poll(context).is_ready() {
-            return Err(ErrorKind::TimedOut.into());
-        }
-        Ok(())
+        // Neither is asked again once it has answered.
+        self.is_over = self.is_over
+            || self.end.as_mut().poll(context).is_ready()
+            || Pin::new(&mut self.place.lost).poll(context).is_ready();
+        if self.is_over { Err(ErrorKind::TimedOut.into()) } else { Ok(()) }
     }
 }
 
@@ -236,6 +242,25 @@ mod tests {
         assert!(ask(&mut quiet).await.ends_with("here"));
         assert!(ask(silent.last_mut().unwrap()).await.ends_with("here"));
         serving.abort();
+    }
+
+    #[tokio::test]
+    async fn who_has_lost_its_place_may_be_asked_again_and_again() {
+        let mut listener = Bounded::new(TcpListener::bind("127.0.0.1:0").await.unwrap());
+        let address = listener.local_addr().unwrap();
+        let (mut first, mut others) = (None, Vec::new());
+        for _ in 0..=AT_ONCE {
+            let (client, (brief, _)) = tokio::join!(connect("127.0.0.1", address), listener.accept());
+            match &mut first {
+                None => first = Some((client, brief)),
+                Some(_) => others.push((client, brief)),
+            }
+        }
+        let (_client, mut brief) = first.unwrap();
+        timeout(LASTS / 2, brief.ended()).await.unwrap();
+        assert!(brief.read(&mut [0; 8]).await.is_err() && brief.flush().await.is_err());
+        brief.shutdown().await.unwrap();
+        assert!(timeout(Duration::from_millis(50), others[0].1.ended()).await.is_err());
     }
 
     #[test]

@@ -26,14 +26,17 @@ metadata: { name: server, namespace: legacy, labels: { justmtls.dev/mode: \"off\
 spec: { nodeName: node-b, containers: [{ name: idle, command: [sleep, infinity] }] }
 ";
 /// Requests of a quiet pair in a round, alone and besieged each: half on a connection each, half on two that stay open.
-const ENOUGH: u64 = 800;
+const ENOUGH: u64 = 600;
 /// What those are called in a load's report.
 const WORKS: [&str; 2] = ["short", "long"];
 /// How many times its time alone a request may take, times what the siege makes of one outside of the mesh: that one waits
 /// for the machine's processors, too, and for no proxy.
 const MOST: f64 = 2.0;
-/// Rounds at most. What else happens on the machine comes and goes, and what a neighbour costs is in every round.
-const ROUNDS: usize = 6;
+/// And no more than so many times of that is put down to the machine.
+const MACHINE: f64 = 3.0;
+/// In so many rounds more it must be so than in which it is not, or the other way round: what else happens on the machine comes
+/// and goes.
+const MORE: i32 = 2;
 
 /// What the hostile pod does.
 #[derive(Clone, Copy)]
@@ -98,16 +101,19 @@ impl Median {
     }
 }
 
-/// A quiet pod asks alone and besieged, round after round, until the siege costs it little.
+/// A quiet pod asks alone and besieged, round after round, until it is clear whether the siege costs it little.
 fn a_quiet_pod_beside(siege: Siege) {
     let cluster = Cluster::start(&format!("{MESH}---{OTHERS}"));
     let servers = ["app", "legacy"].map(|namespace| Server::start(&cluster, &format!("{namespace}/server"), PORT));
-    let little = (1..=ROUNDS).any(|round| {
+    let mut lead = 0;
+    while lead < MORE {
         let [meshed, outside] = a_round(&cluster, &servers, siege);
-        println!("round {round}: {WORKS:?}, meshed {meshed:.1?}, outside {outside:.1?}");
-        meshed.iter().zip(outside).all(|(meshed, outside)| meshed.times() <= MOST * outside.times().max(1.0))
-    });
-    assert!(little, "besieged it takes too long, in each of {ROUNDS} rounds");
+        println!("{WORKS:?}, meshed {meshed:.1?}, outside {outside:.1?}");
+        let is_little =
+            |(meshed, outside): (&Median, Median)| meshed.times() <= MOST * outside.times().clamp(1.0, MACHINE);
+        lead += if meshed.iter().zip(outside).all(is_little) { 1 } else { -1 };
+        assert!(lead > -MORE, "besieged it takes too long");
+    }
 }
 
 fn a_round(cluster: &Cluster, servers: &[Server<'_>; 2], siege: Siege) -> [[Median; 2]; 2] {

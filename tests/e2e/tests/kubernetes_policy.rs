@@ -94,6 +94,15 @@ fn policies_of_istio(cluster: &Kubernetes) {
     cluster.delete(ISTIO_STRICT);
     let refused = cluster.kubectl(&["apply", "-f", "-"]).input(BAD_BLOCK.to_owned()).run().fails();
     assert!(refused.contains("ipBlocks"), "{refused}");
+    let of_port = |port: u32| {
+        cluster
+            .kubectl(&["apply", "--dry-run=server", "-f", "-"])
+            .input(PORT_MODE.replace("PORT", &port.to_string()))
+            .run()
+    };
+    let refused = of_port(65536).fails();
+    assert!(refused.contains("a port is a number from 1 to 65535"), "{refused}");
+    of_port(65535).ok();
 }
 
 #[track_caller]
@@ -131,6 +140,14 @@ apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: { name: bad, namespace: shop }
 spec: { action: DENY, rules: [{ from: [{ source: { ipBlocks: [10.0.0.0/33] } }] }] }
+";
+
+/// The mode of a port.
+const PORT_MODE: &str = "
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: { name: port, namespace: shop }
+spec: { selector: { matchLabels: { app: web } }, portLevelMtls: { PORT: { mode: STRICT } } }
 ";
 
 /// Values of conditions are free text to every definition.

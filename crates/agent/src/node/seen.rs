@@ -30,19 +30,20 @@ impl Node {
         let actions = match seen {
             Seen::Runtime(Ok(name)) => {
                 self.shown.metrics.runtime.set(1);
-                self.shown.runtime(None);
                 self.shown.journal.change("runtime-connected", "", &name);
                 return;
             }
             Seen::Runtime(Err(why)) => {
                 self.shown.metrics.runtime.set(0);
                 self.shown.journal.problem("runtime-unreachable", "", &why);
-                self.shown.runtime(Some(why));
+                self.shown.runtime_fails(Some(why));
                 return;
             }
             Seen::Found { running, namespace, missed } => self.find(&running, namespace, missed),
             Seen::Unfound(pod, why) => self.pods.unfound(&pod, why),
             Seen::All(all) => {
+                // Not when it is connected: by now it has said which pods run.
+                self.shown.runtime_fails(None);
                 self.pods.listed(&all);
                 let gone = self.missing.gone(&self.pods.present(), &all, Instant::now());
                 gone.iter().flat_map(|pod| self.pods.vanished(pod)).collect()

@@ -175,10 +175,11 @@ impl Events {
         let mut problems = self.pods.iter().filter_map(|(uid, pod)| Some((pods.get(uid)?, pod.problem.as_ref()?)));
         let (found, failure) = problems.find(|(found, _)| is_told_here(found, leads))?;
         let message = format!(
-            "cannot be told by an Event why it is not captured ({}): {failure}; `justmtls status` says it, and it is tried again",
-            found.why
+            "Pod {}/{} cannot be told by an Event why it is not captured ({}): {failure}; `justmtls status` says it, and it is \
+             tried again",
+            found.namespace, found.name, found.why
         );
-        Some(Problem::warning(format!("Pod {}/{}", found.namespace, found.name), message))
+        Some(Problem::warning("Events of pods", message))
     }
 }
 

@@ -250,6 +250,7 @@ pub(super) fn captures(rows: &[PodRow], silent: &BTreeMap<String, String>, now: 
     for (count, what) in [
         (left, "have left the mesh, which is being uninstalled"),
         (count("leaving"), "leave and are held by what they have open"),
+        (count("ending"), "are ending"),
     ] {
         if count > 0 {
             counts.push_str(&format!(", {count} {what}"));
@@ -421,6 +422,7 @@ mod tests {
         PodRow {
             namespace: "shop".to_owned(),
             name: name.to_owned(),
+            uid: format!("uid-{name}"),
             node: "a".to_owned(),
             identity: None,
             capture: capture.to_owned(),

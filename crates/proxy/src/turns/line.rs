@@ -24,6 +24,8 @@ pub(super) struct Line {
     pub(super) calls: Arc<Mutex<Calls>>,
     /// When it had its last turn, in milliseconds (of [`super::Everybody`]).
     pub(super) last: AtomicU64,
+    /// The part of a processor that it took while it was last watched, in thousandths.
+    pub(super) took: AtomicU64,
 }
 
 impl fmt::Debug for Line {
@@ -73,7 +75,7 @@ impl Wake for Number {
 impl Line {
     /// Nobody yet.
     pub(super) fn new(payer: Payer) -> Self {
-        Self { payer, lives: Mutex::default(), calls: Arc::default(), last: AtomicU64::new(0) }
+        Self { payer, lives: Mutex::default(), calls: Arc::default(), last: AtomicU64::new(0), took: AtomicU64::new(0) }
     }
 
     /// Puts a life at its end.

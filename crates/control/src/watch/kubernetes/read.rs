@@ -123,7 +123,10 @@ fn closes(policy: &PeerAuthentication) -> String {
     let namespace = policy.metadata.namespace.as_deref().unwrap_or_default();
     let selects = policy.spec.selector.as_ref().is_some_and(|selector| !selector.match_labels.is_empty());
     let whom = match (selects, namespace == ROOT_NAMESPACE) {
-        (true, true) => "no pod, as it has a selector in that namespace".to_owned(),
+        // That it selects nothing is said besides.
+        (true, true) => {
+            return "cannot be read, and no earlier state of it is known: correct it or remove it".to_owned();
+        }
         (true, false) => "the pods that it selects".to_owned(),
         (false, true) => "every pod of the mesh".to_owned(),
         (false, false) => format!("the pods of namespace {namespace}"),
