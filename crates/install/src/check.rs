@@ -220,8 +220,18 @@ async fn nodes_and_pods(cluster: &Cluster, namespace: Option<&str>) -> Vec<Findi
             break;
         }
         tokio::time::sleep(AGAIN).await;
-        // What is known stays, where this look fails.
-        let Ok(mut again) = ask(cluster, namespace).await else { break };
+        let mut again = match ask(cluster, namespace).await {
+            Ok(again) => again,
+            // What is known of the rest stays.
+            Err(error) => {
+                findings.push(failed(Id::PodsCaptured, format!("{error:#}")));
+                let is_sure = |row: &PodRow| !row.is_amiss() || silent.contains_key(&row.node);
+                if let Ok(asked) = &mut asked {
+                    asked.rows.retain(is_sure);
+                }
+                break;
+            }
+        };
         again.rows.retain(|row| !row.is_amiss() || before.iter().any(|it| it.is_amiss() && it.uid == row.uid));
         asked = Ok(again);
     }

@@ -198,8 +198,10 @@ fn waits(pod: &Pod) -> bool {
 
 /// Whether a pod is deleted and nothing of it runs any more.
 fn is_ending(pod: &Pod) -> bool {
-    let containers = pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten());
-    let mut states = containers.filter_map(|container| container.state.as_ref());
+    let kinds = pod.status.iter().flat_map(|status| {
+        [&status.container_statuses, &status.init_container_statuses, &status.ephemeral_container_statuses]
+    });
+    let mut states = kinds.flatten().flatten().filter_map(|container| container.state.as_ref());
     pod.metadata.deletion_timestamp.is_some() && !states.any(|state| state.running.is_some())
 }
 

@@ -26,6 +26,11 @@ pub(super) async fn findings(cluster: &Cluster) -> Vec<Finding> {
         tokio::time::sleep(AGAIN * LOOKS as u32).await;
         let before = std::mem::replace(&mut said, ask(cluster, &names).await);
         said.iter_mut().flatten().for_each(|page| retain(page, &before));
+        // Who does not answer any more has said what is of no pod.
+        for mut page in before.into_iter().flatten() {
+            retain(&mut page, &[]);
+            said.push(Ok(page));
+        }
     }
     judge(&said)
 }

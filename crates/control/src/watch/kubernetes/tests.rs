@@ -264,6 +264,7 @@ async fn what_stands_in_for_a_policy_selects_as_it_does_and_is_as_old_where_its_
     for whom in ["every pod of the mesh,", "the pods of namespace shop,", "the pods that it selects,"] {
         assert!(heard.problem(&format!("taken as STRICT for {whom}")), "{whom}: {:?}", heard.last.problems);
     }
+    assert!(heard.problem("no earlier state of it is known: correct it"), "{:?}", heard.last.problems);
 }
 
 #[tokio::test(start_paused = true)]
