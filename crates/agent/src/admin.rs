@@ -182,9 +182,9 @@ async fn plugin(State(shown): Shared) -> Json<Value> {
 }
 
 /// Ready means: the pods that there were are captured, as far as the runtime has said by now, which must have answered, and one
-/// that starts here gets captured, for which it must ask. Once that was so, a runtime that is away makes nothing unready: it comes back by
-/// itself. What was inherited of an agent before needs no control plane. A pod whose capture fails is named, and does not hold up
-/// its node; nor do pods that come later.
+/// that starts here gets captured, for which it must ask. Once that was so, a runtime that is away makes nothing unready: it comes
+/// back by itself. What was inherited of an agent before needs no control plane. A pod whose capture fails is named, and does not
+/// hold up its node; nor do pods that come later.
 async fn ready(State(shown): Shared) -> impl IntoResponse {
     let named = shown.complete.load(Ordering::Relaxed);
     // In the box the control plane is always waited for.

@@ -180,16 +180,11 @@ fn roots(bundle: Option<Value>, now: i64) -> Vec<Finding> {
         0..FEW_DAYS => warning(Id::RootDaysLeft, message),
         _ => ok(Id::RootDaysLeft, message),
     };
-    vec![
-        ok(
-            Id::RootsPublished,
-            match ends.len() {
-                1 => "one root is published".to_owned(),
-                count => format!("{count} roots are published"),
-            },
-        ),
-        left,
-    ]
+    let published = match ends.len() {
+        1 => "one root is published".to_owned(),
+        count => format!("{count} roots are published"),
+    };
+    vec![ok(Id::RootsPublished, published), left]
 }
 
 /// What the API server and the nodes say of nodes and pods.
@@ -211,41 +206,44 @@ async fn ask(cluster: &Cluster, namespace: Option<&str>) -> anyhow::Result<Asked
 
 async fn nodes_and_pods(cluster: &Cluster, namespace: Option<&str>) -> Vec<Finding> {
     let mut findings = workload(cluster, Id::NodePods, "daemonsets", NODE).await;
-    let mut asked = ask(cluster, namespace).await;
+    let mut asked = match ask(cluster, namespace).await {
+        Ok(asked) => asked,
+        Err(error) => {
+            findings.push(failed(Id::NodeAgents, format!("{error:#}")));
+            return findings;
+        }
+    };
+    let mut unheard = None;
     for _ in 1..LOOKS {
-        let Ok(Asked { nodes, rows: before, pages, .. }) = &asked else { break };
         // Of a node that is silent nothing else is to be expected so soon, and to ask it takes long.
-        let silent = nodes::silent(nodes, pages);
-        if !before.iter().any(|row| row.is_amiss() && !silent.contains_key(&row.node)) {
+        let silent = nodes::silent(&asked.nodes, &asked.pages);
+        let is_doubtful = |row: &PodRow| row.is_amiss() && !silent.contains_key(&row.node);
+        if !asked.rows.iter().any(is_doubtful) {
             break;
         }
         tokio::time::sleep(AGAIN).await;
-        let mut again = match ask(cluster, namespace).await {
-            Ok(again) => again,
+        match ask(cluster, namespace).await {
+            Ok(again) => {
+                let before = std::mem::replace(&mut asked, again).rows;
+                asked.rows.retain(|row| !row.is_amiss() || before.iter().any(|it| it.is_amiss() && it.uid == row.uid));
+            }
             // What is known of the rest stays.
             Err(error) => {
-                findings.push(failed(Id::PodsCaptured, format!("{error:#}")));
-                let is_sure = |row: &PodRow| !row.is_amiss() || silent.contains_key(&row.node);
-                if let Ok(asked) = &mut asked {
-                    asked.rows.retain(is_sure);
-                }
+                unheard = Some(failed(Id::PodsCaptured, format!("{error:#}")));
+                asked.rows.retain(|row| !is_doubtful(row));
                 break;
             }
-        };
-        again.rows.retain(|row| !row.is_amiss() || before.iter().any(|it| it.is_amiss() && it.uid == row.uid));
-        asked = Ok(again);
-    }
-    match asked {
-        // Nobody can be asked, for the cause that is named already.
-        Ok(Asked { pods_of_nodes, .. }) if pods_of_nodes.is_empty() => {}
-        Ok(Asked { nodes, pods_of_nodes, rows, pages }) => {
-            let silent = nodes::silent(&nodes, &pages);
-            findings.extend(nodes::versions(&pods_of_nodes));
-            findings.extend(nodes::of_pages(&nodes, &pages, &silent));
-            findings.extend(nodes::captures(&rows, &silent, Timestamp::now()));
         }
-        Err(error) => findings.push(failed(Id::NodeAgents, format!("{error:#}"))),
     }
+    let Asked { nodes, pods_of_nodes, rows, pages } = asked;
+    // Where there are none nobody can be asked, for the cause that is named already.
+    if !pods_of_nodes.is_empty() {
+        let silent = nodes::silent(&nodes, &pages);
+        findings.extend(nodes::versions(&pods_of_nodes));
+        findings.extend(nodes::of_pages(&nodes, &pages, &silent));
+        findings.extend(nodes::captures(&rows, &silent, Timestamp::now()));
+    }
+    findings.extend(unheard);
     findings
 }
 

@@ -263,13 +263,13 @@ impl Work {
             }
             // While one agent takes another's place a node has two.
             let nodes: BTreeSet<_> = pods.iter().filter_map(|pod| pod.spec.as_ref()?.node_name.as_deref()).collect();
+            let named: Vec<_> = nodes.iter().map(|node| printable(node)).collect();
             if nodes.len() != said && !nodes.is_empty() {
-                let named: Vec<_> = nodes.iter().map(|node| printable(node)).collect();
                 anstream::eprintln!("waiting until the pods of {} have ended", some(&named));
                 said = nodes.len();
             }
             if Instant::now() >= until {
-                let nodes = nodes.iter().map(|node| printable(node)).collect::<Vec<_>>().join(", ");
+                let nodes = named.join(", ");
                 if !self.force {
                     let events: Vec<Event> = self.cluster.list(EVENTS, "").await.unwrap_or_default();
                     let why: String = endings(&pods, &events).iter().map(|why| format!("\n  {why}")).collect();

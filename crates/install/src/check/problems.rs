@@ -27,7 +27,9 @@ pub(super) async fn findings(cluster: &Cluster) -> Vec<Finding> {
         let before = std::mem::replace(&mut said, ask(cluster, &names).await);
         said.iter_mut().flatten().for_each(|page| retain(page, &before));
         // Who does not answer any more has said what is of no pod.
-        for mut page in before.into_iter().flatten() {
+        let unheard: Vec<_> =
+            said.iter().zip(before).filter(|(now, _)| now.is_err()).map(|(_, before)| before).collect();
+        for mut page in unheard.into_iter().flatten() {
             retain(&mut page, &[]);
             said.push(Ok(page));
         }

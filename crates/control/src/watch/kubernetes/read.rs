@@ -52,13 +52,13 @@ pub(super) fn policy(kind: Kind, json: &str) -> serde_json::Result<Reading> {
     let key =
         ObjectKey { kind, namespace: metadata.namespace.clone(), name: metadata.name.clone().unwrap_or_default() };
     let condition = Condition::in_status(&data["status"]);
-    let stand_in = (kind == Kind::PeerAuthentication).then(|| {
+    let mut parsed = manifests::parse_policy(&key.to_string(), kind, metadata.clone(), &data["spec"]);
+    let object = parsed.objects.pop().map(|(object, _)| object);
+    let stand_in = (kind == Kind::PeerAuthentication && object.is_none()).then(|| {
         let stand_in = stand_in(&metadata, &data["spec"]);
         let problem = Problem::error(&key, closes(&stand_in));
         (stand_in.into(), problem)
     });
-    let mut parsed = manifests::parse_policy(&key.to_string(), kind, metadata.clone(), &data["spec"]);
-    let object = parsed.objects.pop().map(|(object, _)| object);
     let concerns = match kind {
         Kind::AuthorizationPolicy if object.is_none() => concerns(metadata, &data["spec"]),
         _ => Some(BTreeMap::new()),
